@@ -1,0 +1,68 @@
+# `make demo` fine-tunes a model across six devices; `make test` checks everything.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# No telemetry, no update checks; idle threads sleep, for two cores share all nodes of a simulation.
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export OMP_WAIT_POLICY := passive
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help venv demo test lint format bench docs gpu-check clean
+
+help:
+	@echo "make demo       fine-tune a language model across six unlike devices, and report"
+	@echo "make test       lint, types and tests, with coverage"
+	@echo "make lint       ruff and mypy alone          make format     apply ruff's fixes and format"
+	@echo "make bench      time the kernels             make docs       build the documentation"
+	@echo "make gpu-check  which GPU kernels work here  make clean      remove what builds left behind"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt kernels/CMakeLists.txt $(wildcard kernels/fedkernels/cpu/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "fedbraid needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
+	@echo "Installing fedbraid into $(VENV); the first time takes some minutes."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--build-constraint constraints.txt --editable '.[sim,dev]'
+	@touch $@
+
+demo: venv
+	$(BIN)/fedbraid simulate quickstart
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m fedclient.base_model fetch
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=85
+
+bench: venv
+	$(BIN)/python -m simulations.benchmarks.recompression
+
+docs: venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--build-constraint constraints.txt --editable '.[sim,dev,docs]'
+	$(BIN)/mkdocs build --strict
+
+gpu-check: venv
+	@$(BIN)/python -c "import fedkernels as fk; print('GPU kernels here:', \
+		'triton' if 'triton' in fk.backends() else 'none exist yet; all kernels run on the CPU')"
+
+clean:
+	rm -rf build dist site htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,32 @@
+"""The algebra of fedbraid: updates as linear objects, their bytes, the gate, and exact sums."""
+
+from aggregators.carry import Carry
+from aggregators.codec import decode, encode
+from aggregators.dense import Dense
+from aggregators.gate import Admitted, GateContext, admit, gate, match_targets
+from aggregators.layout import Layout, TensorSpec
+from aggregators.low_rank import Factors, LowRank
+from aggregators.mixing import Aggregate, aggregate, average_factors
+from aggregators.update import Update, UpdateRejected, Verdict
+
+__all__ = [
+    "Admitted",
+    "Aggregate",
+    "Carry",
+    "Dense",
+    "Factors",
+    "GateContext",
+    "Layout",
+    "LowRank",
+    "TensorSpec",
+    "Update",
+    "UpdateRejected",
+    "Verdict",
+    "admit",
+    "aggregate",
+    "average_factors",
+    "decode",
+    "encode",
+    "gate",
+    "match_targets",
+]

@@ -1,0 +1,240 @@
+"""Updates as bytes and back: one safetensors buffer with canonical JSON metadata, never pickle.
+
+``decode`` is a trust boundary: on any bytes whatever it returns an update or raises UpdateRejected.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from aggregators.dense import Dense
+from aggregators.layout import Layout
+from aggregators.low_rank import LowRank
+from aggregators.update import Update, UpdateRejected, Verdict
+
+SCHEMA = 1
+METADATA_KEY = "fedbraid"
+HEADER_LIMIT = 16 << 20
+WIRE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+INT8_STEPS = 127
+
+Header = dict[str, Any]
+
+
+def pack(header: Header, tensors: dict[str, Tensor]) -> bytes:
+    """One safetensors buffer: tensors sorted by name, ``header`` as canonical JSON metadata."""
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    return save_tensors(ordered, metadata={METADATA_KEY: text})
+
+
+def unpack(data: bytes, max_bytes: int | None = None) -> tuple[Header, dict[str, Tensor]]:
+    """Header and tensors of a buffer that ``pack`` wrote. Raises UpdateRejected for anything else.
+
+    Every tensor gets memory of its own: a buffer's tensors lie at any alignment, and the alignment
+    decides how some kernels order their sums.
+    """
+    if max_bytes is not None and len(data) > max_bytes:
+        raise UpdateRejected(
+            Verdict.TOO_LARGE, f"{len(data)} bytes exceed the limit of {max_bytes}"
+        )
+    if len(data) < 8:
+        raise UpdateRejected(Verdict.MALFORMED, f"{len(data)} bytes are too few for a header")
+    size = int.from_bytes(data[:8], "little")
+    if size > min(HEADER_LIMIT, len(data) - 8):
+        raise UpdateRejected(Verdict.MALFORMED, f"the header claims {size} bytes")
+    try:
+        outer = json.loads(data[8 : 8 + size])
+        header = json.loads(outer["__metadata__"][METADATA_KEY], parse_constant=_refuse)
+        tensors = {name: tensor.clone() for name, tensor in load_tensors(data).items()}
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
+        raise UpdateRejected(Verdict.MALFORMED, f"unreadable header: {error}") from None
+    except (SafetensorError, RuntimeError, OverflowError, MemoryError) as error:
+        raise UpdateRejected(Verdict.MALFORMED, f"unreadable tensors: {error}") from None
+    if not isinstance(header, dict):
+        raise UpdateRejected(Verdict.MALFORMED, "the header is not a JSON object")
+    return header, tensors
+
+
+def encode(update: Update, dtype: str | None = None) -> bytes:
+    """An update as bytes: lossless by default, or with float32, bfloat16, float16 or int8 values.
+
+    int8 is symmetric with one float32 scale per rank component (Dense: per row).
+    """
+    header, tensors = update_parts(update, dtype)
+    return pack(header, tensors)
+
+
+def decode(data: bytes, layout: Layout, *, max_bytes: int | None = None) -> Update:
+    """The update that bytes describe, in ``layout``. Raises UpdateRejected and nothing else."""
+    header, tensors = unpack(data, max_bytes)
+    return update_from_parts(header, tensors, layout)
+
+
+def update_parts(update: Update, dtype: str | None = None) -> tuple[Header, dict[str, Tensor]]:
+    """Header and tensors of an update, for an envelope that carries more beside them."""
+    if dtype is not None and dtype not in WIRE_DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(WIRE_DTYPES)}")
+    header = {"schema": SCHEMA, "family": update.family, "layout": update.layout.fingerprint}
+    tensors: dict[str, Tensor] = {}
+    if isinstance(update, LowRank):
+        for name, factors in update.factors.items():
+            _put(tensors, f"{name}#B", factors.B, dtype, dim=0)
+            _put(tensors, f"{name}#A", factors.A, dtype, dim=1)
+            tensors[f"{name}#scale"] = _collapsed(factors.scale)
+    elif isinstance(update, Dense):
+        for name, tensor in update.tensors.items():
+            _put(tensors, f"{name}#D", tensor, dtype, dim=-1)
+    else:
+        raise TypeError(f"no codec for the family {update.family!r}")
+    return header, tensors
+
+
+def update_from_parts(header: Header, tensors: dict[str, Tensor], layout: Layout) -> Update:
+    """Check header and tensors and build the update. Raises UpdateRejected and nothing else."""
+    if header.get("schema") != SCHEMA:
+        raise UpdateRejected(Verdict.MALFORMED, f"schema {header.get('schema')!r} is not {SCHEMA}")
+    if header.get("layout") != layout.fingerprint:
+        raise UpdateRejected(
+            Verdict.WRONG_LAYOUT,
+            f"layout {str(header.get('layout'))[:12]} is not the run's {layout.fingerprint[:12]}",
+        )
+    readers: dict[str, Callable[[dict[str, Tensor], Layout], Update]] = {
+        "low_rank": _read_low_rank,
+        "dense": _read_dense,
+    }
+    family = header.get("family")
+    if not isinstance(family, str) or family not in readers:
+        raise UpdateRejected(Verdict.WRONG_FAMILY, f"unknown update family {family!r}")
+    return readers[family](tensors, layout)
+
+
+def _read_low_rank(tensors: dict[str, Tensor], layout: Layout) -> LowRank:
+    parts = _grouped(tensors, layout, {"B", "A", "scale"}, {"B.s", "A.s"})
+    factors = {}
+    for name, found in parts.items():
+        b = _get(found, "B", name, dim=0)
+        a = _get(found, "A", name, dim=1)
+        scale = found["scale"]
+        if len(layout.shape(name)) != 2:
+            raise UpdateRejected(Verdict.SHAPE, f"layer {name!r} is no matrix: no low-rank change")
+        rows, columns = layout.shape(name)
+        if b.ndim != 2 or a.ndim != 2 or b.shape[0] != rows or a.shape[1] != columns:
+            raise UpdateRejected(
+                Verdict.SHAPE,
+                f"layer {name!r}: B {list(b.shape)} and A {list(a.shape)} do not fit"
+                f" {[rows, columns]}",
+            )
+        if b.shape[1] != a.shape[0] or b.shape[1] < 1:
+            raise UpdateRejected(
+                Verdict.SHAPE, f"layer {name!r}: B has rank {b.shape[1]}, A has rank {a.shape[0]}"
+            )
+        if scale.dtype != torch.float64 or scale.ndim != 1:
+            raise UpdateRejected(Verdict.DTYPE, f"layer {name!r}: scale must be a float64 vector")
+        if scale.shape[0] not in (1, b.shape[1]):
+            raise UpdateRejected(Verdict.SHAPE, f"layer {name!r}: {scale.shape[0]} scales")
+        _finite(scale, name)
+        factors[name] = (b, a, scale.expand(b.shape[1]).clone())
+    return LowRank(layout, factors)
+
+
+def _read_dense(tensors: dict[str, Tensor], layout: Layout) -> Dense:
+    found = {}
+    for name, parts in _grouped(tensors, layout, {"D"}, {"D.s"}).items():
+        tensor = _get(parts, "D", name, dim=-1)
+        if tuple(tensor.shape) != layout.shape(name):
+            raise UpdateRejected(
+                Verdict.SHAPE,
+                f"layer {name!r}: shape {list(tensor.shape)} is not {list(layout.shape(name))}",
+            )
+        found[name] = tensor
+    return Dense(layout, found)
+
+
+def _grouped(
+    tensors: dict[str, Tensor], layout: Layout, required: set[str], optional: set[str]
+) -> dict[str, dict[str, Tensor]]:
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition("#")
+        if name not in layout:
+            raise UpdateRejected(Verdict.UNKNOWN_TENSOR, f"the layout has no tensor {name!r}")
+        if part not in required | optional:
+            raise UpdateRejected(Verdict.MALFORMED, f"layer {name!r}: unknown part {part!r}")
+        groups.setdefault(name, {})[part] = tensor
+    for name, parts in groups.items():
+        missing = required - parts.keys()
+        if missing:
+            raise UpdateRejected(
+                Verdict.MALFORMED, f"layer {name!r}: part {min(missing)!r} is missing"
+            )
+    return {name: groups[name] for name in sorted(groups, key=layout.tensor_id)}
+
+
+def _put(tensors: dict[str, Tensor], key: str, value: Tensor, dtype: str | None, dim: int) -> None:
+    if dtype is None:
+        tensors[key] = value.detach()
+        return
+    if dtype != "int8":
+        tensors[key] = value.detach().to(WIRE_DTYPES[dtype])
+        return
+    values = value.detach().float()
+    largest = values.abs().amax(dim=dim, keepdim=True) if values.ndim else values.abs()
+    step = largest / INT8_STEPS
+    safe = torch.where(step > 0, step, torch.ones_like(step))
+    tensors[key] = torch.round(values / safe).clamp(-INT8_STEPS, INT8_STEPS).to(torch.int8)
+    tensors[f"{key}.s"] = step
+
+
+def _get(parts: dict[str, Tensor], part: str, name: str, dim: int) -> Tensor:
+    value, step = parts[part], parts.get(f"{part}.s")
+    if value.dtype == torch.int8:
+        if step is None or step.dtype != torch.float32:
+            raise UpdateRejected(Verdict.DTYPE, f"layer {name!r}: int8 {part} without its scales")
+        if value.ndim == 0:
+            expected = ()
+        else:
+            sizes = list(value.shape)
+            sizes[dim] = 1
+            expected = tuple(sizes)
+        if tuple(step.shape) != expected:
+            raise UpdateRejected(Verdict.SHAPE, f"layer {name!r}: scales of {part} do not fit")
+        _finite(step, name)
+        value = value.float() * step
+    elif step is not None:
+        raise UpdateRejected(Verdict.MALFORMED, f"layer {name!r}: scales beside {value.dtype}")
+    if not value.is_floating_point() or value.dtype not in (
+        torch.float64, torch.float32, torch.bfloat16, torch.float16,
+    ):  # fmt: skip
+        raise UpdateRejected(Verdict.DTYPE, f"layer {name!r}: {part} has the type {value.dtype}")
+    _finite(value, name)
+    return value
+
+
+def _finite(value: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise UpdateRejected(Verdict.NOT_FINITE, f"layer {name!r}: a value is NaN or infinite")
+
+
+def _collapsed(scale: Tensor) -> Tensor:
+    """One number where all are equal: the usual case, and shorter on the wire."""
+    if len(scale) > 0 and bool((scale == scale[0]).all()):
+        return scale[:1].clone()
+    return scale
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")

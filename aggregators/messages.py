@@ -1,0 +1,249 @@
+"""The messages that both sides speak: what a node can do, the plan down, the reply up.
+
+Each is one bytes object: the number of objects, not of bytes, costs time in Flower's transport.
+No message holds a clock, so equal work has equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Annotated, Any, Literal
+
+import fedkernels as fk
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from aggregators.codec import pack, unpack, update_from_parts, update_parts
+from aggregators.layout import Layout
+from aggregators.low_rank import LowRank
+from aggregators.update import Update, UpdateRejected, Verdict
+
+SCHEMA = 1
+MAX_EXAMPLES = 10**7
+Name = Annotated[str, Field(min_length=1, max_length=64)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=10**12)]
+Loss = Annotated[float, Field(ge=0, le=1e6)]
+
+ViewFactors = dict[str, tuple[Tensor, Tensor, Tensor]]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Plan(_Message):
+    """What one node is asked to do in one round."""
+
+    run: str
+    round: int = Field(ge=1)
+    node: Name
+    nonce: str = Field(min_length=16, max_length=64)
+    layout: Digest
+    base_model: str
+    base_digest: Digest
+    family: Literal["low_rank"]
+    action: Literal["train", "evaluate"]
+    preset: str
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    rslora: bool
+    dropout: float = Field(ge=0, lt=1)
+    target_modules: tuple[str, ...]
+    init: str
+    train_a: bool
+    start: Literal["fresh", "view"]
+    sends: Literal["factors", "delta"]
+    seed: int = Field(ge=0, lt=2**63)
+    shared_seed: int = Field(ge=0, lt=2**63)
+    local_steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    warmup_steps: int = Field(ge=0)
+    max_length: int = Field(ge=1)
+    dtype: str
+    wire_dtype: str | None
+    threads: int | None
+    evaluate: bool
+    deadline_seconds: float = Field(gt=0)
+    max_norm: float | None
+    rank_cap: int | None
+    data: dict[str, Any] | None = None
+
+    @property
+    def scale(self) -> float:
+        """s in the change s B A: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski, 2023)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class Evaluation(_Message):
+    """Sums over answer tokens: ``loss_sum`` in nats, ``correct`` greedy predictions."""
+
+    loss_sum: float = Field(ge=0, le=1e15)
+    tokens: Count
+    correct: Count
+    examples: Count
+
+
+class Report(_Message):
+    """What a node says of its work, beside the update itself."""
+
+    examples: int = Field(ge=1)
+    train_loss: Loss | None = None
+    train_loss_first: Loss | None = None
+    train_tokens: Count = 0
+    steps: Count = 0
+    evaluation: Evaluation | None = None
+
+
+class Envelope(_Message):
+    """Whose reply this is, to what, over which bytes."""
+
+    schema_version: Literal[1] = 1
+    run: str
+    round: int
+    node: str
+    nonce: str
+    layout: str
+    base_digest: str
+    payload_digest: str
+    report: Report
+
+
+class Capabilities(_Message):
+    """What a node has and can do."""
+
+    node: Name
+    examples: int = Field(ge=1)
+    held_out: Count
+    rank_limit: int = Field(ge=1)
+    base_digest: Digest
+    layout_json: str
+    threads: int = Field(ge=1)
+    memory_bytes: int = Field(ge=0)
+    device: str
+    versions: dict[str, str]
+
+    def to_bytes(self) -> bytes:
+        """JSON."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Capabilities:
+        """Read a node's answer; ValueError for anything else."""
+        found = cls.model_validate_json(data)
+        Layout.from_json(found.layout_json)
+        return found
+
+
+def encode_plan(plan: Plan, view: LowRank | None, dtype: str | None) -> bytes:
+    """A plan with the view of the global model that the node gets (None: the base itself)."""
+    header: dict[str, Any] = {"schema": SCHEMA, "plan": plan.model_dump(mode="json")}
+    tensors: dict[str, Tensor] = {}
+    if view is not None:
+        header["view"], tensors = update_parts(view, dtype)
+    return pack(header, tensors)
+
+
+def decode_plan(data: bytes) -> tuple[Plan, ViewFactors | None]:
+    """The plan, and the view's factors by tensor name. Raises UpdateRejected for anything else."""
+    header, tensors = unpack(data)
+    try:
+        plan = Plan.model_validate(header["plan"])
+    except (KeyError, ValueError) as error:
+        raise UpdateRejected(Verdict.MALFORMED, f"unreadable plan: {error}") from None
+    if "view" not in header:
+        return plan, None
+    # The node has no layout yet; the factors' own shapes make one, and are checked on use.
+    shapes = {
+        key.removesuffix("#B"): (value.shape[0], tensors[f"{key.removesuffix('#B')}#A"].shape[1])
+        for key, value in tensors.items()
+        if key.endswith("#B")
+    }
+    own = Layout(shapes)
+    view = update_from_parts({**header["view"], "layout": own.fingerprint}, tensors, own)
+    assert isinstance(view, LowRank)
+    return plan, {name: (f.B.float(), f.A.float(), f.scale) for name, f in view.factors.items()}
+
+
+def encode_reply(
+    *,
+    run: str,
+    round: int,
+    node: str,
+    nonce: str,
+    layout: str,
+    base_digest: str,
+    report: Report,
+    update: Update | None,
+    dtype: str | None,
+    train_a: bool = True,
+) -> bytes:
+    """A node's reply. With ``train_a`` False the server knows A, so only B travels."""
+    body = b"" if update is None else _encode_body(update, dtype, train_a)
+    envelope = Envelope(
+        run=run,
+        round=round,
+        node=node,
+        nonce=nonce,
+        layout=layout,
+        base_digest=base_digest,
+        payload_digest=hashlib.sha256(body).hexdigest(),
+        report=report,
+    )
+    content = torch.frombuffer(bytearray(body or b"\0"), dtype=torch.uint8)
+    return pack({"envelope": envelope.model_dump(mode="json")}, {"body": content} if body else {})
+
+
+def open_reply(data: bytes, max_bytes: int | None = None) -> tuple[Envelope, bytes]:
+    """Envelope and body of a reply, unchecked against any plan. Raises UpdateRejected."""
+    header, tensors = unpack(data, max_bytes)
+    try:
+        envelope = Envelope.model_validate(header["envelope"])
+    except KeyError:
+        raise UpdateRejected(Verdict.MALFORMED, "the reply has no envelope") from None
+    except ValueError as error:
+        raise _report_problem(error) from None
+    body = tensors.get("body")
+    if set(tensors) - {"body"} or (
+        body is not None and (body.dtype != torch.uint8 or body.ndim != 1)
+    ):
+        raise UpdateRejected(Verdict.MALFORMED, "the reply's body is not one string of bytes")
+    return envelope, b"" if body is None else body.numpy().tobytes()
+
+
+def shared_a(shared_seed: int, tensor_id: int, rank: int, in_features: int) -> Tensor:
+    """The A [rank, in] that a seed stands for: the same bits on every device.
+
+    Rademacher entries with the variance of peft's Kaiming-uniform start, 1 / (3 in). A smaller rank
+    gives the first rows of a larger one.
+    """
+    rows = [
+        fk.noise(fk.derive_seed(shared_seed, row), tensor_id, (in_features,)) for row in range(rank)
+    ]
+    return torch.stack(rows) / math.sqrt(3 * in_features)
+
+
+def _encode_body(update: Update, dtype: str | None, train_a: bool) -> bytes:
+    header, tensors = update_parts(update, dtype)
+    if not train_a:
+        header["a"] = "shared"
+        tensors = {k: v for k, v in tensors.items() if not k.endswith(("#A", "#A.s"))}
+    return pack(header, tensors)
+
+
+def _report_problem(error: ValueError) -> UpdateRejected:
+    """Numbers out of range have verdicts of their own; the rest is a malformed envelope."""
+    details = getattr(error, "errors", list)()
+    for problem in details:
+        where = ".".join(str(part) for part in problem["loc"])
+        if where == "report.examples":
+            return UpdateRejected(Verdict.WEIGHT, f"examples: {problem['msg']}")
+        if problem["type"] == "finite_number":
+            return UpdateRejected(Verdict.NOT_FINITE, f"{where} is NaN or infinite")
+    first = details[0] if details else {"loc": (), "msg": str(error)}
+    where = ".".join(str(part) for part in first["loc"])
+    return UpdateRejected(Verdict.MALFORMED, f"envelope {where}: {first['msg']}")

@@ -1,0 +1,115 @@
+"""Weighted sums of updates: exact within a family, and families add."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from aggregators.codec import encode
+from aggregators.dense import Dense
+from aggregators.layout import Layout
+from aggregators.low_rank import LowRank, stack
+from aggregators.update import Update, require_layout
+
+Weighted = tuple[Any, float]
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """One update per family; ``shares`` are the weights that the inputs got, in input order."""
+
+    updates: dict[str, Update]
+    shares: list[float]
+    layout: Layout
+
+    def dense(self, layout: Layout | None = None) -> dict[str, Tensor]:
+        """The whole change as float64 tensors."""
+        require_layout(layout or self.layout, self.layout)
+        total: dict[str, Tensor] = {}
+        for _, update in sorted(self.updates.items()):
+            for name, change in update.dense().items():
+                total[name] = total[name] + change if name in total else change
+        return total
+
+
+def aggregate(
+    updates: Sequence[Weighted],
+    layout: Layout,
+    mixing: Literal["add", "mean"] = "add",
+    family_weights: Mapping[str, float] | None = None,
+) -> Aggregate:
+    """The weighted sum of updates, the same bits in whatever order they come.
+
+    "add": sum over families f of lambda_f * (weighted mean within f), lambda_f = 1 by default. One
+    mean over all nodes ("mean") divides the strong families' steps by the share of the weak ones.
+    Raises ValueError for no updates, for weights that are not positive and finite, for another layout.
+    """
+    if not updates:
+        raise ValueError("there are no updates to aggregate")
+    if mixing not in ("add", "mean"):
+        raise ValueError(f"mixing {mixing!r} is neither 'add' nor 'mean'")
+    for update, weight in updates:
+        require_layout(update.layout, layout)
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"weight {weight!r} is not a positive number")
+    lambdas = dict(family_weights or {})
+    groups: dict[str, list[int]] = {}
+    for index, (update, _) in enumerate(updates):
+        groups.setdefault(update.family, []).append(index)
+    everyone = math.fsum(weight for _, weight in updates)
+    shares = [0.0] * len(updates)
+    totals: dict[str, Update] = {}
+    for family, members in sorted(groups.items()):
+        within = math.fsum(updates[index][1] for index in members)
+        divisor = within if mixing == "add" else everyone
+        for index in members:
+            shares[index] = lambdas.get(family, 1.0) * updates[index][1] / divisor
+        order = members
+        if len(members) > 1:
+            order = sorted(members, key=lambda i: (_order_key(updates[i][0]), shares[i]))
+        totals[family] = _total([updates[index][0] * shares[index] for index in order])
+    return Aggregate(totals, shares, layout)
+
+
+def average_factors(updates: Sequence[tuple[LowRank, float]], rank: int) -> LowRank:
+    """FedIT done correctly: zero-pad to ``rank``, then average B and A separately.
+
+    The product of the averages has cross terms B_i A_j that no node computed; this is the baseline,
+    not the rule. Scales are folded into B.
+    """
+    layout = updates[0][0].layout
+    total = math.fsum(weight for _, weight in updates)
+    means: dict[str, tuple[Tensor, Tensor, float]] = {}
+    for name in sorted(updates[0][0].factors, key=layout.tensor_id):
+        rows, columns = layout.shape(name)
+        mean_b = torch.zeros(rows, rank, dtype=torch.float64)
+        mean_a = torch.zeros(rank, columns, dtype=torch.float64)
+        for update, weight in updates:
+            factors = update.factors[name]
+            width = factors.B.shape[1]
+            mean_b[:, :width] += (weight / total) * factors.B.double() * factors.scale
+            mean_a[:width] += (weight / total) * factors.A.double()
+        means[name] = (mean_b.float(), mean_a.float(), 1.0)
+    return LowRank(layout, means)
+
+
+def _total(updates: list[Any]) -> Update:
+    first = updates[0]
+    if isinstance(first, LowRank):
+        return stack(updates)
+    assert isinstance(first, Dense)
+    total = first
+    for update in updates[1:]:
+        total = total + update
+    return total
+
+
+def _order_key(update: Update) -> str:
+    """Content decides the order of summation, so the order of arrival cannot."""
+    return hashlib.sha256(encode(update)).hexdigest()

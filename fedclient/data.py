@@ -1,0 +1,224 @@
+"""A node's data: its partition of a source, what it holds out, and batches of token ids.
+
+Dividing is done by flwr-datasets' partitioners. A question is held out everywhere or nowhere: its hash
+decides, so no held-out question is in any node's training set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fedclient.loss import IGNORED
+from fedclient.records import DataError, Example, read_examples
+
+__all__ = ["DataError", "DataSpec", "Example", "NodeData", "Tokens", "batches", "eval_batches",
+           "load_partition", "prompt_ids", "tokenise"]  # fmt: skip
+
+Batch = dict[str, Tensor]
+HASH_RANGE = float(1 << 64)
+
+
+class DataSpec(BaseModel):
+    """Where data come from and how they are divided. ``categories``: for each node, its list."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = "chatterbot"
+    partition: Literal["categories", "category", "dirichlet", "iid", "shards"] = "iid"
+    key: str | None = None
+    alpha: float = Field(default=0.5, gt=0)
+    categories: tuple[tuple[str, ...], ...] | None = None
+    nodes: int = Field(default=1, ge=1)
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    held_out_max: int = Field(default=64, ge=1)
+    limit_per_node: int | None = Field(default=None, ge=1)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class NodeData:
+    """What one node trains on and what it only evaluates on; disjoint by question."""
+
+    train: list[Example]
+    held_out: list[Example]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of one example; the answer, which is what is learnt, begins at ``labels_from``."""
+
+    ids: list[int]
+    labels_from: int
+
+
+def load_partition(spec: DataSpec, index: int) -> NodeData:
+    """The data of node ``index``. Raises DataError."""
+    examples = read_examples(spec.source, spec.key)
+    mine = _part(examples, spec, index)
+    # The order within a node is by content and seed: a source's own order is often by topic.
+    mine = sorted(mine, key=lambda e: _hash(spec.seed, "order", *e.messages[-2:]))
+    train, held_out = [], []
+    for example in mine:
+        (held_out if _is_held_out(example, spec) else train).append(example)
+    if not held_out and len(train) > 1:
+        lowest = min(train, key=lambda e: _hash(spec.seed, "held", e.question))
+        held_out = [e for e in train if e.question == lowest.question]
+        train = [e for e in train if e.question != lowest.question] or train
+    held_out = held_out[: spec.held_out_max]
+    if spec.limit_per_node is not None:
+        train = train[: spec.limit_per_node]
+    if not train or not held_out:
+        raise DataError(
+            f"{spec.source}: node {index} gets {len(mine)} examples, too few to train and to hold"
+            " some out; use fewer nodes or another partition"
+        )
+    summed = hashlib.sha256()
+    for part in (train, held_out):
+        summed.update(repr([(e.messages, e.category) for e in part]).encode())
+    return NodeData(train, held_out, summed.hexdigest())
+
+
+def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
+    """Token ids of everything before the answer."""
+    return list(tokenizer(_prompt(example, tokenizer), add_special_tokens=False)["input_ids"])
+
+
+def tokenise(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Tokens]:
+    """Prompt, answer and end token of each example.
+
+    A prompt that is too long loses its beginning, an answer its end; at least half of ``max_length``
+    is the prompt's if it needs it. Prompt and answer are tokenised apart, so that the boundary is
+    where generation begins.
+    """
+    end = tokenizer.eos_token_id
+    found = []
+    for example in examples:
+        prompt = prompt_ids(example, tokenizer)
+        answer = list(tokenizer(example.messages[-1][1], add_special_tokens=False)["input_ids"])
+        answer += [end] if end is not None else []
+        answer = answer[: max(1, max_length - min(len(prompt), max_length // 2))]
+        prompt = prompt[-(max_length - len(answer)) :] if len(answer) < max_length else prompt[-1:]
+        found.append(Tokens(prompt + answer, len(prompt)))
+    return found
+
+
+def batches(
+    tokens: Sequence[Tokens], batch_size: int, steps: int, seed: int, pad_id: int
+) -> Iterator[Batch]:
+    """``steps`` training batches, reshuffled every epoch; a function of its arguments alone."""
+    chance = random.Random(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        chosen: list[int] = []
+        while len(chosen) < min(batch_size, len(tokens)):
+            if not order:
+                order = list(range(len(tokens)))
+                chance.shuffle(order)
+            chosen.append(order.pop())
+        yield _collate([tokens[index] for index in chosen], pad_id)
+
+
+def eval_batches(tokens: Sequence[Tokens], batch_size: int, pad_id: int) -> Iterator[Batch]:
+    """All examples once, neighbours of like length together."""
+    ordered = sorted(tokens, key=lambda t: (len(t.ids), t.ids))
+    for start in range(0, len(ordered), batch_size):
+        yield _collate(ordered[start : start + batch_size], pad_id)
+
+
+def _collate(chosen: Sequence[Tokens], pad_id: int) -> Batch:
+    """Right padding, masked by length: the pad token may be the end token, which is learnt."""
+    longest = max(len(tokens.ids) for tokens in chosen)
+    ids = torch.full((len(chosen), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for row, tokens in enumerate(chosen):
+        values = torch.tensor(tokens.ids)
+        ids[row, : len(values)] = values
+        mask[row, : len(values)] = 1
+        labels[row, tokens.labels_from : len(values)] = values[tokens.labels_from :]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _prompt(example: Example, tokenizer: Any) -> str:
+    messages = [{"role": role, "content": text} for role, text in example.messages[:-1]]
+    if getattr(tokenizer, "chat_template", None) is None:
+        asked = "\n".join(f"Question: {m['content']}" for m in messages)
+        return f"{asked}\nAnswer: "
+    template = str(tokenizer.chat_template)
+    if messages[0]["role"] != "system" and "messages[0]['role'] != 'system'" in template:
+        # Some templates put a system prompt of their own before every question; an empty one of
+        # ours keeps them from it and saves its tokens in every example.
+        messages.insert(0, {"role": "system", "content": ""})
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _part(examples: list[Example], spec: DataSpec, index: int) -> list[Example]:
+    if not 0 <= index < spec.nodes:
+        raise DataError(f"node {index} has no part: the data are divided over {spec.nodes} nodes")
+    if spec.partition == "categories":
+        return _listed(examples, spec, index)
+    if spec.nodes == 1:
+        return examples
+    from datasets import Dataset
+    from flwr_datasets import partitioner as partitioners
+
+    rows = Dataset.from_dict(
+        {"row": list(range(len(examples))), "category": [e.category for e in examples]}
+    )
+    by: Any
+    if spec.partition == "iid":
+        by = partitioners.IidPartitioner(num_partitions=spec.nodes)
+        rows = rows.shuffle(seed=spec.seed % 2**32)
+    elif spec.partition == "dirichlet":
+        by = partitioners.DirichletPartitioner(
+            num_partitions=spec.nodes, partition_by="category", alpha=spec.alpha,
+            min_partition_size=2, seed=spec.seed % 2**32,
+        )  # fmt: skip
+    elif spec.partition == "shards":
+        by = partitioners.ShardPartitioner(
+            num_partitions=spec.nodes, partition_by="category", num_shards_per_partition=2,
+            seed=spec.seed % 2**32,
+        )  # fmt: skip
+    else:
+        by = partitioners.NaturalIdPartitioner(partition_by="category")
+        known = len({example.category for example in examples})
+        if known < spec.nodes:
+            raise DataError(
+                f"{spec.source}: {known} categories cannot serve {spec.nodes} nodes; set data.key"
+            )
+    by.dataset = rows
+    try:
+        chosen = by.load_partition(index)["row"]
+    except (ValueError, RuntimeError) as error:
+        raise DataError(f"{spec.source}: cannot be divided ({spec.partition}): {error}") from None
+    return [examples[row] for row in chosen]
+
+
+def _listed(examples: list[Example], spec: DataSpec, index: int) -> list[Example]:
+    import difflib
+
+    assert spec.categories is not None
+    known = {example.category for example in examples}
+    wanted = set(spec.categories[index])
+    for category in sorted(wanted - known):
+        near = difflib.get_close_matches(category, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known))}"
+        raise DataError(f"{spec.source}: no category {category!r}{hint}")
+    return [example for example in examples if example.category in wanted]
+
+
+def _is_held_out(example: Example, spec: DataSpec) -> bool:
+    return _hash(spec.seed, "held", example.question) / HASH_RANGE < spec.held_out
+
+
+def _hash(*parts: Any) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")

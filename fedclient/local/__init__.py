@@ -1,0 +1,1 @@
+"""Local training methods, one file each."""

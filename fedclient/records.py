@@ -1,0 +1,163 @@
+"""Examples from their sources: the embedded conversations, JSON lines, or a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EMBEDDED = "chatterbot"
+HUB_PREFIX = "hf:"
+ROLES = ("system", "user", "assistant")
+QUESTION_KEYS = ("instruction", "question", "prompt", "input", "text")
+ANSWER_KEYS = ("output", "response", "answer", "completion", "target")
+CONTEXT_KEYS = ("context", "input")
+
+
+class DataError(Exception):
+    """What is wrong with the data, in which file and line, and what to do."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One exchange: (role, content) messages, the last of them the assistant's answer."""
+
+    messages: tuple[tuple[str, str], ...]
+    category: str
+
+    @property
+    def question(self) -> str:
+        """The last user message, folded for comparison."""
+        return " ".join(self.messages[-2][1].lower().split())
+
+
+def read_examples(source: str, key: str | None = None) -> list[Example]:
+    """All examples of a source. ``key`` names the column that becomes ``category``."""
+    if source == EMBEDDED:
+        return _embedded()
+    if source.startswith(HUB_PREFIX):
+        return _checked(_from_hub(source.removeprefix(HUB_PREFIX)), source, key)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"data source {source!r}: there is no such file; use {EMBEDDED!r}, a .jsonl or .jsonl.gz"
+            f" file, or {HUB_PREFIX}NAME"
+        )
+    return _checked(_lines(path), str(path), key)
+
+
+def _embedded() -> list[Example]:
+    """The chatterbot-corpus package (BSD): consecutive utterances of every English conversation."""
+    import yaml
+
+    try:
+        import chatterbot_corpus
+    except ImportError:
+        raise DataError(
+            "the embedded data need the package chatterbot-corpus: pip install 'fedbraid[client]'"
+        ) from None
+    folder = Path(next(iter(chatterbot_corpus.__path__))) / "data" / "english"
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    examples = []
+    for path in sorted(folder.glob("*.yml")):
+        with path.open(encoding="utf-8") as file:
+            conversations = yaml.load(file, Loader=loader)["conversations"]
+        for talk in conversations:
+            for asked, answered in zip(talk, talk[1:], strict=False):
+                messages = (("user", str(asked)), ("assistant", str(answered)))
+                examples.append(Example(messages, path.stem))
+    return examples
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(
+        encoding="utf-8"
+    )  # fmt: skip
+    number = 0
+    try:
+        with opened as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{where}: not a JSON object: {error}") from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{where}: not a JSON object but {type(row).__name__}")
+                yield where, row
+    except (UnicodeDecodeError, OSError, EOFError) as error:
+        raise DataError(f"{path}:{number + 1}: cannot be read: {error}") from None
+
+
+def _from_hub(name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split="train")
+    except (OSError, ValueError, ConnectionError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"dataset {name!r} cannot be loaded: {first}") from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}:{number}", row
+
+
+def _checked(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], source: str, key: str | None
+) -> list[Example]:
+    examples = []
+    for where, row in rows:
+        if key is not None and key not in row:
+            near = difflib.get_close_matches(key, row, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(row)}"
+            raise DataError(f"{where}: no column {key!r}{hint}")
+        category = str(row[key]) if key is not None else str(row.get("category", ""))
+        examples.append(Example(_messages(where, row), category))
+    if not examples:
+        raise DataError(f"{source}: holds no example")
+    return examples
+
+
+def _messages(where: str, row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    if "messages" in row:
+        return _given_messages(where, row["messages"])
+    question = next((k for k in QUESTION_KEYS if _is_text(row.get(k))), None)
+    answer = next((k for k in ANSWER_KEYS if k != question and k in row), None)
+    if question is None or answer is None or row[answer] is None:
+        raise DataError(
+            f"{where}: needs 'messages', or a question ({', '.join(QUESTION_KEYS)}) and an answer"
+            f" ({', '.join(ANSWER_KEYS)}); it has {', '.join(map(str, row)) or 'nothing'}"
+        )
+    answered = str(row[answer])
+    if not answered.strip():
+        raise DataError(f"{where}: {answer!r} is empty")
+    asked = str(row[question])
+    for extra in CONTEXT_KEYS:
+        if extra != question and _is_text(row.get(extra)):
+            asked = f"{asked}\n\n{row[extra]}"
+            break
+    return (("user", asked), ("assistant", answered))
+
+
+def _given_messages(where: str, given: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(given, list):
+        raise DataError(f"{where}: 'messages' is not a list")
+    messages = []
+    for message in given:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise DataError(f"{where}: every message needs a role among {', '.join(ROLES)}")
+        if not _is_text(message.get("content")):
+            raise DataError(f"{where}: a message without content")
+        messages.append((str(message["role"]), str(message["content"])))
+    if len(messages) < 2 or messages[-1][0] != "assistant" or messages[-2][0] != "user":
+        raise DataError(f"{where}: messages must end with a user's and the assistant's")
+    return tuple(messages)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())

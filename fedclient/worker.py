@@ -1,0 +1,213 @@
+"""What a node does with a plan: load its base and data, evaluate the view, train, answer.
+
+The worker is the whole node behind the transport. It speaks bytes on both sides, so the in-process
+grid, Ray and a SuperNode run the very same code.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from aggregators import Layout
+from aggregators.messages import (
+    Capabilities,
+    Evaluation,
+    Plan,
+    Report,
+    decode_plan,
+    encode_reply,
+)
+
+from fedclient import base_model, data
+from fedclient.evaluation import evaluate
+from fedclient.local import lora
+
+EVALUATION_BATCH = 16
+
+Progress = Callable[[str, int, int, float], None]
+
+
+class NodeError(Exception):
+    """Why this node cannot do what it was asked; one line that the coordinator records."""
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """A node's own settings. ``index`` is its position among the simulated nodes."""
+
+    index: int = 0
+    name: str | None = None
+    data: str | None = None
+    rank_limit: int = 1 << 16
+
+
+class Worker:
+    """Answers the coordinator's questions. ``progress`` hears (node, step, steps, loss)."""
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self._progress = progress
+        # The base model is shared by all nodes of this process and wrapped while one trains.
+        self._lock = threading.Lock()
+
+    def capabilities(self, query: Mapping[str, Any], settings: NodeSettings) -> Capabilities:
+        """What this node has and can do, for a run described by the coordinator's query."""
+        with self._lock, _threads(query["threads"]):
+            base = base_model.load(query["base_model"], query["dtype"])
+            own = _load_data(query["data"], settings)
+            names = query["names"]
+            default = names[settings.index] if settings.index < len(names) else f"node-{settings.index}"
+            return Capabilities(
+                node=settings.name or default,
+                examples=len(own.train),
+                held_out=len(own.held_out),
+                rank_limit=settings.rank_limit,
+                base_digest=base.digest,
+                layout_json=Layout.from_model(base.model).to_json(),
+                threads=os.cpu_count() or 1,
+                memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+                device="cuda" if torch.cuda.is_available() else "cpu",
+                versions={
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "transformers": version("transformers"),
+                    "peft": version("peft"),
+                },
+            )
+
+    def work(self, payload: bytes, settings: NodeSettings) -> bytes:
+        """Do what a plan asks for and return the signed-to-be envelope's bytes."""
+        plan, view = decode_plan(payload)
+        with self._lock, _threads(plan.threads), _scoped_randomness(plan.seed):
+            return self._work(plan, view, settings)
+
+    def _work(
+        self, plan: Plan, view: Mapping[str, lora.Factors] | None, settings: NodeSettings
+    ) -> bytes:
+        base = base_model.load(plan.base_model, plan.dtype)
+        if base.digest != plan.base_digest:
+            raise NodeError(
+                f"base model {plan.base_model}: this node holds {base.digest[:12]}, the run uses"
+                f" {plan.base_digest[:12]}; fetch the run's model"
+            )
+        layout = Layout.from_model(base.model)
+        if layout.fingerprint != plan.layout:
+            raise NodeError("the plan is for a model of another layout")
+        own = _load_data(plan.data, settings)
+        pad = _pad_id(base.tokenizer)
+        evaluation, update = None, None
+        result: lora.TrainingResult | None = None
+        whole_view = plan.start == "view" and plan.action == "evaluate"
+        shown = plan.model_copy(update={"start": "fresh"}) if whole_view else plan
+        with lora.adapted(base.model, layout, shown, view) as wrapped:
+            if plan.evaluate or plan.action == "evaluate":
+                held_out = _tokens(plan, settings, base, "held_out")
+                batches = data.eval_batches(held_out, EVALUATION_BATCH, pad)
+                evaluation = Evaluation.model_validate(vars(evaluate(wrapped, batches)))
+            if plan.action == "train":
+                tokens = _tokens(plan, settings, base, "train")
+                before = lora.read_factors(wrapped, layout, plan)
+                stream = data.batches(tokens, plan.batch_size, plan.local_steps, plan.seed, pad)
+                result = lora.train(wrapped, stream, plan, self._report_to(plan.node))
+                after = lora.read_factors(wrapped, layout, plan)
+                update = lora.local_update(before, after, layout, plan)
+        report = Report(
+            examples=len(own.train),
+            train_loss=result.last_loss if result else None,
+            train_loss_first=result.first_loss if result else None,
+            train_tokens=result.tokens if result else 0,
+            steps=result.steps if result else 0,
+            evaluation=evaluation,
+        )
+        return _answer(plan, base.digest, report, update)
+
+    def _report_to(self, node: str) -> Callable[[int, int, float], None] | None:
+        if self._progress is None:
+            return None
+        progress = self._progress
+        return lambda step, steps, loss: progress(node, step, steps, loss)
+
+
+def _answer(plan: Plan, base_digest: str, report: Report, update: Any) -> bytes:
+    return encode_reply(
+        run=plan.run,
+        round=plan.round,
+        node=plan.node,
+        nonce=plan.nonce,
+        layout=plan.layout,
+        base_digest=base_digest,
+        report=report,
+        update=update,
+        dtype=plan.wire_dtype,
+        train_a=plan.train_a,
+    )
+
+
+def _load_data(specification: Mapping[str, Any] | None, settings: NodeSettings) -> data.NodeData:
+    chosen = dict(specification or {})
+    index = settings.index
+    if settings.data is not None:
+        # A device's own file is wholly its own: there is nothing to divide.
+        chosen |= {"source": settings.data, "partition": "iid", "nodes": 1, "categories": None}
+        chosen["key"] = None
+        index = 0
+    if not chosen:
+        raise NodeError("this node has no data: start it with --node-config 'data=\"FILE\"'")
+    return _partition(data.DataSpec.model_validate(chosen).model_dump_json(), index)
+
+
+@lru_cache(maxsize=64)
+def _partition(specification: str, index: int) -> data.NodeData:
+    return data.load_partition(data.DataSpec.model_validate_json(specification), index)
+
+
+def _tokens(
+    plan: Plan, settings: NodeSettings, base: base_model.LoadedModel, part: str
+) -> list[Any]:
+    own = _load_data(plan.data, settings)
+    return data.tokenise(getattr(own, part), base.tokenizer, plan.max_length)
+
+
+def _pad_id(tokenizer: Any) -> int:
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+class _threads:
+    """Compute with a fixed number of threads: the order of sums, so the bits, depend on it."""
+
+    def __init__(self, count: int | None) -> None:
+        self._count = count
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        if self._count is not None:
+            torch.set_num_threads(self._count)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)
+        gc.collect()
+
+
+class _scoped_randomness:
+    """Seed torch for dropout and peft's own initialisations, and restore what was there."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __enter__(self) -> None:
+        self._before = torch.get_rng_state()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_rng_state(self._before)

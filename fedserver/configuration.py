@@ -1,0 +1,307 @@
+"""The configuration of a run: one TOML file, strict keys, one canonical identity.
+
+A scenario file is read here because both the simulator and a deployed Flower ServerApp need it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from aggregators.presets import PRESETS
+
+SCENARIO_FOLDER = Path(__file__).resolve().parent.parent / "simulations" / "scenarios"
+
+NON_LINEAR_VARIANTS = {
+    "dora": "its magnitude rescales the whole column, so two nodes' changes do not add",
+    "vera": "its change is not a free B @ A; frozen shared factors are the preset 'ffa-lora'",
+    "adalora": "its singular values are pruned during training, so ranks differ from the plan's",
+    "qalora": "it pools the input before A, so the change is not B @ A in the layout",
+    "ia3": "it rescales activations instead of adding B @ A",
+}
+BASE_CHANGING_INITS = {
+    "pissa": "it moves a part of the base into the adapter",
+    "olora": "it moves a part of the base into the adapter",
+    "corda": "it moves a part of the base into the adapter",
+    "loftq": "it changes the quantised base",
+    "eva": "it needs a pass over the node's activations that this version does not make",
+    "previous": "the node's own last A would be lost with a node that restarts",
+}
+Fault = Literal["nan", "shape", "layout", "twice", "late", "never", "crash"]
+
+
+class ConfigurationError(Exception):
+    """What is wrong with a scenario, where, and what to do. Never needs a traceback."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class NodeConfiguration(_Strict):
+    """What is asked of one node; unset values come from the run's."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")
+    lora_r: int | None = Field(default=None, ge=1, description="LoRA rank of this node")
+    lora_alpha: float | None = Field(default=None, gt=0)
+    categories: tuple[str, ...] | None = Field(
+        default=None, description="data categories that this node holds"
+    )
+    local_steps: int | None = Field(default=None, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    description: str = ""
+    fault: Fault | None = Field(default=None, description="simulate a misbehaving node")
+
+
+class DataConfiguration(_Strict):
+    """Where the simulated nodes' data come from and how they are divided."""
+
+    source: str = Field(default="chatterbot", description="chatterbot, a .jsonl file, or hf:NAME")
+    partition: Literal["categories", "category", "dirichlet", "iid", "shards"] = "iid"
+    key: str | None = Field(default=None, description="column to divide by")
+    alpha: float = Field(default=0.5, gt=0, description="Dirichlet concentration")
+    held_out: float = Field(default=0.1, gt=0, lt=1, description="share kept for evaluation")
+    held_out_max: int = Field(default=32, ge=1, description="evaluation examples a node, at most")
+    limit_per_node: int | None = Field(default=None, ge=1)
+
+
+class RunConfiguration(_Strict):
+    """Everything that decides the numbers of a run, and where they are written."""
+
+    name: str = Field(default="run", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    description: str = ""
+    base_model: str = Field(
+        default="smollm2-135m-instruct", description="embedded default, a folder, a .gguf, or a hub id"
+    )
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    preset: str = Field(default="braid", description="how updates are made and aggregated")
+    rounds: int = Field(default=3, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    output_dir: str | None = Field(default=None, description="run folder; default runs/NAME")
+
+    lora_r: int = Field(default=8, ge=1)
+    lora_alpha: float = Field(default=16.0, gt=0, description="of rank lora_r; other ranks scale it")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    lora_rslora: bool = False
+    lora_init: str | None = Field(default=None, description="random, carry, gaussian, orthogonal")
+    lora_variant: str = "lora"
+
+    micro_batch_size: int = Field(default=8, ge=1)
+    local_steps: int = Field(default=10, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=1, ge=0)
+    max_length: int = Field(default=256, ge=8)
+
+    view_rank: int | None = Field(default=32, ge=1, description="rank of the carry that nodes get")
+    view_energy: float | None = Field(default=None, gt=0, le=1)
+    view_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "bfloat16"
+    wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "bfloat16"
+    server_learning_rate: float = Field(default=1.0, gt=0)
+    evaluate: bool = True
+
+    quorum: int | None = Field(default=None, ge=1, description="accepted updates that a round needs")
+    deadline_seconds: float = Field(default=3600.0, gt=0)
+    max_norm: float | None = Field(default=1e4, gt=0, description="of one update's change")
+    max_update_bytes: int = Field(default=1 << 30, ge=1024)
+    max_examples: int = Field(default=10_000_000, ge=1, description="weight that one node may claim")
+    threads: int = Field(default=2, ge=1, description="per node and server; part of the numbers")
+
+    data: DataConfiguration = DataConfiguration()
+    nodes: tuple[NodeConfiguration, ...] = Field(min_length=1)
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"unknown preset {value!r}{_nearest(value, PRESETS)}")
+        return value
+
+    @field_validator("lora_variant")
+    @classmethod
+    def _linear_variant(cls, value: str) -> str:
+        if value == "lora":
+            return value
+        reason = NON_LINEAR_VARIANTS.get(value, "its change is not known to be linear in B @ A")
+        raise ValueError(f"{value!r} cannot be aggregated exactly: {reason}; use 'lora'")
+
+    @field_validator("lora_init")
+    @classmethod
+    def _neutral_init(cls, value: str | None) -> str | None:
+        known = ("random", "shared", "carry", "gaussian", "orthogonal")
+        if value in BASE_CHANGING_INITS:
+            raise ValueError(f"{value!r} is refused: {BASE_CHANGING_INITS[value]}")
+        if value is not None and value not in known:
+            raise ValueError(f"unknown initialisation {value!r}{_nearest(value, known)}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfiguration:
+        names = [node.name for node in self.nodes]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"nodes: name {twice[0]!r} is used twice")
+        if self.quorum is not None and self.quorum > len(names):
+            raise ValueError(f"quorum {self.quorum} exceeds the {len(names)} nodes")
+        listed = [node.categories is not None for node in self.nodes]
+        if self.data.partition == "categories" and not all(listed):
+            missing = names[listed.index(False)]
+            raise ValueError(f"data.partition is 'categories', but node {missing!r} lists none")
+        if self.data.partition != "categories" and any(listed):
+            raise ValueError("nodes list categories: set data.partition = 'categories'")
+        if self.lora_init == "carry" and not PRESETS[self.preset].train_a:
+            raise ValueError(f"preset {self.preset!r} fixes A, so lora_init cannot be 'carry'")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers: all but names, places and the number of rounds."""
+        return self.model_dump(
+            mode="json", exclude={"name", "description", "output_dir", "rounds"}
+        )
+
+    def run_id(self) -> str:
+        """128-bit hexadecimal id; equal scenarios have equal ids, whatever runs them."""
+        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+    def minimum_updates(self) -> int:
+        """The quorum, by default a majority of the configured nodes."""
+        return self.quorum if self.quorum is not None else len(self.nodes) // 2 + 1
+
+    def node(self, name: str) -> NodeConfiguration | None:
+        """The entry of one node, None for a node that the scenario does not name."""
+        return next((node for node in self.nodes if node.name == name), None)
+
+
+def scenario_names() -> list[str]:
+    """Names of the scenarios that come with fedbraid."""
+    return sorted(path.stem for path in SCENARIO_FOLDER.glob("*.toml"))
+
+
+def scenario_path(reference: str) -> Path:
+    """The file of a scenario given by path or by name."""
+    path = Path(reference).expanduser()
+    if path.is_file():
+        return path
+    named = SCENARIO_FOLDER / f"{reference}.toml"
+    if named.is_file():
+        return named
+    hint = _nearest(reference, scenario_names())
+    raise ConfigurationError(
+        f"no scenario {reference!r}: neither a file nor one of {', '.join(scenario_names())}{hint}"
+    )
+
+
+def load(reference: str, overrides: Sequence[str] = ()) -> RunConfiguration:
+    """Read a scenario and apply ``key=value`` overrides (dotted keys, TOML values)."""
+    path = scenario_path(reference)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: not a TOML file: {error}") from None
+    values.setdefault("name", path.stem)
+    for override in overrides:
+        _override(values, override)
+    return parse(values, source=str(path))
+
+
+def parse(values: Mapping[str, Any], source: str = "scenario") -> RunConfiguration:
+    """Validate a mapping; every problem is listed at once, with the nearest known key."""
+    try:
+        return RunConfiguration.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        raise ConfigurationError(f"{source}:\n{problems}") from None
+
+
+def to_toml(configuration: RunConfiguration) -> str:
+    """The resolved scenario as TOML: parsing it gives the same configuration."""
+    values = configuration.model_dump(mode="json", exclude_none=True)
+    nodes = values.pop("nodes")
+    data = values.pop("data")
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
+    lines += ["", "[data]", *(f"{key} = {_toml(value)}" for key, value in data.items())]
+    for node in nodes:
+        lines += ["", "[[nodes]]", *(f"{key} = {_toml(value)}" for key, value in node.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, str):
+        # A JSON string is a TOML basic string, except that TOML forbids a raw DEL.
+        return json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return repr(value)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigurationError(f"--set {override!r}: write key=value, for example rounds=5")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    target: Any = values
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        target = _descend(target, parent, override)
+    if isinstance(target, list):
+        raise ConfigurationError(f"--set {override!r}: name one entry, for example nodes.0.lora_r=4")
+    target[last] = value
+
+
+def _descend(target: Any, part: str, override: str) -> Any:
+    if isinstance(target, list):
+        by_name = [entry for entry in target if entry.get("name") == part]
+        if by_name:
+            return by_name[0]
+        if part.isdigit() and int(part) < len(target):
+            return target[int(part)]
+        raise ConfigurationError(f"--set {override!r}: there is no entry {part!r}")
+    child = target.setdefault(part, {})
+    if not isinstance(child, (dict, list)):
+        raise ConfigurationError(f"--set {override!r}: {part!r} is a value, not a table")
+    return child
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    location = problem["loc"]
+    where = ".".join(str(part) for part in location) or "scenario"
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(str(location[-1]), _keys_at(location))}"
+    if problem["type"] == "missing":
+        return f"{where}: missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    shown = problem.get("input")
+    suffix = f" (got {shown!r})" if isinstance(shown, (int, float, str)) else ""
+    return f"{where}: {message}{suffix if 'Value error' not in problem['msg'] else ''}"
+
+
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    model: type[BaseModel] = RunConfiguration
+    if location[0] == "nodes" and len(location) > 1:
+        model = NodeConfiguration
+    elif location[0] == "data" and len(location) > 1:
+        model = DataConfiguration
+    return list(model.model_fields)
+
+
+def _nearest(word: str, known: Any) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+FAULTS: tuple[str, ...] = get_args(Fault)

@@ -1,0 +1,183 @@
+"""What happens during a run, as values: the round loop emits events, views consume them.
+
+A view (a terminal table, JSON lines, a dashboard) is any callable that takes one event. Events
+carry plain numbers and text only, so that every one of them is also one JSON object.
+
+The evaluation of round ``t`` may arrive after round ``t + 1`` has started: nodes evaluate the model
+that they receive, so the loss of round ``t`` comes with their replies of the next round. A view
+therefore files an event under the round that it names, not under the round that is running.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import TypeAlias
+
+BASE_ROUND = 0
+"""The round number of the untouched base model in :class:`EvaluationDone`."""
+
+ACCEPTED = "accepted"
+"""The verdict of a reply that went into the aggregate; every other verdict is a refusal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeInfo:
+    """A node of the cohort as the run sees it: its limits, the size of its data, and what it is."""
+
+    node: str
+    rank: int
+    examples: int
+    held_out: int
+    description: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Loss in nats per answer token, its exponential, and the share of tokens predicted right."""
+
+    loss: float
+    perplexity: float
+    accuracy: float
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RunStarted:
+    """The first event. ``first_round`` is above 1 when a run continues after an interruption."""
+
+    name: str
+    preset: str
+    rounds: int
+    first_round: int
+    nodes: tuple[NodeInfo, ...]
+    base_model: str
+    output: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundStarted:
+    """Plans of this round are on their way to the nodes."""
+
+    round: int
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeStarted:
+    """A node has received its plan."""
+
+    round: int
+    node: str
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeProgress:
+    """A node has done ``step`` of ``steps`` local steps; ``loss`` is that of the last one."""
+
+    round: int
+    node: str
+    step: int
+    steps: int
+    loss: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeReplied:
+    """A node's reply has passed the gate, or has not: then ``verdict`` and ``reason`` say why."""
+
+    round: int
+    node: str
+    verdict: str
+    reason: str
+    rank: int
+    train_loss_first: float | None
+    train_loss: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationDone:
+    """The model after ``round`` (``BASE_ROUND``: the base model) on all held-out examples."""
+
+    round: int
+    loss: float
+    perplexity: float
+    accuracy: float
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundCommitted:
+    """A round is durable in the ledger; ``head`` is the ledger's hash afterwards.
+
+    ``loss`` is the weighted training loss of the accepted replies, ``carry_rank`` the rank of the
+    running sum, ``tail_energy`` the share (0 to 1) of its norm that the nodes' view leaves out.
+    """
+
+    round: int
+    loss: float | None
+    accepted: int
+    rejected: int
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    carry_rank: int
+    tail_energy: float
+    head: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Notice:
+    """Something worth a line. ``level``: "info", "warning" or "error"."""
+
+    level: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFinished:
+    """The last event. Paths are empty where nothing was written."""
+
+    before: Evaluation | None
+    after: Evaluation | None
+    seconds: float
+    head: str
+    report: str
+    adapter: str
+
+
+Event: TypeAlias = (
+    RunStarted
+    | RoundStarted
+    | NodeStarted
+    | NodeProgress
+    | NodeReplied
+    | EvaluationDone
+    | RoundCommitted
+    | Notice
+    | RunFinished
+)
+Listener: TypeAlias = Callable[[Event], None]
+
+
+def to_json(event: Event) -> dict[str, object]:
+    """An event as one JSON object: ``event`` names it ("round_started"), the rest is its fields.
+
+    Numbers that JSON does not have (NaN, infinities) become null.
+    """
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    return {"event": name, **{k: _plain(v) for k, v in dataclasses.asdict(event).items()}}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

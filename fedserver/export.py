@@ -1,0 +1,187 @@
+"""Exports of a run's model: a peft adapter with a model card, or the base merged with the change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from aggregators import Layout, LowRank
+from aggregators.presets import PRESETS
+from safetensors.torch import load_file, save_file
+
+from fedserver import metrics
+from fedserver.configuration import RunConfiguration, load
+from fedserver.ledger import Ledger, LedgerError
+from fedserver.rounds import restore
+
+WEIGHT = ".weight"
+
+
+def final_change(folder: Path, *, exact: bool = False) -> tuple[RunConfiguration, LowRank]:
+    """A run's configuration and its change of the base.
+
+    By default the view that was evaluated (rank up to ``view_rank``); ``exact`` gives the whole carry.
+    """
+    ledger = Ledger(folder)
+    try:
+        configuration = load(str(folder / "scenario.toml"))
+        model, done = restore(ledger, read_layout(ledger))
+    finally:
+        ledger.close()
+    if done == 0:
+        raise LedgerError(f"{folder} has no finished round yet: there is nothing to export")
+    if exact:
+        return configuration, model.carry.head(None, None)
+    preset = PRESETS[configuration.preset]
+    view = model.common_view(preset, configuration.view_rank, configuration.view_energy)
+    return configuration, view
+
+
+def read_layout(ledger: Ledger) -> Layout:
+    """The layout that the run's genesis names."""
+    genesis = ledger.last("genesis")
+    if genesis is None:
+        raise LedgerError(f"{ledger.folder} has no genesis entry: the run never began")
+    return Layout.from_json(ledger.get(genesis.content["layout_blob"]).decode())
+
+
+def export_peft(
+    folder: Path, target: Path, base_folder: Path, *, exact: bool = False
+) -> Path:
+    """Write a LoRA adapter that plain peft loads (``adapter_model.safetensors`` and its config)."""
+    configuration, change = final_change(folder, exact=exact)
+    change = _without_empty(change)
+    if not change.factors:
+        raise LedgerError(f"{folder}: the model's change is zero, so there is no adapter to export")
+    transposed = _stored_transposed(base_folder)
+    rank = max(change.ranks.values())
+    tensors: dict[str, torch.Tensor] = {}
+    for name, factors in change.factors.items():
+        b = torch.zeros(factors.B.shape[0], rank)
+        a = torch.zeros(rank, factors.A.shape[1])
+        width = factors.B.shape[1]
+        b[:, :width] = (factors.B.double() * factors.scale).float()
+        a[:width] = factors.A.float()
+        if transposed:
+            b, a = a.T, b.T
+        path = f"base_model.model.{name.removesuffix(WEIGHT)}"
+        tensors[f"{path}.lora_A.weight"] = a.contiguous()
+        tensors[f"{path}.lora_B.weight"] = b.contiguous()
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    modules = [name.removesuffix(WEIGHT) for name in change.factors]
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_folder),
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "target_modules": modules,
+    }
+    metrics.write_json(settings, target / "adapter_config.json")
+    (target / "README.md").write_text(model_card(folder, configuration, rank), encoding="utf-8")
+    return target
+
+
+def export_merged(folder: Path, target: Path, base_folder: Path, *, exact: bool = False) -> Path:
+    """Write the base with the change added, each weight rounded once, as a Hugging Face folder."""
+    configuration, change = final_change(folder, exact=exact)
+    files = sorted(base_folder.glob("*.safetensors"))
+    if not files:
+        raise LedgerError(f"{base_folder} holds no safetensors weights to merge into")
+    if target.resolve() == base_folder.resolve():
+        raise LedgerError("the merged model must not overwrite its base; choose another folder")
+    target.mkdir(parents=True, exist_ok=True)
+    for extra in base_folder.iterdir():
+        if extra.is_file() and extra.suffix != ".safetensors":
+            shutil.copy2(extra, target / extra.name)
+    merged: set[str] = set()
+    for file in files:
+        weights = load_file(file)
+        for name in [n for n in weights if n in change.factors]:
+            factors = change.factors[name]
+            delta = (factors.B.double() * factors.scale) @ factors.A.double()
+            weights[name] = (weights[name].double() + delta).to(weights[name].dtype)
+            merged.add(name)
+        save_file(weights, target / file.name, metadata={"format": "pt"})
+    absent = sorted(set(change.factors) - merged)
+    if absent:
+        raise LedgerError(f"{base_folder} stores no tensor named {absent[0]!r}; use export peft")
+    card = model_card(folder, configuration, max(change.ranks.values(), default=0))
+    (target / "README.md").write_text(card, encoding="utf-8")
+    return target
+
+
+def model_card(folder: Path, configuration: RunConfiguration, rank: int) -> str:
+    """A model card in Markdown: where the adapter comes from and what was measured."""
+    summary = _read_summary(folder)
+    lines = [
+        "---",
+        f"base_model: {json.dumps(configuration.base_model)}",
+        "library_name: peft",
+        "tags: [fedbraid, federated-learning, lora]",
+        "---",
+        "",
+        f"# {configuration.name}",
+        "",
+        f"Fine-tuned by {len(configuration.nodes)} nodes that share no data, with fedbraid"
+        f" (preset `{configuration.preset}`), then exported at rank {rank}.",
+        "",
+        "| node | rank | data |",
+        "|---|---|---|",
+    ]
+    for node in configuration.nodes:
+        held = ", ".join(node.categories or ()) or configuration.data.source
+        lines.append(f"| {node.name} | {node.lora_r or configuration.lora_r} | {held} |")
+    lines += ["", "| | before | after |", "|---|---|---|"]
+    before, after = summary.get("before"), summary.get("after")
+    for key, label in (
+        ("loss", "evaluation loss"),
+        ("perplexity", "perplexity"),
+        ("accuracy", "token accuracy"),
+    ):
+        lines.append(f"| {label} | {_number(before, key)} | {_number(after, key)} |")
+    lines += [
+        "",
+        "Evaluation is over held-out examples of all nodes, summed by answer token.",
+        "",
+        f"- rounds: {summary.get('rounds', 'unknown')}",
+        f"- base digest: `{summary.get('base_digest', 'unknown')}`",
+        f"- ledger head: `{summary.get('head', 'unknown')}`",
+        "- differential privacy: none",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _number(scores: dict[str, Any] | None, key: str) -> str:
+    return "not measured" if scores is None else f"{scores[key]:.4f}"
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}
+
+
+def _without_empty(change: LowRank) -> LowRank:
+    kept = {
+        name: (f.B, f.A, f.scale) for name, f in change.factors.items() if f.B.shape[1] > 0
+    }
+    return LowRank(change.layout, kept)
+
+
+def _stored_transposed(base_folder: Path) -> bool:
+    """Whether the architecture keeps its linears as Conv1D, [in, out] (GPT-2 and its kin)."""
+    path = base_folder / "config.json"
+    kind = json.loads(path.read_text(encoding="utf-8")).get("model_type") if path.is_file() else ""
+    return kind in {"gpt2", "imagegpt", "openai-gpt"}

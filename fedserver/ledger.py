@@ -1,0 +1,225 @@
+"""The ledger: an append-only, hash-chained log of rounds in SQLite, beside content-addressed blobs.
+
+An entry's hash covers its height, kind, content and the previous hash. Wall-clock times stand beside
+the hashed content, so two runs of one scenario have the same head. A round is committed by one
+SQLite transaction after every blob that it names is on disk: it is in the ledger whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+GENESIS_PREVIOUS = "0" * 64
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (
+    height   INTEGER PRIMARY KEY,
+    kind     TEXT NOT NULL,
+    round    INTEGER NOT NULL,
+    content  TEXT NOT NULL,
+    previous TEXT NOT NULL,
+    hash     TEXT NOT NULL UNIQUE,
+    wall     TEXT NOT NULL
+) STRICT;
+"""
+
+
+class LedgerError(Exception):
+    """The ledger cannot be used as asked; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One link of the chain. ``wall`` (seconds, timestamps) is not covered by ``hash``."""
+
+    height: int
+    kind: str
+    round: int
+    content: dict[str, Any]
+    previous: str
+    hash: str
+    wall: dict[str, Any]
+
+
+def canonical(content: Any) -> str:
+    """JSON with sorted keys and no spaces; NaN and infinities are refused."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def entry_hash(height: int, kind: str, round_number: int, content: str, previous: str) -> str:
+    """SHA-256 over the canonical form of an entry and its predecessor's hash."""
+    text = canonical([height, kind, round_number, content, previous])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Ledger:
+    """The ledger of one run directory: ``ledger.db`` and ``blobs/``."""
+
+    def __init__(self, folder: Path, *, create: bool = False) -> None:
+        self.folder = folder
+        self._blobs = folder / "blobs"
+        path = folder / "ledger.db"
+        if not create and not path.is_file():
+            raise LedgerError(f"{folder} holds no ledger; give the folder of a run (runs/NAME)")
+        if create:
+            self._blobs.mkdir(parents=True, exist_ok=True)
+        try:
+            self._database = sqlite3.connect(
+                path, timeout=30, isolation_level=None, check_same_thread=False
+            )
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=FULL")
+            self._database.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(f"{path} cannot be read as a ledger: {error}") from None
+
+    def close(self) -> None:
+        """Close the database; the run directory may then be moved."""
+        self._database.close()
+
+    @property
+    def height(self) -> int:
+        """Number of entries."""
+        return int(self._database.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
+
+    @property
+    def head(self) -> str:
+        """Hash of the last entry; 64 zeros for an empty ledger."""
+        row = self._database.execute(
+            "SELECT hash FROM entries ORDER BY height DESC LIMIT 1"
+        ).fetchone()
+        return GENESIS_PREVIOUS if row is None else str(row[0])
+
+    def entries(self, kind: str | None = None) -> Iterator[Entry]:
+        """All entries in order, or those of one kind."""
+        rows = self._database.execute(
+            "SELECT height, kind, round, content, previous, hash, wall FROM entries"
+            " WHERE ?1 IS NULL OR kind = ?1 ORDER BY height",
+            (kind,),
+        )
+        for height, name, number, content, previous, digest, wall in rows:
+            yield Entry(
+                height, name, number, json.loads(content), previous, digest, json.loads(wall)
+            )
+
+    def last(self, kind: str) -> Entry | None:
+        """The newest entry of a kind."""
+        found = None
+        for found in self.entries(kind):
+            pass
+        return found
+
+    def append(
+        self, kind: str, round_number: int, content: dict[str, Any], wall: dict[str, Any]
+    ) -> Entry:
+        """Commit one entry durably. Its blobs must have been put before."""
+        text = canonical(content)
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            height, previous = self.height, self.head
+            digest = entry_hash(height, kind, round_number, text, previous)
+            self._database.execute(
+                "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (height, kind, round_number, text, previous, digest, canonical(wall)),
+            )
+            self._database.execute("COMMIT")
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        return Entry(height, kind, round_number, content, previous, digest, wall)
+
+    def put(self, data: bytes) -> str:
+        """Store bytes durably under their SHA-256; storing them again is free."""
+        digest = hashlib.sha256(data).hexdigest()
+        path = self._path(digest)
+        if path.exists():
+            return digest
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise LedgerError(
+                f"{self.folder}: {len(data)} bytes could not be stored: {error.strerror};"
+                " free some space and continue with --resume"
+            ) from None
+        _synchronise(path.parent)
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        """The bytes of a blob, checked against their digest."""
+        try:
+            data = self._path(digest).read_bytes()
+        except OSError:
+            raise LedgerError(f"blob {digest} is missing from {self._blobs}") from None
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise LedgerError(f"blob {digest} was changed on disk")
+        return data
+
+    def has(self, digest: str) -> bool:
+        """Whether a blob is on disk."""
+        return self._path(digest).is_file()
+
+    def keep_states(self, wanted: set[str]) -> None:
+        """Delete state blobs that later rounds made superfluous, and crashed writers' leftovers.
+
+        A state follows from the updates before it, so only the newest ones are kept.
+        """
+        states = {entry.content["state"] for entry in self.entries("round")}
+        for digest in states - wanted:
+            self._path(digest).unlink(missing_ok=True)
+        for leftover in self._blobs.glob("*/*.part"):
+            leftover.unlink(missing_ok=True)
+
+    def verify(self) -> list[str]:
+        """Problems of the chain and of the blobs that it names; empty when all is sound."""
+        problems = []
+        previous = GENESIS_PREVIOUS
+        rows = self._database.execute(
+            "SELECT height, kind, round, content, previous, hash FROM entries ORDER BY height"
+        ).fetchall()
+        if not rows:
+            problems.append("the ledger is empty")
+        for expected, (height, kind, number, content, before, digest) in enumerate(rows):
+            if height != expected:
+                problems.append(f"height {expected} is missing")
+            if before != previous:
+                problems.append(f"entry {height}: does not follow the entry before it")
+            if entry_hash(height, kind, number, content, before) != digest:
+                problems.append(f"entry {height}: its content was changed")
+            previous = digest
+            problems += self._missing_blobs(height, json.loads(content))
+        return problems
+
+    def _missing_blobs(self, height: int, content: dict[str, Any]) -> list[str]:
+        problems = []
+        updates = [node["update"] for node in content.get("nodes", ()) if node.get("update")]
+        for digest in [*updates, *filter(None, [content.get("layout_blob")])]:
+            try:
+                self.get(digest)
+            except LedgerError as error:
+                problems.append(f"entry {height}: {error}")
+        return problems
+
+    def _path(self, digest: str) -> Path:
+        return self._blobs / digest[:2] / f"{digest}.safetensors"
+
+
+def _synchronise(folder: Path) -> None:
+    """Make a rename durable: on Linux the folder itself has to reach the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

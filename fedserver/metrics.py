@@ -1,0 +1,158 @@
+"""Views of a ledger as numbers: one line a round, and the summary. Derived, so never out of step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from aggregators import Layout
+
+from fedserver.configuration import RunConfiguration
+from fedserver.ledger import Entry, Ledger
+
+FP32_BYTES = 4
+
+
+def rows(ledger: Ledger) -> list[dict[str, Any]]:
+    """One dictionary a round. ``eval_loss`` is of the model that the round produced.
+
+    The evaluation of a round's model arrives with the next round's replies or with the final
+    evaluation, so the newest round of an unfinished run has None there.
+    """
+    entering = evaluations(ledger)
+    genesis = ledger.last("genesis")
+    configured = genesis.content["configuration"]["nodes"] if genesis is not None else []
+    categories = {node["name"]: ", ".join(node["categories"] or ()) for node in configured}
+    lines = [round_row(entry, entering.get(entry.round)) for entry in ledger.entries("round")]
+    for line in lines:
+        for node in line["nodes"]:
+            node["categories"] = categories.get(node["node"], "")
+    return lines
+
+
+def evaluations(ledger: Ledger) -> dict[int, dict[str, Any] | None]:
+    """Round number -> scores of the model after that round; 0 is the base model."""
+    found = {entry.round - 1: scores(entry.content["entering"]) for entry in ledger.entries("round")}
+    for entry in ledger.entries("evaluation"):
+        found[entry.round] = scores(entry.content["entering"])
+    return found
+
+
+def round_row(entry: Entry, evaluation: dict[str, Any] | None) -> dict[str, Any]:
+    """The metrics line of one ledger entry."""
+    nodes = entry.content["nodes"]
+    accepted = [node for node in nodes if node["verdict"] == "accepted"]
+    losses = [(n["share"], n["report"]["train_loss"]) for n in accepted if n["share"] > 0]
+    known = [(share, loss) for share, loss in losses if loss is not None]
+    weight = sum(share for share, _ in known)
+    return {
+        "round": entry.round,
+        "loss": sum(share * loss for share, loss in known) / weight if weight else None,
+        "eval_loss": evaluation["loss"] if evaluation else None,
+        "eval_accuracy": evaluation["accuracy"] if evaluation else None,
+        "bytes_up": sum(node["bytes_up"] for node in nodes),
+        "bytes_down": sum(node["bytes_down"] for node in nodes),
+        "seconds": entry.wall["seconds"],
+        "families": dict(Counter(node["family"] for node in accepted if "family" in node)),
+        "accepted": len(accepted),
+        "rejected": len(nodes) - len(accepted),
+        "epsilon": None,
+        "carry_rank": entry.content["carry_rank"],
+        "tail_energy": entry.content["tail_energy"],
+        "head": entry.hash,
+        "nodes": [_node_row(node, entry) for node in nodes],
+    }
+
+
+def scores(sums: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Loss, perplexity and token accuracy from token sums; None when nothing was evaluated."""
+    if sums is None or not sums["tokens"]:
+        return None
+    loss = sums["loss_sum"] / sums["tokens"]
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "accuracy": sums["correct"] / sums["tokens"],
+        "tokens": sums["tokens"],
+        "examples": sums["examples"],
+    }
+
+
+def summarise(
+    ledger: Ledger, configuration: RunConfiguration, layout: Layout, targets: Sequence[str]
+) -> dict[str, Any]:
+    """The run in one dictionary: before, after, bytes against the two obvious baselines."""
+    lines = rows(ledger)
+    found = evaluations(ledger)
+    genesis = ledger.last("genesis")
+    assert genesis is not None
+    weights = sum(math.prod(tensor.shape) for tensor in layout.tensors)
+    per_rank = sum(sum(layout.shape(name)) for name in targets)
+    ranks = [node.lora_r or configuration.lora_r for node in configuration.nodes]
+    return {
+        "name": configuration.name,
+        "preset": configuration.preset,
+        "base_model": configuration.base_model,
+        "base_digest": genesis.content["base_digest"],
+        "layout": layout.fingerprint,
+        "rounds": len(lines),
+        "nodes": len(configuration.nodes),
+        "before": found.get(0),
+        "after": found.get(len(lines)),
+        "bytes_up": sum(line["bytes_up"] for line in lines),
+        "bytes_down": sum(line["bytes_down"] for line in lines),
+        "bytes_full_model": 2 * FP32_BYTES * weights * len(ranks) * len(lines),
+        "bytes_full_lora": 2 * FP32_BYTES * per_rank * sum(ranks) * len(lines),
+        "seconds": sum(line["seconds"] for line in lines),
+        "head": ledger.head,
+        "adapter": "adapter",
+        "version": _version(),
+    }
+
+
+def write(ledger: Ledger, path: Path) -> None:
+    """Write ``metrics.jsonl`` anew, atomically: a reader never sees half a line."""
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows(ledger))
+    _replace(path, text)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write one JSON document atomically."""
+    _replace(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _node_row(node: dict[str, Any], entry: Entry) -> dict[str, Any]:
+    report = node.get("report") or {}
+    return {
+        "node": node["node"],
+        "rank": node["plan"]["rank"],
+        "examples": report.get("examples"),
+        "weight": node["share"],
+        "train_loss_first": report.get("train_loss_first"),
+        "train_loss": report.get("train_loss"),
+        "bytes_up": node["bytes_up"],
+        "bytes_down": node["bytes_down"],
+        "seconds": entry.wall["nodes"].get(node["node"]),
+        "verdict": node["verdict"],
+        "reason": node["reason"],
+        "norm": node.get("norm"),
+    }
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _version() -> str:
+    try:
+        return version("fedbraid")
+    except PackageNotFoundError:
+        return "unknown"

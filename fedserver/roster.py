@@ -1,0 +1,109 @@
+"""Who takes part: nodes say what they can do, and must agree on the base model and its layout."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+
+from aggregators import Layout
+from aggregators.messages import Capabilities
+
+from fedserver.configuration import ConfigurationError, RunConfiguration
+from fedserver.events import Listener, Notice
+from fedserver.exchange import QUERY, Exchange
+from fedserver.planner import data_specification
+
+CONNECT_SECONDS = 300.0
+QUERY_SECONDS = 900.0
+CONNECT_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node of the run: Flower's id (new in every engine) and what it says of itself."""
+
+    node_id: int
+    capabilities: Capabilities
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The members, by name, and the base model that they agree on."""
+
+    members: tuple[Member, ...]
+    layout: Layout
+    layout_json: str
+    base_digest: str
+
+
+def gather_roster(
+    configuration: RunConfiguration, exchange: Exchange, notify: Listener
+) -> Roster:
+    """Wait for the nodes, ask what they can do, and keep those that share one base model."""
+    wanted = len(configuration.nodes)
+    waited = 0.0
+    while len(exchange.nodes()) < wanted and waited < CONNECT_SECONDS:
+        exchange.wait(CONNECT_POLL_SECONDS)
+        waited += CONNECT_POLL_SECONDS
+    found = exchange.nodes()
+    if len(found) < configuration.minimum_updates():
+        raise ConfigurationError(
+            f"{len(found)} of {wanted} nodes connected in {CONNECT_SECONDS:.0f} s; a round needs"
+            f" {configuration.minimum_updates()}: start the missing nodes or lower 'quorum'"
+        )
+    members: dict[str, Member] = {}
+    failures = []
+    query = json.dumps(
+        {
+            "run": configuration.run_id(),
+            "base_model": configuration.base_model,
+            "dtype": configuration.base_dtype,
+            "threads": configuration.threads,
+            "names": [node.name for node in configuration.nodes],
+            "data": data_specification(configuration),
+        },
+        sort_keys=True,
+    ).encode()
+    for reply in exchange.ask(dict.fromkeys(found, query), QUERY, 0, QUERY_SECONDS):
+        problem = reply.error
+        if reply.payload is not None:
+            try:
+                capabilities = Capabilities.from_bytes(reply.payload)
+            except ValueError as error:
+                problem = f"unreadable capabilities: {error}"
+            else:
+                if capabilities.node in members:
+                    problem = f"the name {capabilities.node!r} is already taken"
+                else:
+                    members[capabilities.node] = Member(reply.node_id, capabilities)
+        if problem:
+            failures.append(problem)
+            notify(Notice("warning", f"a node cannot take part: {problem}"))
+    if not members:
+        raise ConfigurationError("no node can take part:\n  " + "\n  ".join(sorted(set(failures))))
+    return _agree(members, configuration, notify)
+
+
+def _agree(
+    members: dict[str, Member], configuration: RunConfiguration, notify: Listener
+) -> Roster:
+    """The base model that most nodes hold (ties: the lowest digest); the others are left out."""
+    votes = Counter(
+        (m.capabilities.base_digest, m.capabilities.layout_json) for m in members.values()
+    )
+    (digest, layout_json), _ = min(votes.items(), key=lambda vote: (-vote[1], vote[0]))
+    kept = []
+    for name, member in sorted(members.items()):
+        told = member.capabilities
+        if (told.base_digest, told.layout_json) == (digest, layout_json):
+            kept.append(member)
+        else:
+            notify(
+                Notice(
+                    "warning",
+                    f"node {name!r} is left out: its base model {told.base_digest[:12]} is not"
+                    f" the run's {digest[:12]} ({configuration.base_model})",
+                )
+            )
+    return Roster(tuple(kept), Layout.from_json(layout_json), layout_json, digest)

@@ -1,0 +1,22 @@
+"""The numerics of fedbraid: random probes, and the SVD of a stack of low-rank factors.
+
+`reference.py` says what every probe is, slowly and plainly; the compiled backends agree with it
+bit for bit. `stack_svd` is the one decomposition that the server needs.
+"""
+
+from __future__ import annotations
+
+from fedkernels.backends import backend, backends, use_backend
+from fedkernels.probes import PROBES, derive_seed, noise
+from fedkernels.stack_svd import METHODS, stack_svd
+
+__all__ = [
+    "METHODS",
+    "PROBES",
+    "backend",
+    "backends",
+    "derive_seed",
+    "noise",
+    "stack_svd",
+    "use_backend",
+]

@@ -1,0 +1,208 @@
+"""How fast, how lean and how exact recompression is: python -m simulations.benchmarks.recompression
+
+The server adds the factors that its nodes sent and compresses the stack to a limited rank. This
+compares `fedkernels.stack_svd` with what it replaces, the SVD of the dense sum. Every method runs
+in a fresh process, so that one's memory is not in another's figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fedkernels as fk
+
+# The ranks of FLoRA's ten unlike clients.
+REFERENCE_RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
+
+Factors = list[tuple[torch.Tensor, torch.Tensor, float]]
+Decomposition = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One square weight, the ranks that nodes sent for it, and the rank to compress them to."""
+
+    size: int = 4096
+    ranks: tuple[int, ...] = REFERENCE_RANKS
+    rank: int = 64
+    seed: int = 0
+
+    @property
+    def stack_bytes(self) -> int:
+        """Bytes of all factors in float32: the unit of the memory figures."""
+        return 2 * self.size * sum(self.ranks) * 4
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one method did; `extra_bytes` is None where the system does not tell."""
+
+    method: str
+    seconds: float
+    extra_bytes: int | None
+    error: float
+    optimum: float
+
+
+def draw(case: Case) -> Factors:
+    """Return one (B, A, scale) per node; B and A like those of trained adapters in size."""
+    generator = torch.Generator().manual_seed(case.seed)
+    return [
+        (
+            0.01 * torch.randn(case.size, rank, generator=generator),
+            torch.randn(rank, case.size, generator=generator) / case.size**0.5,
+            16.0 / rank / len(case.ranks),
+        )
+        for rank in case.ranks
+    ]
+
+
+def dense_svd(factors: Factors, rank: int) -> Decomposition:
+    """Form the sum, decompose it whole, and cut: what stack_svd replaces."""
+    total = torch.zeros(factors[0][0].shape[0], factors[0][1].shape[1])
+    for b, a, scale in factors:
+        total.addmm_(b, a, alpha=scale)
+    u, sigma, vt = torch.linalg.svd(total, full_matrices=False)
+    return u[:, :rank], sigma[:rank], vt[:rank]
+
+
+def measure(case: Case, method: str, repeats: int) -> Measurement:
+    """Run one method on a case; meant for a process of its own."""
+    run = _runner(method)
+    # loads the code of the linear algebra libraries and makes the workspaces of their threads
+    run(draw(replace(case, size=min(case.size, 512))), case.rank)
+    factors = draw(case)
+    before = _reset_peak()
+    started = time.perf_counter()
+    result = run(factors, case.rank)
+    times = [time.perf_counter() - started]
+    peak = _memory("VmHWM")
+    extra = peak - before if peak is not None and before is not None else None
+    for _ in range(repeats - 1):
+        started = time.perf_counter()
+        run(factors, case.rank)
+        times.append(time.perf_counter() - started)
+    sigma = fk.stack_svd(factors, method="qr")[1]
+    optimum = float(sigma[case.rank :].norm())
+    return Measurement(method, statistics.median(times), extra, distance(factors, result), optimum)
+
+
+def distance(factors: Factors, result: Decomposition) -> float:
+    """Return the Frobenius norm of sum - U sigma Vt in float64, some rows at a time."""
+    u, sigma, vt = (part.double() for part in result)
+    squared = torch.zeros((), dtype=torch.float64)
+    for start in range(0, u.shape[0], 256):
+        rows = slice(start, start + 256)
+        block = -(u[rows] * sigma) @ vt
+        for b, a, scale in factors:
+            block.addmm_(b[rows].double(), a.double(), alpha=scale)
+        squared += block.square().sum()
+    return float(squared.sqrt())
+
+
+def compare(case: Case, methods: Sequence[str], repeats: int) -> list[Measurement]:
+    """Measure the methods one after another, each in a fresh process."""
+    # a thread that spins while it waits for work takes the core that another one needs
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        return [
+            pool.submit(measure, case, method, 1 if method == "dense" else repeats).result()
+            for method in methods
+        ]
+
+
+def table(case: Case, measurements: Sequence[Measurement]) -> Table:
+    """Lay the measurements out, with the dense method, if it ran, as the unit of time."""
+    ranks = ",".join(map(str, case.ranks))
+    threads = torch.get_num_threads()
+    rows = Table(
+        title=f"Recompression of {case.size} x {case.size}, ranks {ranks} -> {case.rank}",
+        caption=(
+            f"median time on {threads} threads; memory beside the factors, in multiples of them "
+            f"({case.stack_bytes / 2**20:.1f} MiB); error against the best of rank {case.rank}"
+        ),
+    )
+    for heading in ("method", "time", "dense / this", "extra memory", "error / optimum"):
+        rows.add_column(heading, justify="left" if heading == "method" else "right")
+    dense = next((m.seconds for m in measurements if m.method == "dense"), None)
+    for m in measurements:
+        ratio = f"{dense / m.seconds:,.0f} x" if dense is not None else "-"
+        extra = f"{m.extra_bytes / case.stack_bytes:.2f} x" if m.extra_bytes is not None else "-"
+        error = f"1 + {m.error / m.optimum - 1:.1e}" if m.optimum else f"{m.error:.1e} / 0"
+        rows.add_row(_TITLES[m.method], _duration(m.seconds), ratio, extra, error)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print the table; `arguments` are those of the command line by default."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.benchmarks.recompression", description=__doc__
+    )
+    parser.add_argument("--skip-dense", action="store_true", help="leave out the slow baseline")
+    parser.add_argument("--size", type=int, default=Case.size, help="rows and columns")
+    parser.add_argument("--ranks", type=_ranks, default=REFERENCE_RANKS, help="e.g. 64,32,16")
+    parser.add_argument("--rank", type=int, default=Case.rank, help="rank to compress to")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each fast method")
+    options = parser.parse_args(arguments)
+    case = Case(options.size, options.ranks, options.rank)
+    methods = ["qr", "gram"] if options.skip_dense else ["qr", "gram", "dense"]
+    console = Console()
+    with console.status("measuring; the dense SVD takes minutes" if "dense" in methods else "..."):
+        measurements = compare(case, methods, options.repeats)
+    console.print(table(case, measurements))
+
+
+_TITLES = {"qr": "stack_svd, qr", "gram": "stack_svd, gram", "dense": "dense sum + full SVD"}
+
+
+def _runner(method: str) -> Callable[[Factors, int], Decomposition]:
+    if method == "dense":
+        return dense_svd
+    return lambda factors, rank: fk.stack_svd(factors, rank=rank, method=method)
+
+
+def _reset_peak() -> int | None:
+    """Start a new peak of resident memory and return what is resident now; Linux only."""
+    if sys.platform != "linux":
+        return None
+    with suppress(AttributeError, OSError):  # freed memory that is kept would hide a new need
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _memory(field: str) -> int | None:
+    if sys.platform != "linux":
+        return None
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The ``fedbraid`` command. Heavy rooms are imported by the sub-command that needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+# Busy-waiting OpenMP threads collapse when a machine is shared; this must precede torch's import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+app = typer.Typer(
+    name="fedbraid",
+    help="Federated fine-tuning of language models across unlike devices.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+export_app = typer.Typer(help="Write a run's model for other programs.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
+
+Scenario = Annotated[
+    str, typer.Argument(help="A TOML file, or the name of a scenario that comes with fedbraid.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. nodes.cafe.lora_r=4."),
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder.")]
+Folder = Annotated[Path, typer.Argument(help="A run folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
+Exact = Annotated[bool, typer.Option("--exact", help="The whole carry, not the view's rank.")]
+
+
+class Stop(Exception):
+    """An error for a person: one message, no traceback."""
+
+
+@app.command()
+def simulate(
+    scenario: Scenario,
+    override: Overrides = None,
+    output: Output = None,
+    engine: Annotated[str, typer.Option(help="local (in process) or flower (Ray).")] = "local",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    samples: Annotated[int, typer.Option(help="Sample questions to answer at the end.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Run a scenario on this machine and write a run folder with report and adapter."""
+    from fedserver.configuration import load
+
+    from simulations.live import LiveView
+    from simulations.run import choose_folder
+
+    configuration = load(scenario, override or ())
+    folder = choose_folder(configuration, output, resume=resume)
+    with LiveView(json=as_json) as view:
+        from simulations.run import simulate as run
+
+        run(configuration, folder, view, engine=engine, resume=resume, samples=samples)
+
+
+@app.command()
+def compare(
+    presets: Annotated[list[str], typer.Argument(help="Presets, e.g. braid flora fedit.")],
+    scenario: Annotated[str, typer.Option(help="The scenario that all of them run.")] = "quickstart",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per preset.")] = 3,
+    override: Overrides = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Run one scenario with several presets and seeds; a table with intervals and one page."""
+    from simulations.compare import compare as run
+
+    folder = output or Path("runs") / f"compare-{Path(scenario).stem}"
+    run(scenario, presets, seeds, override or [], folder, as_json=as_json)
+
+
+@app.command()
+def validate(scenario: Scenario, override: Overrides = None, as_json: Json = False) -> None:
+    """Check a scenario without running it."""
+    from fedserver.configuration import load, to_toml
+
+    configuration = load(scenario, override or ())
+    if as_json:
+        print(configuration.model_dump_json())
+        return
+    print(to_toml(configuration), end="")
+    Console(stderr=True).print(
+        f"[green]valid[/green]: {len(configuration.nodes)} nodes, {configuration.rounds} rounds,"
+        f" preset {configuration.preset}, run id {configuration.run_id()}"
+    )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a scenario."""
+    from fedserver.configuration import RunConfiguration
+
+    print(json.dumps(RunConfiguration.model_json_schema(), indent=2))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look for what would go wrong on this machine: problem, data, remedy."""
+    from simulations.doctor import main as diagnose
+
+    raise typer.Exit(diagnose(as_json=as_json))
+
+
+@export_app.command("peft")
+def export_peft(
+    folder: Folder,
+    target: Annotated[Path, typer.Option("--to", help="Folder to write.")] = Path("adapter"),
+    exact: Exact = False,
+) -> None:
+    """A LoRA adapter with a model card that plain peft loads."""
+    from fedserver.export import export_peft as write
+
+    print(write(folder, target, _base_of(folder), exact=exact))
+
+
+@export_app.command("merged")
+def export_merged(
+    folder: Folder,
+    target: Annotated[Path, typer.Option("--to", help="Folder to write.")] = Path("merged"),
+    exact: Exact = False,
+) -> None:
+    """The base with the change added once: a model folder that plain transformers loads."""
+    from fedserver.export import export_merged as write
+
+    print(write(folder, target, _base_of(folder), exact=exact))
+
+
+def _base_of(folder: Path) -> Path:
+    from fedclient.base_model import resolve
+    from fedserver.configuration import load
+
+    scenario = folder / "scenario.toml"
+    if not scenario.is_file():
+        raise Stop(f"{folder} is not a run folder: it has no scenario.toml")
+    return resolve(load(str(scenario)).base_model)
+
+
+def _mount_ledger() -> None:
+    from fedserver.ledger_command import ledger_app
+
+    app.add_typer(ledger_app, name="ledger")
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """Errors that are a person's to mend, of the rooms that have been imported."""
+    found: list[type[Exception]] = [Stop]
+    for module, name in (
+        ("fedserver.configuration", "ConfigurationError"),
+        ("fedserver.ledger", "LedgerError"),
+        ("fedclient.base_model", "BaseModelError"),
+        ("fedclient.data", "DataError"),
+        ("simulations.run_directory", "RunDirectoryError"),
+    ):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point: errors for a person are one message on stderr and exit code 2."""
+    _mount_ledger()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    if debug:
+        words.remove("--debug")
+    try:
+        return app(args=words, prog_name="fedbraid", standalone_mode=True)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\nstopped; continue with the same command and --resume")
+        sys.exit(130)
+    except Exception as error:
+        if debug or not isinstance(error, expected_errors()):
+            raise
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print("[bold red]error:[/bold red]", end=" ")
+        console.print(str(error), markup=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

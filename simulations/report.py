@@ -1,0 +1,149 @@
+"""``report.html``: one run on one page that anybody can open, print and check."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from fedserver.events import ACCEPTED
+from simulations import quantities
+from simulations.comparison_page import comparison
+from simulations.pages import render, write_page
+from simulations.report_figures import figures
+from simulations.report_tables import (
+    NODE_COLUMNS,
+    all_replies,
+    byte_table,
+    node_table,
+    round_columns,
+    verdict_words,
+)
+from simulations.run_directory import Run, read_run, text
+
+__all__ = ["comparison", "report_html", "write_report"]
+
+REPLY_LIMIT = 5000
+"""Beyond this many replies the page names ``metrics.jsonl`` instead of listing them."""
+ARROW = "\u2009→\u2009"
+
+
+def write_report(run_directory: Path) -> Path:
+    """Write ``report.html`` into a run directory and return its path.
+
+    What is missing is said on the page; only a folder that is no run's is an error.
+
+    Raises:
+        RunDirectoryError: there is no such folder, or none of a run's files is in it.
+    """
+    return write_page(report_html(read_run(run_directory)), run_directory / "report.html")
+
+
+def report_html(run: Run) -> str:
+    """The page of a run."""
+    replies = all_replies(run)
+    nodes = node_table(run)
+    refused = [
+        {
+            "node": reply.node,
+            "round": number,
+            "verdict": verdict_words(reply.verdict),
+            "reason": reply.reason,
+        }
+        for number, reply in replies
+        if reply.verdict != ACCEPTED
+    ]
+    told = quantities.plural(len(replies), "reply")
+    return render(
+        "report.html.jinja",
+        run=run,
+        arrow=ARROW,
+        lede=_lede(run, len(nodes)),
+        headline=_headline(run),
+        traffic=byte_table(run),
+        seconds=_seconds(run),
+        replies=f"{len(replies) - len(refused):,} of {told} accepted",
+        figures=figures(run, [node.name for node in nodes]),
+        nodes=nodes,
+        nodes_caption="Training loss: first step of the node's first round, last step of its last."
+        " Weight: its share of the latest aggregate that it was part of.",
+        refused=refused,
+        refused_caption=f"{len(refused):,} of {told}",
+        all_passed=f"All {told} passed the gate." if len(replies) > 1 else "The reply passed.",
+        reply_count=len(replies),
+        reply_limit=REPLY_LIMIT,
+        round_columns=round_columns(run),
+        node_columns=NODE_COLUMNS,
+        verdict_words=verdict_words,
+        facts=_facts(run),
+        command=_command(run),
+        version=run.word("version"),
+    )
+
+
+def _lede(run: Run, nodes: int) -> str:
+    done, planned = len(run.rounds), run.planned_rounds
+    rounds = quantities.plural(done, "round")
+    if planned is not None and planned > done:
+        rounds = f"{done} of {quantities.plural(planned, 'round')} so far"
+    model = run.word("base_model") or text(run.settings.get("base_model")) or "one language model"
+    if not nodes:
+        return f"No node has taken part in fine-tuning {model} yet."
+    who = f"{nodes} nodes that share no data" if nodes > 1 else "One node"
+    together = " together" if nodes > 1 else ""
+    return f"{who} fine-tuned {model}{together} in {rounds}."
+
+
+def _headline(run: Run) -> dict[str, Any]:
+    before = run.before if run.before and run.before.loss is not None else None
+    after = run.after if run.after and run.after.loss is not None else None
+    change = quantities.relative_change(
+        before.loss if before else None, after.loss if after else None
+    )
+    words = ""
+    if change is not None:
+        direction = "lower" if change < 0 else "higher"
+        words = f"{quantities.share_text(abs(change))} {direction}" if change else "unchanged"
+    return {
+        "before": before,
+        "after": after,
+        "change": words,
+        "better": change is not None and change < 0,
+    }
+
+
+def _seconds(run: Run) -> float | None:
+    seconds = run.number("seconds")
+    known = [r.seconds for r in run.rounds if r.seconds is not None]
+    return sum(known) if seconds is None and known else seconds
+
+
+def _facts(run: Run) -> list[tuple[str, str, bool]]:
+    """Name, value, and whether the value is a digest or a path."""
+    settings = run.settings
+    threads = settings.get("threads")
+    entries = [
+        ("Description", text(settings.get("description")), False),
+        ("Base model", run.word("base_model") or text(settings.get("base_model")), False),
+        ("Base digest (SHA-256)", run.word("base_digest"), True),
+        ("Layout fingerprint (SHA-256)", run.word("layout"), True),
+        ("Ledger head", run.word("head") or (run.rounds[-1].head if run.rounds else ""), True),
+        ("Preset", run.preset, False),
+        ("Seed", "" if run.seed is None else str(run.seed), False),
+        ("Threads per node", str(threads) if isinstance(threads, int) else "", False),
+        ("Adapter", run.word("adapter"), True),
+        ("fedbraid", run.word("version"), False),
+    ]
+    return [(name, value or "not recorded", mono and bool(value)) for name, value, mono in entries]
+
+
+def _command(run: Run) -> str:
+    """The command that repeats the run from its resolved scenario; "" where there is none."""
+    if not run.scenario:
+        return ""
+    folder = text(run.path.resolve().name) or "run"
+    place = f"./{folder}" if folder.startswith("-") else folder
+    return (
+        f"fedbraid simulate {shlex.quote(place + '/scenario.toml')}"
+        f" --output {shlex.quote(place + '-again')}"
+    )

@@ -1,0 +1,68 @@
+"""Sample questions answered by the base and by the tuned model, for a person to judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from fedclient import base_model
+from fedclient.data import DataSpec, Example, load_partition, prompt_ids
+from fedserver.configuration import RunConfiguration
+from fedserver.planner import data_specification
+from peft import PeftModel
+
+NEW_TOKENS = 40
+
+
+def sample_answers(
+    configuration: RunConfiguration, base_folder: Path, adapter: Path, count: int
+) -> list[dict[str, str]]:
+    """Greedy answers to ``count`` held-out questions, each of another node's data."""
+    base = base_model.load(str(base_folder), configuration.base_dtype)
+    questions = _questions(configuration, count)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(configuration.threads)
+    tuned = PeftModel.from_pretrained(cast(Any, base.model), str(adapter))
+    try:
+        answered = []
+        for question in questions:
+            with tuned.disable_adapter():
+                before = _answer(tuned, base.tokenizer, question)
+            after = _answer(tuned, base.tokenizer, question)
+            answered.append(
+                {
+                    "question": question.messages[-2][1],
+                    "expected": question.messages[-1][1],
+                    "base": before,
+                    "tuned": after,
+                    "category": question.category,
+                }
+            )
+        return answered
+    finally:
+        tuned.unload()
+        torch.set_num_threads(threads)
+
+
+def _questions(configuration: RunConfiguration, count: int) -> list[Example]:
+    specification = DataSpec.model_validate(data_specification(configuration))
+    chosen = []
+    for index in range(len(configuration.nodes)):
+        held_out = load_partition(specification, index).held_out
+        if held_out and len(chosen) < count:
+            chosen.append(held_out[0])
+    return chosen
+
+
+def _answer(model: Any, tokenizer: Any, example: Example) -> str:
+    ids = torch.tensor([prompt_ids(example, tokenizer)])
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()

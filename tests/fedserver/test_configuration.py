@@ -1,0 +1,132 @@
+"""A scenario is read strictly: what it resolves to reads back the same, and errors name their remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fedserver.configuration import (
+    SCENARIO_FOLDER,
+    ConfigurationError,
+    RunConfiguration,
+    load,
+    parse,
+    scenario_names,
+    to_toml,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+MINIMAL: dict[str, Any] = {"nodes": [{"name": "a"}, {"name": "b"}]}
+
+
+@pytest.mark.parametrize("name", scenario_names())
+def test_every_shipped_scenario_is_valid(name: str) -> None:
+    assert load(name).name == name
+
+
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    rank=st.integers(1, 64),
+    rate=st.floats(1e-6, 1.0),
+    description=st.text(max_size=40),
+    modules=st.lists(st.text("abcdefgh_.", min_size=1), min_size=1, max_size=3),
+    limit=st.none() | st.integers(1, 100),
+)
+def test_a_resolved_scenario_reads_back_the_same(
+    seed: int, rank: int, rate: float, description: str, modules: list[str], limit: int | None
+) -> None:
+    configuration = parse(
+        {
+            **MINIMAL,
+            "seed": seed,
+            "lora_r": rank,
+            "learning_rate": rate,
+            "description": description,
+            "lora_target_modules": modules,
+            "data": {"limit_per_node": limit},
+        }
+    )
+    assert parse(_read(to_toml(configuration))) == configuration
+
+
+def test_the_run_id_ignores_names_places_and_length_and_nothing_else() -> None:
+    first = parse(MINIMAL)
+    same = parse({**MINIMAL, "name": "other", "output_dir": "x", "rounds": 99})
+    assert first.run_id() == same.run_id()
+    for change in ({"seed": 1}, {"threads": 1}, {"preset": "flora"}, {"view_rank": 8}):
+        assert parse({**MINIMAL, **change}).run_id() != first.run_id()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"lora_rank": 4}, ["lora_rank", "lora_r"]),
+        ({"data": {"sorce": "x"}}, ["data.sorce", "source"]),
+        ({"nodes": [{"name": "a", "lora_rr": 2}]}, ["nodes.0.lora_rr", "lora_r"]),
+        ({"preset": "brayd"}, ["brayd", "braid"]),
+        ({"lora_r": 0}, ["lora_r", "0"]),
+        ({"lora_variant": "dora"}, ["dora", "magnitude"]),
+        ({"lora_init": "pissa"}, ["pissa", "base"]),
+        ({"nodes": []}, ["nodes"]),
+        ({"nodes": [{"name": "a"}, {"name": "a"}]}, ["'a'", "twice"]),
+        ({"quorum": 3}, ["quorum 3", "2 nodes"]),
+        ({"data": {"partition": "categories"}}, ["categories", "'a'"]),
+        ({"learning_rate": float("nan")}, ["learning_rate"]),
+    ],
+)
+def test_every_mistake_is_named_with_its_remedy(values: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse({**MINIMAL, **values})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_all_mistakes_are_listed_at_once() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse({**MINIMAL, "rounds": 0, "seeed": 1})
+    assert "rounds" in str(caught.value)
+    assert "seeed" in str(caught.value)
+
+
+def test_overrides_reach_tables_and_nodes_by_name_and_index() -> None:
+    changed = load("quickstart", ["rounds=5", "nodes.cafe.lora_r=3", "nodes.0.lora_r=2",
+                                  "data.held_out_max=7", "base_model=some/model"])  # fmt: skip
+    assert changed.rounds == 5
+    assert changed.nodes[5].lora_r == 3
+    assert changed.nodes[0].lora_r == 2
+    assert changed.data.held_out_max == 7
+    assert changed.base_model == "some/model"
+
+
+@pytest.mark.parametrize("override", ["rounds", "nodes.nobody.lora_r=3", "rounds.x=1", "nodes=1"])
+def test_an_impossible_override_says_so(override: str) -> None:
+    with pytest.raises(ConfigurationError):
+        load("quickstart", [override])
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="quickstart"):
+        load("quikstart")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("rounds = = 3")
+    with pytest.raises(ConfigurationError, match="broken.toml"):
+        load(str(broken))
+
+
+def test_shipped_scenarios_open_with_the_command_that_runs_them() -> None:
+    for path in SCENARIO_FOLDER.glob("*.toml"):
+        assert path.read_text().startswith(f"# fedbraid simulate {path.stem}")
+
+
+def test_unlisted_nodes_have_no_entry() -> None:
+    configuration = RunConfiguration.model_validate(MINIMAL)
+    assert configuration.node("b") is not None
+    assert configuration.node("c") is None
+
+
+def _read(text: str) -> dict[str, Any]:
+    import tomllib
+
+    return tomllib.loads(text)

@@ -1,0 +1,160 @@
+"""The ledger is append-only, tamper-evident, and whole or absent after a kill at any moment."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fedserver.ledger import GENESIS_PREVIOUS, Ledger, LedgerError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8)
+    | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+def _round(ledger: Ledger, number: int) -> None:
+    blob = ledger.put(f"update {number}".encode())
+    state = ledger.put(f"state {number}".encode())
+    content = {"nodes": [{"node": "a", "update": blob, "reason": ""}], "state": state}
+    ledger.append("round", number, content, {"seconds": 0.5 * number})
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.dictionaries(st.text(max_size=4), json_values, max_size=3), max_size=5))
+def test_what_is_appended_is_read_back_and_decides_the_head(
+    tmp_path_factory: pytest.TempPathFactory, contents: list[dict[str, object]]
+) -> None:
+    heads = []
+    for wall in (1.0, 2.0):
+        ledger = Ledger(tmp_path_factory.mktemp("run"), create=True)
+        for number, content in enumerate(contents):
+            ledger.append("note", number, content, {"at": wall})
+        assert [entry.content for entry in ledger.entries()] == contents
+        heads.append(ledger.head)
+        ledger.close()
+    assert heads[0] == heads[1]
+
+
+def test_order_and_content_change_the_head(tmp_path: Path) -> None:
+    heads = set()
+    for name, order in (("x", (1, 2)), ("y", (2, 1)), ("z", (1, 3))):
+        ledger = Ledger(tmp_path / name, create=True)
+        for number in order:
+            ledger.append("note", 0, {"value": number}, {})
+        heads.add(ledger.head)
+        ledger.close()
+    assert len(heads) == 3
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE entries SET content = replace(content, 'a', 'b') WHERE height = 1",
+        "UPDATE entries SET round = 7 WHERE height = 1",
+        "UPDATE entries SET kind = 'other' WHERE height = 0",
+        "DELETE FROM entries WHERE height = 1",
+        "DELETE FROM entries WHERE height = 0",
+        "DELETE FROM entries",
+    ],
+)
+def test_tampering_with_the_database_is_found(tmp_path: Path, statement: str) -> None:
+    ledger = Ledger(tmp_path, create=True)
+    for number in range(3):
+        _round(ledger, number)
+    assert ledger.verify() == []
+    ledger.close()
+    with sqlite3.connect(tmp_path / "ledger.db") as database:
+        database.execute(statement)
+    changed = Ledger(tmp_path)
+    assert changed.verify()
+    changed.close()
+
+
+def test_a_changed_or_lost_blob_is_found(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, create=True)
+    _round(ledger, 1)
+    digest = ledger.put(b"update 1")
+    path = next((tmp_path / "blobs").glob(f"*/{digest}*"))
+    path.write_bytes(b"forged")
+    assert "changed" in ledger.verify()[0]
+    path.unlink()
+    assert "missing" in ledger.verify()[0]
+    ledger.close()
+
+
+def test_only_the_wanted_states_stay(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, create=True)
+    for number in range(4):
+        _round(ledger, number)
+    states = [entry.content["state"] for entry in ledger.entries("round")]
+    ledger.keep_states(set(states[2:]))
+    assert [ledger.has(state) for state in states] == [False, False, True, True]
+    assert ledger.verify() == []
+    ledger.close()
+
+
+def test_a_folder_without_a_ledger_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="no ledger"):
+        Ledger(tmp_path)
+    (tmp_path / "ledger.db").write_bytes(b"not a database, but long enough to be looked at" * 9)
+    with pytest.raises(LedgerError, match="cannot be read"):
+        Ledger(tmp_path)
+
+
+def test_values_that_json_does_not_have_are_refused(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, create=True)
+    with pytest.raises(ValueError, match="JSON"):
+        ledger.append("note", 0, {"value": float("nan")}, {})
+    assert ledger.head == GENESIS_PREVIOUS
+    ledger.close()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from fedserver.ledger import Ledger
+ledger = Ledger(Path(sys.argv[1]), create=True)
+last = ledger.last("round")
+print("ready", flush=True)
+for number in range(0 if last is None else last.round + 1, 1000):
+    blob = ledger.put(b"update %d" % number)
+    ledger.append("round", number, {"nodes": [{"update": blob}], "state": blob}, {})
+    print(number, flush=True)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_whole_rounds(tmp_path: Path) -> None:
+    chance = random.Random(5)
+    written = -1
+    for _ in range(5):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ},
+        )
+        assert process.stdout is not None
+        for _ in range(chance.randrange(1, 6)):
+            line = process.stdout.readline()
+            if line.strip().isdigit():
+                written = int(line)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        ledger = Ledger(tmp_path)
+        assert ledger.verify() == []
+        rounds = [entry.round for entry in ledger.entries("round")]
+        assert rounds == list(range(len(rounds)))
+        assert len(rounds) > written
+        ledger.close()

@@ -1,0 +1,20 @@
+"""Backends are tested where they exist; the compiled module's own tests need the module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import fedkernels as fk
+
+collect_ignore = [] if "portable" in fk.backends() else ["test_compiled.py"]
+
+
+@pytest.fixture(params=fk.backends())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend in turn, in use during the test."""
+    before = fk.backend()
+    fk.use_backend(request.param)
+    yield request.param
+    fk.use_backend(before)
