@@ -12,10 +12,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import fedkernels as fk
-import torch
 from torch import Tensor
 
+import fedkernels as fk
 from aggregators.codec import pack, unpack
 from aggregators.layout import Layout
 from aggregators.low_rank import LowRank
@@ -95,7 +94,7 @@ class Carry:
 
     def to_bytes(self) -> bytes:
         """Deterministic bytes."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, part in self.parts.items():
             tensors |= {f"{name}#U": part.U, f"{name}#S": part.sigma, f"{name}#V": part.Vt}
         return pack({"schema": 1, "carry": self.layout.fingerprint}, tensors)

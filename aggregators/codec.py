@@ -204,13 +204,10 @@ def _get(parts: dict[str, Tensor], part: str, name: str, dim: int) -> Tensor:
     if value.dtype == torch.int8:
         if step is None or step.dtype != torch.float32:
             raise UpdateRejected(Verdict.DTYPE, f"layer {name!r}: int8 {part} without its scales")
-        if value.ndim == 0:
-            expected = ()
-        else:
-            sizes = list(value.shape)
+        sizes = list(value.shape)
+        if sizes:
             sizes[dim] = 1
-            expected = tuple(sizes)
-        if tuple(step.shape) != expected:
+        if list(step.shape) != sizes:
             raise UpdateRejected(Verdict.SHAPE, f"layer {name!r}: scales of {part} do not fit")
         _finite(step, name)
         value = value.float() * step

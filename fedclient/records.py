@@ -7,6 +7,7 @@ import gzip
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +68,17 @@ def _embedded() -> list[Example]:
         with path.open(encoding="utf-8") as file:
             conversations = yaml.load(file, Loader=loader)["conversations"]
         for talk in conversations:
-            for asked, answered in zip(talk, talk[1:], strict=False):
+            for asked, answered in pairwise(talk):
                 messages = (("user", str(asked)), ("assistant", str(answered)))
                 examples.append(Example(messages, path.stem))
     return examples
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(
-        encoding="utf-8"
-    )  # fmt: skip
+    opener: Any = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opened as file:
+        with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+
 from aggregators import Layout
 from aggregators.messages import (
     Capabilities,
@@ -26,7 +27,6 @@ from aggregators.messages import (
     decode_plan,
     encode_reply,
 )
-
 from fedclient import base_model, data
 from fedclient.evaluation import evaluate
 from fedclient.local import lora
@@ -64,7 +64,9 @@ class Worker:
             base = base_model.load(query["base_model"], query["dtype"])
             own = _load_data(query["data"], settings)
             names = query["names"]
-            default = names[settings.index] if settings.index < len(names) else f"node-{settings.index}"
+            default = (
+                names[settings.index] if settings.index < len(names) else f"node-{settings.index}"
+            )
             return Capabilities(
                 node=settings.name or default,
                 examples=len(own.train),

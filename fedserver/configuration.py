@@ -79,7 +79,8 @@ class RunConfiguration(_Strict):
     name: str = Field(default="run", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
     description: str = ""
     base_model: str = Field(
-        default="smollm2-135m-instruct", description="embedded default, a folder, a .gguf, or a hub id"
+        default="smollm2-135m-instruct",
+        description="embedded default, a folder, a .gguf, or a hub id",
     )
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     preset: str = Field(default="braid", description="how updates are made and aggregated")
@@ -88,7 +89,9 @@ class RunConfiguration(_Strict):
     output_dir: str | None = Field(default=None, description="run folder; default runs/NAME")
 
     lora_r: int = Field(default=8, ge=1)
-    lora_alpha: float = Field(default=16.0, gt=0, description="of rank lora_r; other ranks scale it")
+    lora_alpha: float = Field(
+        default=16.0, gt=0, description="of rank lora_r; other ranks scale it"
+    )
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     lora_target_modules: tuple[str, ...] = ("all-linear",)
     lora_rslora: bool = False
@@ -109,11 +112,15 @@ class RunConfiguration(_Strict):
     server_learning_rate: float = Field(default=1.0, gt=0)
     evaluate: bool = True
 
-    quorum: int | None = Field(default=None, ge=1, description="accepted updates that a round needs")
+    quorum: int | None = Field(
+        default=None, ge=1, description="accepted updates that a round needs"
+    )
     deadline_seconds: float = Field(default=3600.0, gt=0)
     max_norm: float | None = Field(default=1e4, gt=0, description="of one update's change")
     max_update_bytes: int = Field(default=1 << 30, ge=1024)
-    max_examples: int = Field(default=10_000_000, ge=1, description="weight that one node may claim")
+    max_examples: int = Field(
+        default=10_000_000, ge=1, description="weight that one node may claim"
+    )
     threads: int = Field(default=2, ge=1, description="per node and server; part of the numbers")
 
     data: DataConfiguration = DataConfiguration()
@@ -164,9 +171,7 @@ class RunConfiguration(_Strict):
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers: all but names, places and the number of rounds."""
-        return self.model_dump(
-            mode="json", exclude={"name", "description", "output_dir", "rounds"}
-        )
+        return self.model_dump(mode="json", exclude={"name", "description", "output_dir", "rounds"})
 
     def run_id(self) -> str:
         """128-bit hexadecimal id; equal scenarios have equal ids, whatever runs them."""
@@ -259,7 +264,9 @@ def _override(values: dict[str, Any], override: str) -> None:
     for parent in parents:
         target = _descend(target, parent, override)
     if isinstance(target, list):
-        raise ConfigurationError(f"--set {override!r}: name one entry, for example nodes.0.lora_r=4")
+        raise ConfigurationError(
+            f"--set {override!r}: name one entry, for example nodes.0.lora_r=4"
+        )
     target[last] = value
 
 

@@ -130,7 +130,9 @@ def _read(message: Message, node_id: int, round_number: int, late: bool, waited:
     taken = float(seconds) if isinstance(seconds, float) and seconds >= 0 else waited
     if isinstance(error_text, str) and error_text:
         return Reply(node_id, round_number, None, _first_line(error_text), taken, late)
-    return Reply(node_id, round_number, payload if isinstance(payload, bytes) else b"", "", taken, late)
+    return Reply(
+        node_id, round_number, payload if isinstance(payload, bytes) else b"", "", taken, late
+    )
 
 
 def _first_line(text: str | None) -> str:

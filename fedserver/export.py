@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from aggregators import Layout, LowRank
-from aggregators.presets import PRESETS
 from safetensors.torch import load_file, save_file
 
+from aggregators import Layout, LowRank
+from aggregators.presets import PRESETS
 from fedserver import metrics
 from fedserver.configuration import RunConfiguration, load
 from fedserver.ledger import Ledger, LedgerError
@@ -48,9 +48,7 @@ def read_layout(ledger: Ledger) -> Layout:
     return Layout.from_json(ledger.get(genesis.content["layout_blob"]).decode())
 
 
-def export_peft(
-    folder: Path, target: Path, base_folder: Path, *, exact: bool = False
-) -> Path:
+def export_peft(folder: Path, target: Path, base_folder: Path, *, exact: bool = False) -> Path:
     """Write a LoRA adapter that plain peft loads (``adapter_model.safetensors`` and its config)."""
     configuration, change = final_change(folder, exact=exact)
     change = _without_empty(change)
@@ -174,9 +172,7 @@ def _read_summary(folder: Path) -> dict[str, Any]:
 
 
 def _without_empty(change: LowRank) -> LowRank:
-    kept = {
-        name: (f.B, f.A, f.scale) for name, f in change.factors.items() if f.B.shape[1] > 0
-    }
+    kept = {name: (f.B, f.A, f.scale) for name, f in change.factors.items() if f.B.shape[1] > 0}
     return LowRank(change.layout, kept)
 
 

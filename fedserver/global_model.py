@@ -51,7 +51,9 @@ class GlobalModel:
         """SHA-256 of ``to_bytes``."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
-    def view(self, preset: Preset, rank: int, view_rank: int | None, energy: float | None) -> LowRank:
+    def view(
+        self, preset: Preset, rank: int, view_rank: int | None, energy: float | None
+    ) -> LowRank:
         """What a node of ``rank`` gets to see of this state (module docstring of ``presets``)."""
         if preset.view == "whole":
             return self.carry.head(None, None)

@@ -110,10 +110,7 @@ class Ledger:
 
     def last(self, kind: str) -> Entry | None:
         """The newest entry of a kind."""
-        found = None
-        for found in self.entries(kind):
-            pass
-        return found
+        return max(self.entries(kind), key=lambda entry: entry.height, default=None)
 
     def append(
         self, kind: str, round_number: int, content: dict[str, Any], wall: dict[str, Any]

@@ -28,7 +28,9 @@ def show(folder: Folder, as_json: Json = False) -> None:
         if as_json:
             print(json.dumps(vars(entry)))
             continue
-        table.add_row(str(entry.height), entry.kind, str(entry.round), "", "", "", "", entry.hash[:16])
+        table.add_row(
+            str(entry.height), entry.kind, str(entry.round), "", "", "", "", entry.hash[:16]
+        )
         for node in entry.content.get("nodes", ()):
             verdict = node["verdict"] + (f": {node['reason']}" if node["reason"] else "")
             share = f"{node['share']:.3f}" if node["share"] else ""

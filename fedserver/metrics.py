@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from aggregators import Layout
-
 from fedserver.configuration import RunConfiguration
 from fedserver.ledger import Entry, Ledger
 
@@ -38,7 +37,9 @@ def rows(ledger: Ledger) -> list[dict[str, Any]]:
 
 def evaluations(ledger: Ledger) -> dict[int, dict[str, Any] | None]:
     """Round number -> scores of the model after that round; 0 is the base model."""
-    found = {entry.round - 1: scores(entry.content["entering"]) for entry in ledger.entries("round")}
+    found = {
+        entry.round - 1: scores(entry.content["entering"]) for entry in ledger.entries("round")
+    }
     for entry in ledger.entries("evaluation"):
         found[entry.round] = scores(entry.content["entering"])
     return found

@@ -11,7 +11,6 @@ from typing import Any
 from aggregators import Layout, match_targets
 from aggregators.messages import Capabilities, Plan
 from aggregators.presets import PRESETS
-
 from fedserver.configuration import ConfigurationError, RunConfiguration
 
 

@@ -9,7 +9,6 @@ from aggregators import LowRank, UpdateRejected
 from aggregators.gate import GateContext, admit
 from aggregators.messages import Plan
 from aggregators.presets import PRESETS
-
 from fedserver.configuration import RunConfiguration
 from fedserver.export import read_layout
 from fedserver.global_model import GlobalModel, next_model

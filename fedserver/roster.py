@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from aggregators import Layout
 from aggregators.messages import Capabilities
-
 from fedserver.configuration import ConfigurationError, RunConfiguration
 from fedserver.events import Listener, Notice
 from fedserver.exchange import QUERY, Exchange
@@ -37,9 +36,7 @@ class Roster:
     base_digest: str
 
 
-def gather_roster(
-    configuration: RunConfiguration, exchange: Exchange, notify: Listener
-) -> Roster:
+def gather_roster(configuration: RunConfiguration, exchange: Exchange, notify: Listener) -> Roster:
     """Wait for the nodes, ask what they can do, and keep those that share one base model."""
     wanted = len(configuration.nodes)
     waited = 0.0
@@ -85,9 +82,7 @@ def gather_roster(
     return _agree(members, configuration, notify)
 
 
-def _agree(
-    members: dict[str, Member], configuration: RunConfiguration, notify: Listener
-) -> Roster:
+def _agree(members: dict[str, Member], configuration: RunConfiguration, notify: Listener) -> Roster:
     """The base model that most nodes hold (ties: the lowest digest); the others are left out."""
     votes = Counter(
         (m.capabilities.base_digest, m.capabilities.layout_json) for m in members.values()

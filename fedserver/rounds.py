@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from aggregators import Layout, LowRank, UpdateRejected, Verdict
 from aggregators.gate import Admitted, GateContext, admit
 from aggregators.messages import Evaluation, Plan, encode_plan
 from aggregators.presets import PRESETS
-
 from fedserver import events, metrics
 from fedserver.configuration import RunConfiguration, to_toml
 from fedserver.exchange import EVALUATE, TRAIN, Exchange, Reply
@@ -20,6 +20,7 @@ from fedserver.global_model import GlobalModel, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
 from fedserver.planner import check_ranks, largest_rank, make_plan
 from fedserver.roster import Member, Roster, gather_roster
+
 
 @dataclass
 class _Outcome:
@@ -228,10 +229,7 @@ class Coordinator:
         kind = TRAIN if action == "train" else EVALUATE
         deadline = self._configuration.deadline_seconds
         for reply in self._exchange.ask(payloads, kind, number, deadline):
-            plan = plans.get(reply.node_id)
-            if plan is None:
-                continue
-            outcome = self._judge(reply, plan, roster.layout, ledger)
+            outcome = self._judge(reply, plans[reply.node_id], roster.layout, ledger)
             if reply.late or reply.node_id in answered:
                 others.append(outcome)
             else:
@@ -336,9 +334,7 @@ class Coordinator:
             )
 
 
-def open_existing(
-    folder: Path, configuration: RunConfiguration, *, resume: bool
-) -> Ledger | None:
+def open_existing(folder: Path, configuration: RunConfiguration, *, resume: bool) -> Ledger | None:
     """The ledger to continue, None for a fresh folder; refuses a folder that is another run's."""
     if not (folder / "ledger.db").is_file():
         if resume and not folder.exists():

@@ -54,7 +54,6 @@ def simulate(
 ) -> None:
     """Run a scenario on this machine and write a run folder with report and adapter."""
     from fedserver.configuration import load
-
     from simulations.live import LiveView
     from simulations.run import choose_folder
 
@@ -69,7 +68,9 @@ def simulate(
 @app.command()
 def compare(
     presets: Annotated[list[str], typer.Argument(help="Presets, e.g. braid flora fedit.")],
-    scenario: Annotated[str, typer.Option(help="The scenario that all of them run.")] = "quickstart",
+    scenario: Annotated[
+        str, typer.Option(help="The scenario that all of them run.")
+    ] = "quickstart",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per preset.")] = 3,
     override: Overrides = None,
     output: Output = None,

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedserver.configuration import ConfigurationError, load
 from rich.console import Console
 from rich.table import Table
 
+from fedserver.configuration import ConfigurationError, load
 from simulations.comparison_page import comparison
 from simulations.intervals import Estimate, estimate
 from simulations.live import LiveView

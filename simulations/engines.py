@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedclient.app import app as client_app
 from fedclient.app import make_app as make_client_app
@@ -16,7 +16,6 @@ from fedserver.app import make_app as make_server_app
 from fedserver.configuration import ConfigurationError, RunConfiguration
 from fedserver.exchange import Exchange
 from fedserver.rounds import Coordinator
-
 from simulations.faults import faulty
 from simulations.local_grid import FIRST_NODE, LocalGrid, SimulatedClock, honest
 
@@ -91,7 +90,7 @@ def run_flower(
     from flwr.simulation import run_simulation
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
-    backend = {
+    backend: Any = {
         # One actor holds one base model; its CPUs are the threads that the scenario fixes.
         "client_resources": {"num_cpus": configuration.threads, "num_gpus": 0.0},
         "init_args": {

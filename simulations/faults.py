@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from aggregators.codec import pack, unpack
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
 
+from aggregators.codec import pack, unpack
 from simulations.local_grid import Answer, Delivery
 
 RECORD = "fedbraid"
 PROCESS_DIED = 8  # Flower's error code for a ClientApp process that was killed.
 
+Header = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -37,12 +40,47 @@ def faulty(fault: str, answer: Answer, deadline_seconds: float) -> Answer:
 
 
 def _tampered(
-    delivery: Delivery, change: Callable[[dict[str, object], Tensors], None], asked: Message
+    delivery: Delivery, change: Callable[[Header, Tensors], None], asked: Message
 ) -> Delivery:
     record = delivery.reply.content[RECORD]
+    assert isinstance(record, ConfigRecord)
     payload = record["payload"]
     assert isinstance(payload, bytes)
     header, tensors = unpack(payload)
     change(header, tensors)
     forged = ConfigRecord({**record, "payload": pack(header, tensors)})
     return Delivery(Message(RecordDict({RECORD: forged}), reply_to=asked), delivery.after)
+
+
+def _in_body(change: Callable[[Header, Tensors], None]) -> Callable[[Header, Tensors], None]:
+    """Change the update inside a reply and make the envelope's digest fit: a forger would."""
+
+    def apply(header: Header, tensors: Tensors) -> None:
+        inner_header, inner = unpack(tensors["body"].numpy().tobytes())
+        change(inner_header, inner)
+        body = pack(inner_header, inner)
+        tensors["body"] = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+        header["envelope"]["payload_digest"] = hashlib.sha256(body).hexdigest()
+
+    return apply
+
+
+def _nan(header: Header, tensors: Tensors) -> None:
+    name = next(name for name in tensors if name.endswith("#B"))
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+
+
+def _wrong_shape(header: Header, tensors: Tensors) -> None:
+    name = next(name for name in tensors if name.endswith("#B"))
+    tensors[name] = tensors[name][:-1]
+
+
+def _other_layout(header: Header, tensors: Tensors) -> None:
+    header["envelope"]["layout"] = hashlib.sha256(b"another model").hexdigest()
+
+
+_CHANGES: dict[str, Callable[[Header, Tensors], None]] = {
+    "nan": _in_body(_nan),
+    "shape": _in_body(_wrong_shape),
+    "layout": _other_layout,
+}

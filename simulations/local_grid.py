@@ -79,9 +79,7 @@ class LocalGrid(Grid):
         self._run = Run.create_empty(run_id=1)
         self._mail = _Mailbox()
         self._nodes = {
-            FIRST_NODE + index: LocalNode(
-                FIRST_NODE + index, answer, _context(index, len(answers))
-            )
+            FIRST_NODE + index: LocalNode(FIRST_NODE + index, answer, _context(index, len(answers)))
             for index, answer in sorted(answers.items())
         }
         # Flower's messages take their sender from here; no other run lives in this process.

@@ -12,7 +12,6 @@ from fedserver import events, metrics
 from fedserver.configuration import ConfigurationError, RunConfiguration
 from fedserver.export import export_peft
 from fedserver.ledger import Ledger, LedgerError
-
 from simulations.engines import ENGINES
 from simulations.report import write_report
 from simulations.samples import sample_answers

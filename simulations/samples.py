@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
+
 from fedclient import base_model
 from fedclient.data import DataSpec, Example, load_partition, prompt_ids
 from fedserver.configuration import RunConfiguration
 from fedserver.planner import data_specification
-from peft import PeftModel
 
 NEW_TOKENS = 40
 
@@ -47,7 +48,7 @@ def sample_answers(
 
 def _questions(configuration: RunConfiguration, count: int) -> list[Example]:
     specification = DataSpec.model_validate(data_specification(configuration))
-    chosen = []
+    chosen: list[Example] = []
     for index in range(len(configuration.nodes)):
         held_out = load_partition(specification, index).held_out
         if held_out and len(chosen) < count:

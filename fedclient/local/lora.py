@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from aggregators import Layout, LowRank, match_targets
-from aggregators.messages import Plan, shared_a
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import fedkernels as fk
+from aggregators import Layout, LowRank, match_targets
+from aggregators.messages import Plan, shared_a
 from fedclient.loss import answer_loss
 
 VIEW, LOCAL = "view", "local"
@@ -84,9 +84,7 @@ def train(
 ) -> TrainingResult:
     """AdamW over the local factors; one optimiser step a batch."""
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay
-    )
+    optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay)
     losses: list[float] = []
     tokens = 0
     wrapped.train(plan.dropout > 0)
@@ -96,7 +94,7 @@ def train(
         loss_sum, labelled, _ = answer_loss(wrapped, batch)
         loss = loss_sum / max(1, labelled)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        cast(Any, loss).backward()
         optimiser.step()
         losses.append(float(loss.detach()))
         tokens += labelled
@@ -133,9 +131,7 @@ def local_update(
 
 
 def _configuration(plan: Plan, modules: Mapping[str, str], layout: Layout) -> LoraConfig:
-    ranks = {
-        _pattern(path): min(plan.rank, *layout.shape(name)) for path, name in modules.items()
-    }
+    ranks = {_pattern(path): min(plan.rank, *layout.shape(name)) for path, name in modules.items()}
     inits: dict[str, Any] = {"gaussian": "gaussian", "orthogonal": "orthogonal"}
     return LoraConfig(
         r=plan.rank,
@@ -199,9 +195,7 @@ def _initialise(
     _write(wrapped, LOCAL, start, transposed)
 
 
-def _resize(
-    b: Tensor, a: Tensor, rank: int, plan: Plan, layout: Layout, name: str
-) -> Factors:
+def _resize(b: Tensor, a: Tensor, rank: int, plan: Plan, layout: Layout, name: str) -> Factors:
     """The first ``rank`` components; missing ones get B = 0 and a fresh shared A."""
     missing = rank - b.shape[1]
     if missing > 0:

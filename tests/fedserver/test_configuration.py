@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fedserver.configuration import (
     SCENARIO_FOLDER,
     ConfigurationError,
@@ -15,8 +18,6 @@ from fedserver.configuration import (
     scenario_names,
     to_toml,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 MINIMAL: dict[str, Any] = {"nodes": [{"name": "a"}, {"name": "b"}]}
 
@@ -111,7 +112,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         load("quikstart")
     broken = tmp_path / "broken.toml"
     broken.write_text("rounds = = 3")
-    with pytest.raises(ConfigurationError, match="broken.toml"):
+    with pytest.raises(ConfigurationError, match=r"broken\.toml"):
         load(str(broken))
 
 

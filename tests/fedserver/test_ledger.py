@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from fedserver.ledger import GENESIS_PREVIOUS, Ledger, LedgerError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from fedserver.ledger import GENESIS_PREVIOUS, Ledger, LedgerError
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8)
