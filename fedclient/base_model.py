@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ SPACE_NEEDED = 1_000_000_000
 SAFE_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 Progress = Callable[[str, float], None]
+
+# The model in memory is one per process: it is wrapped while one node trains, so nodes take turns.
+IN_USE = threading.Lock()
 
 
 class BaseModelError(Exception):

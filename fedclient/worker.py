@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,12 +54,10 @@ class Worker:
 
     def __init__(self, progress: Progress | None = None) -> None:
         self._progress = progress
-        # The base model is shared by all nodes of this process and wrapped while one trains.
-        self._lock = threading.Lock()
 
     def capabilities(self, query: Mapping[str, Any], settings: NodeSettings) -> Capabilities:
         """What this node has and can do, for a run described by the coordinator's query."""
-        with self._lock, _threads(query["threads"]):
+        with base_model.IN_USE, _threads(query["threads"]):
             base = base_model.load(query["base_model"], query["dtype"])
             own = _load_data(query["data"], settings)
             names = query["names"]
@@ -88,7 +85,7 @@ class Worker:
     def work(self, payload: bytes, settings: NodeSettings) -> bytes:
         """Do what a plan asks for and return the signed-to-be envelope's bytes."""
         plan, view = decode_plan(payload)
-        with self._lock, _threads(plan.threads), _scoped_randomness(plan.seed):
+        with base_model.IN_USE, _threads(plan.threads), _scoped_randomness(plan.seed):
             return self._work(plan, view, settings)
 
     def _work(

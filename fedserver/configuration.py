@@ -242,8 +242,8 @@ def to_toml(configuration: RunConfiguration) -> str:
 
 def _toml(value: Any) -> str:
     if isinstance(value, str):
-        # A JSON string is a TOML basic string, except that TOML forbids a raw DEL.
-        return json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f")
+        # An unescaped JSON string is a TOML basic string, except that TOML forbids a raw DEL.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):

@@ -137,5 +137,5 @@ def _read(message: Message, node_id: int, round_number: int, late: bool, waited:
 
 def _first_line(text: str | None) -> str:
     """A node's words, cut to one printable line: they end up in tables and in the ledger."""
-    line = (text or "no reason given").strip().splitlines()
-    return "".join(c for c in (line[-1] if line else "no reason given") if c.isprintable())[:300]
+    lines = (text or "").strip().splitlines() or ["no reason given"]
+    return "".join(c for c in lines[0] if c.isprintable())[:300]

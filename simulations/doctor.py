@@ -149,8 +149,8 @@ def check_threads(machine: Machine) -> list[Finding]:
         findings.append(
             Finding(
                 "idle threads",
-                f"OMP_WAIT_POLICY={machine.wait_policy or '(not set)'}: they may spin, which is slow"
-                " where several programs share the processors",
+                f"OMP_WAIT_POLICY={machine.wait_policy or '(not set)'}: they may spin,"
+                " which is slow where several programs share the processors",
                 "export OMP_WAIT_POLICY=passive",
                 "warning" if machine.wait_policy else "note",
             )

@@ -1,4 +1,4 @@
-"""A generator of run directories: what a run leaves on disk, without a run."""
+"""Generators of run directories and of events: what a run leaves and tells, without a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -287,19 +288,79 @@ def _committed(number: int, nodes: Sequence[FakeNode], seconds: float) -> events
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fake_events() -> Callable[..., list[tuple[float, events.Event]]]:
     """The generator of a run's events."""
     return make_fake_events
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fake_run() -> Callable[..., Path]:
     """The generator of run directories."""
     return write_fake_run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fake_node() -> type[FakeNode]:
     """A node of a generated run."""
     return FakeNode
+
+
+@dataclass
+class PageOutline:
+    """What a page is made of, as a parser sees it."""
+
+    tags: list[str]
+    attributes: list[tuple[str, str, str | None]]
+    text: str
+    unbalanced: list[str]
+
+    def values(self, name: str) -> list[str]:
+        """Every value of an attribute."""
+        return [value or "" for _, key, value in self.attributes if key == name]
+
+
+class _Outliner(HTMLParser):
+    VOID = frozenset({"meta", "link", "br", "hr", "img", "input"})
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.outline = PageOutline([], [], "", [])
+        self._open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._record(tag, attrs)
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._record(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self._open or self._open.pop() != tag:
+            self.outline.unbalanced.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.outline.text += data
+
+    def close(self) -> None:
+        super().close()
+        self.outline.unbalanced += self._open
+
+    def _record(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.outline.tags.append(tag)
+        self.outline.attributes += [(tag, key, value) for key, value in attrs]
+
+
+def outline_page(html: str) -> PageOutline:
+    """Parse a page; elements that are not closed in order are listed as unbalanced."""
+    parser = _Outliner()
+    parser.feed(html)
+    parser.close()
+    return parser.outline
+
+
+@pytest.fixture(scope="session")
+def outline() -> Callable[[str], PageOutline]:
+    """The parser of pages."""
+    return outline_page
