@@ -189,7 +189,7 @@ def sparkline(
         4,
         4,
         (0.0, float(len(spans))),
-        (low, max(high, low + 1e-9)),
+        (low, high if high > low else low + max(abs(low), 1.0)),
     )
     parts: list[Markup] = []
     for index, (first, last) in enumerate(spans):

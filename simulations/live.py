@@ -136,10 +136,10 @@ class LiveView:
         """Lines that a terminal's table shows instead."""
         if isinstance(event, events.RoundStarted):
             remaining = self._progress.remaining(now)
-            left = (
-                "" if remaining is None else f", about {quantities.duration_text(remaining)} left"
-            )
-            return [Text(f"round {event.round} started{left}")]
+            told = f"round {event.round} begins"
+            if remaining is not None:
+                told += f", about {quantities.duration_text(remaining)} left"
+            return [Text(told)]
         if isinstance(event, events.NodeReplied):
             return [live_drawing.reply_text(event, self._progress)]
         return []

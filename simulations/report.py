@@ -8,7 +8,6 @@ from typing import Any
 
 from fedserver.events import ACCEPTED
 from simulations import quantities
-from simulations.comparison_page import comparison
 from simulations.pages import render, write_page
 from simulations.report_figures import figures
 from simulations.report_tables import (
@@ -20,8 +19,6 @@ from simulations.report_tables import (
     verdict_words,
 )
 from simulations.run_directory import Run, read_run, text
-
-__all__ = ["comparison", "report_html", "write_report"]
 
 REPLY_LIMIT = 5000
 """Beyond this many replies the page names ``metrics.jsonl`` instead of listing them."""

@@ -4,10 +4,10 @@ A sum of products sum_i B_i diag(s_i) A_i is one stack B S A: B [m, R], A [R, n]
 Its decomposition follows from that of a small core, in one of two ways:
 
     qr      B = Q_b R_b and A^T = Q_a R_a by Householder reflections; the core is R_b S R_a^T.
-    gram    B^T B = V_b L_b V_b^T and A A^T = V_a L_a V_a^T; the core is the product
-            L_b^1/2 V_b^T S V_a L_a^1/2. Matrix products only, hence faster; but squaring the
-            condition number loses directions, so this path measures what it lost and gives way to
-            qr where that would show in a float32 result.
+    gram    B^T B = L_b L_b^T and A A^T = L_a L_a^T by Cholesky, so that B = Q_b L_b^T; the core is
+            L_b^T S L_a and Q_b is B L_b^-T, never formed either. Matrix products only, hence
+            faster; but Q_b is orthogonal only to 2^-52 times the squared condition number of B, so
+            this path bounds that number and gives way to qr where a float32 result would show it.
 
 Truncating the decomposition is optimal (Eckart and Young, 1936): the error is the norm of what is
 cut off. Everything is computed in float64.
@@ -26,9 +26,9 @@ METHODS = ("auto", "qr", "gram")
 # are smaller than this together are rounding noise of earlier results, and are not kept.
 ROUNDING = 2.0**-23
 
-# Smallest eigenvalue, relative to the largest, from which the Gram path still gives singular
-# vectors that are orthogonal to float32 precision (their error is 2**-52 over this).
-GRAM_CUTOFF = 1e-8
+# Largest squared condition number for the Gram path: its singular vectors are then orthogonal to
+# about 2**-52 times this, which float32 does not show.
+CONDITION_LIMIT = 1e8
 
 # Rows that the Gram path converts to float64 at once.
 ROWS_AT_ONCE = 1024
@@ -146,10 +146,7 @@ def _householder(
     """Return the packed reflections [rows, R], their tau, and the factor R [min(rows, R), R]."""
     columns = sum(part.shape[1] for part in parts)
     joined = parts[0].new_empty(columns, rows, dtype=torch.float64).T  # LAPACK's column order
-    start = 0
-    for part in parts:
-        joined[:, start : start + part.shape[1]] = part
-        start += part.shape[1]
+    _join(parts, joined)
     tau = joined.new_empty(min(rows, columns))
     torch.geqrf(joined, out=(joined, tau))  # in place: no second copy of the stack
     return joined, tau, joined[: min(rows, columns)].triu()
@@ -167,68 +164,41 @@ def _apply_reflections(
 
 def _by_gram(stack: _Stack, rank: int | None, energy: float | None) -> Decomposition | None:
     """Decompose through R x R Gram matrices; None where the result would not be accurate."""
-    left_norm, left_values, left_vectors = _gram_eigen(stack.left)
-    right_norm, right_values, right_vectors = _gram_eigen(stack.right)
-    weight = stack.scale * left_norm * right_norm
-    if not torch.isfinite(weight).all():
+    left_norm, left_root = _cholesky(stack.left)
+    right_norm, right_root = _cholesky(stack.right)
+    if left_root is None or right_root is None:
         return None
-    # coordinates of the sum in the eigenvectors of both sides, before scaling by the roots
-    middle = left_vectors.T @ (weight[:, None] * right_vectors)
-    left_root, right_root = left_values.clamp(min=0).sqrt(), right_values.clamp(min=0).sqrt()
-    left_keep, right_keep = _well_conditioned(left_values), _well_conditioned(right_values)
-    core = left_root[left_keep, None] * middle[left_keep][:, right_keep] * right_root[right_keep]
-    # ||B v|| of a dropped eigenvector is measured on B itself: its eigenvalue is only noise
-    left_lost = _norms(stack.left, left_norm, left_vectors[:, ~left_keep])
-    right_lost = _norms(stack.right, right_norm, right_vectors[:, ~right_keep])
-    lost = left_lost[:, None] * middle[~left_keep] * right_root
-    lost_too = left_root[:, None] * middle[:, ~right_keep] * right_lost
-    lost_twice = left_lost[:, None] * middle[~left_keep][:, ~right_keep] * right_lost
-    missing = lost.norm() + lost_too.norm() + lost_twice.norm()
-    if missing > ROUNDING / 4 * core.norm():
-        return None
+    core = (left_root.T * (stack.scale * left_norm * right_norm)) @ right_root
     core_u, sigma, core_v = _core_svd(core, rank, energy)
-    left_map = left_vectors[:, left_keep] @ (core_u / left_root[left_keep, None])
-    right_map = right_vectors[:, right_keep] @ (core_v / right_root[right_keep, None])
-    u = _product(stack.left, left_norm, left_map)
-    v = _product(stack.right, right_norm, right_map)
+    u = _product(stack.left, left_norm, left_root, core_u)
+    v = _product(stack.right, right_norm, right_root, core_v)
     return u, sigma, v
 
 
-def _gram_eigen(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return column norms [R], and eigenvalues [R] and -vectors [R, R] of the unit columns' Gram.
+def _cholesky(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the column norms [R] and L [R, R], L L^T the Gram matrix of the unit columns.
 
     Unit columns first: scales that differ by orders of magnitude between nodes are harmless then.
+    L is None where the columns are too close to dependent, and where they are not finite.
     """
     columns = sum(part.shape[1] for part in parts)
     gram = parts[0].new_zeros(columns, columns, dtype=torch.float64)
     for rows in _blocks(parts):
         gram.addmm_(rows.T, rows)
     norm = gram.diagonal().sqrt()
-    norm = torch.where(norm == 0, 1.0, norm)
-    if not torch.isfinite(gram).all():
-        return norm.fill_(torch.nan), norm, gram
-    values, vectors = torch.linalg.eigh(gram / norm / norm[:, None])
-    return norm, values, vectors
+    root, failed = torch.linalg.cholesky_ex(gram / norm / norm[:, None])
+    if failed:
+        return norm, None
+    inverse = torch.linalg.solve_triangular(root, torch.eye(columns).to(root), upper=False)
+    condition = columns * inverse.square().sum()  # at least ||G|| ||G^-1||, for tr G = R
+    return norm, root if condition <= CONDITION_LIMIT else None
 
 
-def _well_conditioned(values: torch.Tensor) -> torch.Tensor:
-    if values.numel() == 0:
-        return torch.zeros_like(values, dtype=torch.bool)
-    return (values > GRAM_CUTOFF * values.max()) & (values > 0)
-
-
-def _norms(parts: list[torch.Tensor], norm: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Return the norms [d] of the unit-column stack times `vectors` [R, d]."""
-    squared = vectors.new_zeros(vectors.shape[1])
-    if vectors.shape[1]:
-        for rows in _blocks(parts):
-            squared += ((rows / norm) @ vectors).square_().sum(dim=0)
-    return squared.sqrt()
-
-
-def _product(parts: list[torch.Tensor], norm: torch.Tensor, mapping: torch.Tensor) -> torch.Tensor:
-    """Return the unit-column stack times `mapping` [R, k] as float32 [rows, k]."""
-    mapping = mapping / norm[:, None]
+def _product(
+    parts: list[torch.Tensor], norm: torch.Tensor, root: torch.Tensor, core: torch.Tensor
+) -> torch.Tensor:
+    """Return Q @ core as float32 [rows, k], Q the unit columns times the inverse of L^T."""
+    mapping = torch.linalg.solve_triangular(root.T, core, upper=True) / norm[:, None]
     result = parts[0].new_empty(parts[0].shape[0], mapping.shape[1], dtype=torch.float32)
     start = 0
     for rows in _blocks(parts):
@@ -238,10 +208,25 @@ def _product(parts: list[torch.Tensor], norm: torch.Tensor, mapping: torch.Tenso
 
 
 def _blocks(parts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yield the joined parts in float64, some rows at a time, so that no whole copy exists."""
-    for start in range(0, parts[0].shape[0], ROWS_AT_ONCE):
-        stop = start + ROWS_AT_ONCE
-        yield torch.cat([part[start:stop].to(torch.float64) for part in parts], dim=1)
+    """Yield the joined parts in float64, some rows at a time, so that no whole copy exists.
+
+    All blocks share one buffer: each is valid until the next.
+    """
+    count, columns = parts[0].shape[0], sum(part.shape[1] for part in parts)
+    buffer = parts[0].new_empty(min(ROWS_AT_ONCE, count), columns, dtype=torch.float64)
+    for start in range(0, count, ROWS_AT_ONCE):
+        rows = buffer[: min(ROWS_AT_ONCE, count - start)]
+        _join(parts, rows, start)
+        yield rows
+
+
+def _join(parts: list[torch.Tensor], joined: torch.Tensor, start: int = 0) -> None:
+    """Write rows start, start + 1, ... of the parts side by side into `joined`."""
+    column = 0
+    for part in parts:
+        rows = part[start : start + joined.shape[0]]
+        joined[:, column : column + part.shape[1]] = rows
+        column += part.shape[1]
 
 
 def _core_svd(core: torch.Tensor, rank: int | None, energy: float | None) -> Decomposition:

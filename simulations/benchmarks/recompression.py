@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import os
 import statistics
 import sys
 import time
@@ -117,8 +116,6 @@ def distance(factors: Factors, result: Decomposition) -> float:
 
 def compare(case: Case, methods: Sequence[str], repeats: int) -> list[Measurement]:
     """Measure the methods one after another, each in a fresh process."""
-    # a thread that spins while it waits for work takes the core that another one needs
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     context = get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         return [

@@ -185,7 +185,7 @@ def test_any_json_gives_a_page(
     (folder / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
     html = write_report(folder).read_text(encoding="utf-8")
     assert outline(html).unbalanced == []
-    for drawn in re.findall(r'<(?:path|rect|text|circle) [^>]*>', html):
+    for drawn in re.findall(r"<(?:path|rect|text|circle) [^>]*>", html):
         assert "nan" not in drawn
         assert "inf" not in drawn
 
