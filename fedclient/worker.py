@@ -6,7 +6,6 @@ grid, Ray and a SuperNode run the very same code.
 
 from __future__ import annotations
 
-import gc
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -195,7 +194,6 @@ class _threads:
 
     def __exit__(self, *_: object) -> None:
         torch.set_num_threads(self._before)
-        gc.collect()
 
 
 class _scoped_randomness:

@@ -1,10 +1,31 @@
-"""Where things stand in a chart: the plot's rectangle, round tick values, labels kept apart."""
+"""The frame of a chart: its rectangle, title and axis, round tick values, labels kept apart."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+Format = Callable[[float], str]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What all drawings share. ``identity`` must be unique on the page: titles refer to it.
+
+    ``y_text`` writes ticks, ``value_text`` (by default the same) the values of a main line.
+    """
+
+    identity: str
+    title: str
+    description: str
+    width: float = 1040
+    height: float = 380
+    y_text: Format = field(default=lambda value: f"{value:.10g}")
+    value_text: Format | None = None
+    x_text: Format = field(default=lambda value: f"{value:.0f}")
 
 
 @dataclass(frozen=True)
@@ -75,3 +96,42 @@ def shorten(content: str, width: float) -> str:
     while content and text_width(content + "…") > width:
         content = content[:-1]
     return content.rstrip() + "…"
+
+
+def svg(chart: Chart, parts: Sequence[Markup]) -> Markup:
+    """A drawing of its parts, with the title and the description that readers announce."""
+    return Markup(
+        '<svg role="img" viewBox="0 0 {width:g} {height:g}"'
+        ' aria-labelledby="{id}-title {id}-desc"><title id="{id}-title">{title}</title>'
+        '<desc id="{id}-desc">{description}</desc>{body}</svg>'
+    ).format(
+        width=chart.width,
+        height=chart.height,
+        id=chart.identity,
+        title=chart.title,
+        description=chart.description,
+        body=Markup("").join(parts),
+    )
+
+
+def text(x: float, y: float, content: str, kind: str, anchor: str) -> Markup:
+    """A text of a class of the style sheet."""
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
+        kind, x, y, anchor, content
+    )
+
+
+def horizontal_grid(chart: Chart, frame: Frame, y_ticks: Sequence[float]) -> Markup:
+    """Lines across the plot at the ticks, the lowest stronger, with their values."""
+    parts = []
+    for tick in y_ticks:
+        parts.append(
+            Markup('<path class="{}" d="M{:g},{}H{:g}"/>').format(
+                "baseline" if tick == y_ticks[0] else "rule",
+                frame.left,
+                frame.y(tick),
+                frame.width - frame.right,
+            )
+        )
+        parts.append(text(frame.left - 8, frame.y(tick) + 4, chart.y_text(tick), "tick", "end"))
+    return Markup("").join(parts)

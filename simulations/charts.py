@@ -8,12 +8,22 @@ drawing has a title and a description; hovering over a point shows its exact val
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from simulations.axes import Frame, shorten, spread, text_width, ticks
+from simulations.axes import (
+    Chart,
+    Frame,
+    horizontal_grid,
+    shorten,
+    spread,
+    svg,
+    text,
+    text_width,
+    ticks,
+)
 
 TONES = 8
 """How many distinguishable series colours the style sheet defines."""
@@ -21,7 +31,6 @@ LARGEST = 1e15
 """A larger value is a fault, not a measurement: it is in the tables, not in the charts."""
 
 Point = tuple[float, float]
-Format = Callable[[float], str]
 
 
 @dataclass(frozen=True)
@@ -41,23 +50,6 @@ class Band:
 
     points: tuple[tuple[float, float, float], ...]
     tone: int
-
-
-@dataclass(frozen=True)
-class Chart:
-    """What all drawings share. ``identity`` must be unique on the page: titles refer to it.
-
-    ``y_text`` writes ticks, ``value_text`` (by default the same) the values of a main line.
-    """
-
-    identity: str
-    title: str
-    description: str
-    width: float = 1040
-    height: float = 380
-    y_text: Format = field(default=lambda value: f"{value:.10g}")
-    value_text: Format | None = None
-    x_text: Format = field(default=lambda value: f"{value:.0f}")
 
 
 def line_chart(
@@ -87,6 +79,7 @@ def line_chart(
         max(y_values),
         6 if chart.height > 300 else 5,
     )
+    alone = 0.5 if min(x_values) == max(x_values) else 0.0
     below = next((line for line in series if line.main), None) if label_width else None
     heading = text_width(x_label) + 4 if below else 0.0
     named = [text_width(line.name) for line in series if not line.faint]
@@ -98,11 +91,12 @@ def line_chart(
         top=16,
         bottom=46,
         inset=24,
-        x_range=(min(x_values), max(max(x_values), min(x_values) + 1)),
+        # A single round stands in the middle.
+        x_range=(min(x_values) - alone, max(x_values) + alone),
         y_range=(y_ticks[0], y_ticks[-1]),
     )
     parts = [
-        _horizontal_grid(chart, frame, y_ticks),
+        horizontal_grid(chart, frame, y_ticks),
         _rounds(chart, frame, x_label, y_label, below),
     ]
     parts += [_band(frame, band) for band in bands]
@@ -110,7 +104,7 @@ def line_chart(
     parts += [_line(chart, frame, line, values=not label_width) for line in order]
     if label_width:
         parts.append(_end_labels(frame, [line for line in series if not line.faint], frame.right))
-    return _svg(chart, parts)
+    return svg(chart, parts)
 
 
 def bar_chart(
@@ -131,7 +125,7 @@ def bar_chart(
         x_range=(0.0, float(len(groups))),
         y_range=(0.0, y_ticks[-1]),
     )
-    parts = [_horizontal_grid(chart, frame, y_ticks)]
+    parts = [horizontal_grid(chart, frame, y_ticks)]
     slot = (frame.width - frame.left - frame.right) / len(groups)
     bar = min(34.0, slot * 0.8 / len(names))
     every = math.ceil(len(groups) / max(1, (frame.width - frame.left) // 34))
@@ -157,8 +151,8 @@ def bar_chart(
                 )
             )
         if index % every == 0:
-            parts.append(_text(middle, frame.height - 22, label, "tick", "middle"))
-    parts.append(_text(frame.x(len(groups) / 2), frame.height - 4, "round", "axis", "middle"))
+            parts.append(text(middle, frame.height - 22, label, "tick", "middle"))
+    parts.append(text(frame.x(len(groups) / 2), frame.height - 4, "round", "axis", "middle"))
     offset = frame.left
     for position, name in enumerate(names):
         parts.append(
@@ -166,9 +160,9 @@ def bar_chart(
                 '<rect class="bar tone-{} bar-{}" x="{}" y="8" width="11" height="11" rx="2"/>'
             ).format(position % TONES, position, round(offset, 1))
         )
-        parts.append(_text(offset + 17, 18, name, "label", "start"))
+        parts.append(text(offset + 17, 18, name, "label", "start"))
         offset += 17 + text_width(name) + 20
-    return _svg(chart, parts)
+    return svg(chart, parts)
 
 
 def sparkline(
@@ -210,7 +204,7 @@ def sparkline(
                     tone % TONES, frame.x(index + 0.86), frame.y(last)
                 )
             )
-    return _svg(chart, parts) if parts else Markup("")
+    return svg(chart, parts) if parts else Markup("")
 
 
 def proportion(share: float, tone: int) -> Markup:
@@ -236,42 +230,6 @@ def _drawable(line: Series) -> Series:
     return Series(line.name, points, line.tone, line.main, line.faint)
 
 
-def _svg(chart: Chart, parts: Sequence[Markup]) -> Markup:
-    return Markup(
-        '<svg role="img" viewBox="0 0 {width:g} {height:g}"'
-        ' aria-labelledby="{id}-title {id}-desc"><title id="{id}-title">{title}</title>'
-        '<desc id="{id}-desc">{description}</desc>{body}</svg>'
-    ).format(
-        width=chart.width,
-        height=chart.height,
-        id=chart.identity,
-        title=chart.title,
-        description=chart.description,
-        body=Markup("").join(parts),
-    )
-
-
-def _text(x: float, y: float, content: str, kind: str, anchor: str) -> Markup:
-    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
-        kind, x, y, anchor, content
-    )
-
-
-def _horizontal_grid(chart: Chart, frame: Frame, y_ticks: Sequence[float]) -> Markup:
-    parts = []
-    for tick in y_ticks:
-        parts.append(
-            Markup('<path class="{}" d="M{:g},{}H{:g}"/>').format(
-                "baseline" if tick == y_ticks[0] else "rule",
-                frame.left,
-                frame.y(tick),
-                frame.width - frame.right,
-            )
-        )
-        parts.append(_text(frame.left - 8, frame.y(tick) + 4, chart.y_text(tick), "tick", "end"))
-    return Markup("").join(parts)
-
-
 def _rounds(chart: Chart, frame: Frame, x_label: str, y_label: str, main: Series | None) -> Markup:
     """Tick labels under the axis and, on the next line, the main line's values there."""
     low, high = frame.x_range
@@ -284,16 +242,16 @@ def _rounds(chart: Chart, frame: Frame, x_label: str, y_label: str, main: Series
     first_line = frame.height - frame.bottom + 20
     parts = []
     for value in range(math.ceil(low / step) * step, int(high) + 1, step):
-        parts.append(_text(frame.x(value), first_line, chart.x_text(value), "tick", "middle"))
+        parts.append(text(frame.x(value), first_line, chart.x_text(value), "tick", "middle"))
         if value in values:
             told = shown(values[value])
-            parts.append(_text(frame.x(value), first_line + 18, told, "value", "middle"))
+            parts.append(text(frame.x(value), first_line + 18, told, "value", "middle"))
     if main:
-        parts.append(_text(0, first_line, x_label, "axis", "start"))
-        parts.append(_text(0, first_line + 18, y_label, "axis", "start"))
+        parts.append(text(0, first_line, x_label, "axis", "start"))
+        parts.append(text(0, first_line + 18, y_label, "axis", "start"))
     else:
         middle = (frame.left + frame.width - frame.right) / 2
-        parts.append(_text(middle, frame.height - 6, x_label, "axis", "middle"))
+        parts.append(text(middle, frame.height - 6, x_label, "axis", "middle"))
     return Markup("").join(parts)
 
 
@@ -324,13 +282,11 @@ def _line(chart: Chart, frame: Frame, line: Series, *, values: bool) -> Markup:
             Markup(
                 '<path class="marker {} {}" transform="translate({} {})" d="{}">'
                 "<title>{}</title></path>"
-            ).format(
-                tone, weight, x, y, shape, f"{line.name}, {chart.x_text(x_value)}: {value:.6g}"
-            )
+            ).format(tone, weight, x, y, shape, f"{line.name}, {chart.xtext(x_value)}: {value:.6g}")
         )
         if values and line.main and (len(places) <= 7 or last or index == 0):
             above = y - 12 if y - 12 > 10 else y + 22
-            parts.append(_text(x, above, shown(value), "value", "middle"))
+            parts.append(text(x, above, shown(value), "value", "middle"))
     return Markup('<g class="series">{}</g>').format(Markup("").join(parts))
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -71,17 +72,18 @@ def draw(case: Case) -> Factors:
     ]
 
 
-def dense_svd(factors: Factors, rank: int) -> Decomposition:
+def dense_svd(factors: Factors, rank: int, dtype: torch.dtype) -> Decomposition:
     """Form the sum, decompose it whole, and cut: what stack_svd replaces."""
-    total = torch.zeros(factors[0][0].shape[0], factors[0][1].shape[1])
+    total = torch.zeros(factors[0][0].shape[0], factors[0][1].shape[1], dtype=dtype)
     for b, a, scale in factors:
-        total.addmm_(b, a, alpha=scale)
+        total.addmm_(b.to(dtype), a.to(dtype), alpha=scale)
     u, sigma, vt = torch.linalg.svd(total, full_matrices=False)
     return u[:, :rank], sigma[:rank], vt[:rank]
 
 
-def measure(case: Case, method: str, repeats: int) -> Measurement:
+def measure(case: Case, method: str, repeats: int, threads: int) -> Measurement:
     """Run one method on a case; meant for a process of its own."""
+    torch.set_num_threads(threads)
     run = _runner(method)
     # loads the code of the linear algebra libraries and makes the workspaces of their threads
     run(draw(replace(case, size=min(case.size, 512))), case.rank)
@@ -114,35 +116,37 @@ def distance(factors: Factors, result: Decomposition) -> float:
     return float(squared.sqrt())
 
 
-def compare(case: Case, methods: Sequence[str], repeats: int) -> list[Measurement]:
+def compare(
+    case: Case, methods: Sequence[str], repeats: int = 7, threads: int = 1
+) -> list[Measurement]:
     """Measure the methods one after another, each in a fresh process."""
     context = get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         return [
-            pool.submit(measure, case, method, 1 if method == "dense" else repeats).result()
+            pool.submit(measure, case, method, 1 if method in _DENSE else repeats, threads).result()
             for method in methods
         ]
 
 
-def table(case: Case, measurements: Sequence[Measurement]) -> Table:
-    """Lay the measurements out, with the dense method, if it ran, as the unit of time."""
+def table(case: Case, measurements: Sequence[Measurement], threads: int = 1) -> Table:
+    """Lay the measurements out, with the dense method in float32, if it ran, as the unit of time."""
     ranks = ",".join(map(str, case.ranks))
-    threads = torch.get_num_threads()
     rows = Table(
         title=f"Recompression of {case.size} x {case.size}, ranks {ranks} -> {case.rank}",
         caption=(
-            f"median time on {threads} threads; memory beside the factors, in multiples of them "
+            "qr and gram are fedkernels.stack_svd, dense is the sum and its full SVD; "
+            f"median time, threads: {threads}; memory beside the factors, in multiples of them "
             f"({case.stack_bytes / 2**20:.1f} MiB); error against the best of rank {case.rank}"
         ),
     )
-    for heading in ("method", "time", "dense / this", "extra memory", "error / optimum"):
+    for heading in ("method", "time", "dense / it", "extra memory", "error / optimum"):
         rows.add_column(heading, justify="left" if heading == "method" else "right")
-    dense = next((m.seconds for m in measurements if m.method == "dense"), None)
+    dense = next((m.seconds for m in measurements if m.method == BASELINE), None)
     for m in measurements:
         ratio = f"{dense / m.seconds:,.0f} x" if dense is not None else "-"
         extra = f"{m.extra_bytes / case.stack_bytes:.2f} x" if m.extra_bytes is not None else "-"
         error = f"1 + {m.error / m.optimum - 1:.1e}" if m.optimum else f"{m.error:.1e} / 0"
-        rows.add_row(_TITLES[m.method], _duration(m.seconds), ratio, extra, error)
+        rows.add_row(m.method, _duration(m.seconds), ratio, extra, error)
     return rows
 
 
@@ -156,22 +160,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=_ranks, default=REFERENCE_RANKS, help="e.g. 64,32,16")
     parser.add_argument("--rank", type=int, default=Case.rank, help="rank to compress to")
     parser.add_argument("--repeats", type=int, default=7, help="runs of each fast method")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="more than 1 tells little on a busy machine"
+    )
     options = parser.parse_args(arguments)
     case = Case(options.size, options.ranks, options.rank)
-    methods = ["qr", "gram"] if options.skip_dense else ["qr", "gram", "dense"]
+    methods = ["qr", "gram"] if options.skip_dense else ["qr", "gram", *_DENSE]
     console = Console()
-    with console.status("measuring; the dense SVD takes minutes" if "dense" in methods else "..."):
-        measurements = compare(case, methods, options.repeats)
-    console.print(table(case, measurements))
+    with console.status("measuring; a dense SVD of this size takes from seconds to minutes"):
+        measurements = compare(case, methods, options.repeats, options.threads)
+    console.print(table(case, measurements, options.threads))
 
 
-_TITLES = {"qr": "stack_svd, qr", "gram": "stack_svd, gram", "dense": "dense sum + full SVD"}
+# stack_svd computes in float64; the baseline is the cheapest that one would write instead.
+BASELINE = "dense, float32"
+_DENSE = {BASELINE: torch.float32, "dense, float64": torch.float64}
 
 
 def _runner(method: str) -> Callable[[Factors, int], Decomposition]:
-    if method == "dense":
-        return dense_svd
-    return lambda factors, rank: fk.stack_svd(factors, rank=rank, method=method)
+    if method in _DENSE:
+        return partial(dense_svd, dtype=_DENSE[method])
+    return partial(_stack_svd, method=method)
+
+
+def _stack_svd(factors: Factors, rank: int, method: str) -> Decomposition:
+    return fk.stack_svd(factors, rank=rank, method=method)
 
 
 def _reset_peak() -> int | None:

@@ -41,9 +41,7 @@ def test_a_loopback_deployment_ends_with_the_local_engines_head(
         for index in range(len(configuration.nodes)):
             start("flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
                   "--port", str(_free_port()), "--node-config", f"partition-id={index}")  # fmt: skip
-        settings = (
-            f'scenario="{tiny_scenario}" output="{deployed}" set="{";".join(overrides)}"'
-        )
+        settings = f'scenario="{tiny_scenario}" output="{deployed}" set="{";".join(overrides)}"'
         subprocess.run(
             [_program("flwr"), "run", str(REPOSITORY), "loop", "--run-config", settings],
             env=_environment(home), stdout=output, stderr=output, check=True,
