@@ -27,12 +27,12 @@ def final_change(folder: Path, *, exact: bool = False) -> tuple[RunConfiguration
     """
     ledger = Ledger(folder)
     try:
+        if ledger.last("round") is None:
+            raise LedgerError(f"{folder} has no finished round yet: there is nothing to export")
         configuration = load(str(folder / "scenario.toml"))
-        model, done = restore(ledger, read_layout(ledger))
+        model, _ = restore(ledger, read_layout(ledger))
     finally:
         ledger.close()
-    if done == 0:
-        raise LedgerError(f"{folder} has no finished round yet: there is nothing to export")
     if exact:
         return configuration, model.carry.head(None, None)
     preset = PRESETS[configuration.preset]

@@ -16,6 +16,7 @@ from fedserver.configuration import RunConfiguration
 from fedserver.ledger import Entry, Ledger
 
 FP32_BYTES = 4
+EVALUATED = ("loss_sum", "tokens", "correct", "examples")
 
 
 def rows(ledger: Ledger) -> list[dict[str, Any]]:
@@ -90,7 +91,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The run in one dictionary: before, after, bytes against the two obvious baselines."""
     lines = rows(ledger)
-    found = evaluations(ledger)
+    before, after = _before_and_after(ledger)
     genesis = ledger.last("genesis")
     assert genesis is not None
     weights = sum(math.prod(tensor.shape) for tensor in layout.tensors)
@@ -104,8 +105,8 @@ def summarise(
         "layout": layout.fingerprint,
         "rounds": len(lines),
         "nodes": len(configuration.nodes),
-        "before": found.get(0),
-        "after": found.get(len(lines)),
+        "before": before,
+        "after": after,
         "bytes_up": sum(line["bytes_up"] for line in lines),
         "bytes_down": sum(line["bytes_down"] for line in lines),
         "bytes_full_model": 2 * FP32_BYTES * weights * len(ranks) * len(lines),
@@ -126,6 +127,29 @@ def write(ledger: Ledger, path: Path) -> None:
 def write_json(value: Any, path: Path) -> None:
     """Write one JSON document atomically."""
     _replace(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _before_and_after(ledger: Ledger) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Scores of the base and of the last model over the nodes that evaluated both.
+
+    A node that was refused in the first round would otherwise stand on one side only.
+    """
+    first = next(iter(ledger.entries("round")), None)
+    last = ledger.last("evaluation")
+    if first is None or last is None:
+        return None, None
+    sides = [_reported(first), _reported(last)]
+    common = sorted(set(sides[0]) & set(sides[1]))
+    sums = [{key: sum(side[node][key] for node in common) for key in EVALUATED} for side in sides]
+    return scores(sums[0]), scores(sums[1])
+
+
+def _reported(entry: Entry) -> dict[str, dict[str, Any]]:
+    return {
+        node["node"]: node["report"]["evaluation"]
+        for node in entry.content["nodes"]
+        if node["verdict"] == "accepted" and node["report"]["evaluation"] is not None
+    }
 
 
 def _node_row(node: dict[str, Any], entry: Entry) -> dict[str, Any]:

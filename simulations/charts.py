@@ -282,7 +282,9 @@ def _line(chart: Chart, frame: Frame, line: Series, *, values: bool) -> Markup:
             Markup(
                 '<path class="marker {} {}" transform="translate({} {})" d="{}">'
                 "<title>{}</title></path>"
-            ).format(tone, weight, x, y, shape, f"{line.name}, {chart.xtext(x_value)}: {value:.6g}")
+            ).format(
+                tone, weight, x, y, shape, f"{line.name}, {chart.x_text(x_value)}: {value:.6g}"
+            )
         )
         if values and line.main and (len(places) <= 7 or last or index == 0):
             above = y - 12 if y - 12 > 10 else y + 22

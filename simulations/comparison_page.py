@@ -14,7 +14,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from simulations import charts, quantities
-from simulations.charts import Band, Chart, Series
+from simulations.axes import Chart
+from simulations.charts import Band, Series
 from simulations.intervals import Estimate, estimate
 from simulations.pages import datum, render, write_page
 from simulations.run_directory import Run, RunDirectoryError, read_run

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from markupsafe import Markup
 
 from simulations import charts, quantities
-from simulations.charts import Chart, Series
+from simulations.axes import Chart
+from simulations.charts import Series
 from simulations.run_directory import Run
 
 FAINT_LINES = 60

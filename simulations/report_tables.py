@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from fedserver.events import ACCEPTED
 from simulations import charts, quantities
-from simulations.charts import Chart
+from simulations.axes import Chart
 from simulations.pages import datum
 from simulations.run_directory import NodeRound, Run, text
 

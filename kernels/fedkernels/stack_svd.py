@@ -51,7 +51,8 @@ def stack_svd(
         rank: keep at most so many directions.
         energy: keep the fewest directions that hold this fraction, in (0, 1], of the squared
             Frobenius norm.
-        method: "qr", "gram" or "auto" (gram where the stack is thin, else qr).
+        method: "qr"; "gram", which gives way to qr where it would be less accurate; or "auto":
+            gram where the stack is thin, else qr.
 
     Returns:
         (U float32 [m, k], sigma float64 [k], Vt float32 [k, n]), sigma falling. The entry of

@@ -143,7 +143,7 @@ def table(case: Case, measurements: Sequence[Measurement], threads: int = 1) -> 
         rows.add_column(heading, justify="left" if heading == "method" else "right")
     dense = next((m.seconds for m in measurements if m.method == BASELINE), None)
     for m in measurements:
-        ratio = f"{dense / m.seconds:,.0f} x" if dense is not None else "-"
+        ratio = f"{dense / m.seconds:,.3g} x" if dense is not None else "-"
         extra = f"{m.extra_bytes / case.stack_bytes:.2f} x" if m.extra_bytes is not None else "-"
         error = f"1 + {m.error / m.optimum - 1:.1e}" if m.optimum else f"{m.error:.1e} / 0"
         rows.add_row(m.method, _duration(m.seconds), ratio, extra, error)

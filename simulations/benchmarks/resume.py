@@ -65,7 +65,10 @@ def survive(
     child.join()
     duration = time.monotonic() - started
     chance = random.Random(seed)
-    done, heads, problems, committed = 0, [], [], []
+    done = 0
+    heads: list[str] = []
+    problems: list[str] = []
+    committed: list[int] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("killing and continuing", total=kills)
         number = 0

@@ -8,8 +8,8 @@ from simulations.benchmarks.resume import survive
 
 
 def test_kills_at_random_moments_change_nothing(tiny_scenario: Path, tmp_path: Path) -> None:
-    found = survive(str(tiny_scenario), ["rounds=4"], tmp_path / "runs", kills=12, seed=2)
-    assert found.kills == 12
+    found = survive(str(tiny_scenario), ["rounds=4"], tmp_path / "runs", kills=50, seed=2)
+    assert found.kills == 50
     assert found.finished >= 1
     assert found.problems == ()
     assert set(found.heads) == {found.expected}

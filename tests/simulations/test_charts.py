@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulations import charts
-from simulations.axes import shorten, spread, text_width, ticks
-from simulations.charts import Band, Chart, Series
+from simulations.axes import Chart, shorten, spread, text_width, ticks
+from simulations.charts import Band, Series
 
 values = st.floats(-1e6, 1e6) | st.sampled_from([0.0, 1.0, 1e300, -1e300, 1e-300])
 lines = st.lists(

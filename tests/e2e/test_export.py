@@ -1,0 +1,70 @@
+"""What is exported is what was trained: plain peft and plain transformers give the same logits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fedserver.configuration import load
+from fedserver.export import export_merged, export_peft, final_change
+from fedserver.ledger import Ledger, LedgerError
+from peft import PeftModel
+from simulations.run import simulate
+from transformers import AutoModelForCausalLM
+
+TOKENS = torch.arange(4, 44).reshape(2, 20)
+
+
+@pytest.fixture
+def run(tiny_scenario: Path, tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "run"
+    simulate(load(str(tiny_scenario)), folder, lambda event: None, samples=0)
+    yield folder
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_peft_and_merged_exports_equal_the_base_plus_the_change(
+    run: Path, tiny_model_folder: Path, tmp_path: Path, exact: bool
+) -> None:
+    _, change = final_change(run, exact=exact)
+    ours = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    untouched = _logits(ours)
+    with torch.no_grad():
+        for name, delta in change.dense().items():
+            ours.get_parameter(name).add_(delta.float())
+    expected = _logits(ours)
+    assert (expected - untouched).abs().max() > 1e-2
+    adapter = export_peft(run, tmp_path / "adapter", tiny_model_folder, exact=exact)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        tuned = PeftModel.from_pretrained(base, str(adapter))
+    assert (_logits(tuned) - expected).abs().max() <= 1e-4
+    merged = export_merged(run, tmp_path / "merged", tiny_model_folder, exact=exact)
+    whole = AutoModelForCausalLM.from_pretrained(merged)
+    assert (_logits(whole) - _logits(tuned)).abs().max() <= 1e-3
+    assert "base_model:" in (adapter / "README.md").read_text()
+
+
+def test_the_exact_export_holds_what_the_view_leaves_out(run: Path) -> None:
+    _, view = final_change(run)
+    _, whole = final_change(run, exact=True)
+    assert max(view.ranks.values()) == 6
+    assert max(whole.ranks.values()) > 6
+    assert (whole - view).squared_norm() > 0
+
+
+def test_a_run_without_a_round_has_nothing_to_export(tmp_path: Path) -> None:
+    Ledger(tmp_path, create=True).close()
+    with pytest.raises(LedgerError):
+        final_change(tmp_path)
+
+
+def _logits(model: torch.nn.Module) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=TOKENS).logits
+    return logits
