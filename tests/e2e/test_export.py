@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
 from fedserver.configuration import load
 from fedserver.export import export_merged, export_peft, final_change
 from fedserver.ledger import Ledger, LedgerError
-from peft import PeftModel
 from simulations.run import simulate
-from transformers import AutoModelForCausalLM
 
 TOKENS = torch.arange(4, 44).reshape(2, 20)
 
@@ -22,7 +23,7 @@ TOKENS = torch.arange(4, 44).reshape(2, 20)
 def run(tiny_scenario: Path, tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "run"
     simulate(load(str(tiny_scenario)), folder, lambda event: None, samples=0)
-    yield folder
+    return folder
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from fedserver import events
 from fedserver.configuration import load
 from fedserver.ledger import Ledger
