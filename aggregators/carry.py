@@ -31,10 +31,16 @@ class Decomposition:
 
 
 class Carry:
-    """The sum of all aggregated low-rank change of a run. Immutable: ``add`` returns the next one."""
+    """The sum of all aggregated low-rank change of a run. Immutable: ``add`` returns the next one.
+
+    ``parts``: name -> (U, sigma, Vt). ValueError for tensors that the layout does not have and for
+    shapes that do not fit.
+    """
 
     def __init__(self, layout: Layout, parts: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
         self._layout = layout
+        for name, part in parts.items():
+            _check(layout, name, Decomposition(*part))
         self.parts = {
             name: Decomposition(*parts[name]) for name in sorted(parts, key=layout.tensor_id)
         }
@@ -69,7 +75,10 @@ class Carry:
         return Carry(self.layout, kept)
 
     def head(self, rank: int | None = None, energy: float | None = None) -> LowRank:
-        """The best approximation: at most ``rank`` components, or as few as keep ``energy``."""
+        """The best approximation: at most ``rank`` components, and as few as keep ``energy``.
+
+        ``energy`` in (0, 1] is a fraction of each tensor's squared norm.
+        """
         return self._slice(rank, energy, head=True)
 
     def tail(self, rank: int | None = None, energy: float | None = None) -> LowRank:
@@ -101,11 +110,17 @@ class Carry:
 
     @classmethod
     def from_bytes(cls, data: bytes, layout: Layout) -> Carry:
-        """Read ``to_bytes``'s bytes (the caller has checked their digest)."""
+        """Read ``to_bytes``'s bytes.
+
+        Raises UpdateRejected for bytes that are not in this form, ValueError for another layout.
+        """
         header, tensors = unpack(data)
         if header.get("carry") != layout.fingerprint:
-            raise ValueError("this carry is of another layout")
+            raise ValueError("this carry is of another layout, or no carry")
         names = {key.rpartition("#")[0] for key in tensors}
+        missing = {f"{n}#{part}" for n in names for part in "USV"} - tensors.keys()
+        if missing:
+            raise ValueError(f"not a carry: {min(missing)!r} is missing")
         return cls(
             layout,
             {n: (tensors[f"{n}#U"], tensors[f"{n}#S"], tensors[f"{n}#V"]) for n in names},
@@ -131,11 +146,25 @@ class Carry:
 
     @staticmethod
     def _kept(part: Decomposition, rank: int | None, energy: float | None) -> int:
+        if rank is not None and rank < 0:
+            raise ValueError(f"rank must not be negative, and it is {rank}")
+        if energy is not None and not 0.0 < energy <= 1.0:
+            raise ValueError(f"energy must be in (0, 1], and it is {energy}")
         kept = len(part.sigma)
-        if energy is not None and kept:
+        if energy is not None:
             squares = part.sigma.square().cumsum(0)
             kept = int((squares < energy * squares[-1]).sum()) + 1
-        return min(kept, len(part.sigma), kept if rank is None else rank)
+        return kept if rank is None else min(kept, rank)
 
     def __repr__(self) -> str:
         return f"Carry({len(self.parts)} tensors, rank {self.rank})"
+
+
+def _check(layout: Layout, name: str, part: Decomposition) -> None:
+    if name not in layout:
+        raise ValueError(f"the layout has no tensor {name!r}")
+    shapes = [tuple(tensor.shape) for tensor in (part.U, part.sigma, part.Vt)]
+    size = part.sigma.numel()
+    rows, columns = layout.shape(name) if len(layout.shape(name)) == 2 else (0, 0)
+    if size < 1 or shapes != [(rows, size), (size,), (size, columns)]:
+        raise ValueError(f"layer {name!r}: {shapes} is no decomposition of {rows} x {columns}")

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -37,7 +36,14 @@ Header = dict[str, Any]
 def pack(header: Header, tensors: dict[str, Tensor]) -> bytes:
     """One safetensors buffer: tensors sorted by name, ``header`` as canonical JSON metadata."""
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    ordered: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        # safetensors refuses tensors that share memory, as two layers' factors may.
+        storage = tensor.untyped_storage().data_ptr()
+        ordered[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     return save_tensors(ordered, metadata={METADATA_KEY: text})
 
 
@@ -56,17 +62,23 @@ def unpack(data: bytes, max_bytes: int | None = None) -> tuple[Header, dict[str,
     size = int.from_bytes(data[:8], "little")
     if size > min(HEADER_LIMIT, len(data) - 8):
         raise UpdateRejected(Verdict.MALFORMED, f"the header claims {size} bytes")
+    header = _read_header(data[8 : 8 + size])
     try:
-        outer = json.loads(data[8 : 8 + size])
-        header = json.loads(outer["__metadata__"][METADATA_KEY], parse_constant=_refuse)
         tensors = {name: tensor.clone() for name, tensor in load_tensors(data).items()}
-    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
-        raise UpdateRejected(Verdict.MALFORMED, f"unreadable header: {error}") from None
-    except (SafetensorError, RuntimeError, OverflowError, MemoryError) as error:
+    except Exception as error:  # A library that parses hostile bytes may raise anything.
         raise UpdateRejected(Verdict.MALFORMED, f"unreadable tensors: {error}") from None
+    return header, tensors
+
+
+def _read_header(data: bytes) -> Header:
+    try:
+        outer = json.loads(data)
+        header = json.loads(outer["__metadata__"][METADATA_KEY], parse_constant=_refuse)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UpdateRejected(Verdict.MALFORMED, f"unreadable header: {error}") from None
     if not isinstance(header, dict):
         raise UpdateRejected(Verdict.MALFORMED, "the header is not a JSON object")
-    return header, tensors
+    return header
 
 
 def encode(update: Update, dtype: str | None = None) -> bytes:
@@ -205,7 +217,7 @@ def _get(parts: dict[str, Tensor], part: str, name: str, dim: int) -> Tensor:
         if step is None or step.dtype != torch.float32:
             raise UpdateRejected(Verdict.DTYPE, f"layer {name!r}: int8 {part} without its scales")
         sizes = list(value.shape)
-        if sizes:
+        if -len(sizes) <= dim < len(sizes):
             sizes[dim] = 1
         if list(step.shape) != sizes:
             raise UpdateRejected(Verdict.SHAPE, f"layer {name!r}: scales of {part} do not fit")
@@ -227,8 +239,9 @@ def _finite(value: Tensor, name: str) -> None:
 
 
 def _collapsed(scale: Tensor) -> Tensor:
-    """One number where all are equal: the usual case, and shorter on the wire."""
-    if len(scale) > 0 and bool((scale == scale[0]).all()):
+    """One number where all are equal, bit for bit (-0.0 == 0.0): the usual case, and shorter."""
+    bits = scale.contiguous().view(torch.int64)
+    if bool((bits == bits[0]).all()):
         return scale[:1].clone()
     return scale
 

@@ -77,11 +77,13 @@ class Dense:
         return self.inner(self)
 
     def inner(self, other: Any) -> float:
-        """Inner product with a Dense, or with any update that has a dense form."""
+        """Inner product; with another family, which knows a shorter way than its dense form."""
         require_layout(other.layout, self.layout)
-        theirs = other.dense()
-        shared = sorted(set(self.tensors) & set(theirs), key=self.layout.tensor_id)
-        return sum(float((self.tensors[name].double() * theirs[name]).sum()) for name in shared)
+        if not isinstance(other, Dense):
+            return float(other.inner(self))
+        shared = sorted(self.tensors.keys() & other.tensors.keys(), key=self.layout.tensor_id)
+        products = (self.tensors[n].double() * other.tensors[n].double() for n in shared)
+        return sum((float(product.sum()) for product in products), 0.0)
 
     def __repr__(self) -> str:
         return f"Dense({len(self.tensors)} tensors)"

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from aggregators.codec import unpack, update_from_parts
-from aggregators.dense import Dense
+from aggregators.codec import WIRE_DTYPES, unpack, update_from_parts
 from aggregators.layout import Layout
-from aggregators.low_rank import LowRank
-from aggregators.messages import Envelope, Plan, Report, open_reply, shared_a
+from aggregators.messages import Envelope, Plan, Report, body_digest, open_reply, shared_a
 from aggregators.update import Update, UpdateRejected, Verdict
 
 ALL_LINEAR = "all-linear"
 NOT_LINEAR = ("embed", "wte", "wpe", "lm_head")
+
+# Far above any change that a model survives, and far below where float32 sums of such overflow.
+LARGEST_NORM = 1e15
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
     """Check everything that can be checked, cheapest first. Raises UpdateRejected and nothing else."""
     envelope, body = open_reply(payload, context.max_bytes)
     _check_identity(envelope, context)
-    if hashlib.sha256(body).hexdigest() != envelope.payload_digest:
+    if body_digest(body) != envelope.payload_digest:
         raise UpdateRejected(Verdict.MALFORMED, "the body is not what the envelope's digest says")
     if envelope.report.examples > context.max_examples:
         raise UpdateRejected(
@@ -62,7 +62,6 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
     update = None
     if context.plan.action == "train":
         update = _read_update(body, context)
-        _check_update(update, context)
     elif body:
         raise UpdateRejected(Verdict.WRONG_FAMILY, "an update came with an evaluation")
     return Admitted(update, envelope.report, envelope.payload_digest)
@@ -91,16 +90,18 @@ def _check_identity(envelope: Envelope, context: GateContext) -> None:
     plan = context.plan
     if envelope.run != plan.run:
         raise UpdateRejected(Verdict.WRONG_RUN, f"run {envelope.run[:12]!r} is another run")
+    if envelope.round != plan.round:
+        raise UpdateRejected(
+            Verdict.WRONG_ROUND, f"answers round {envelope.round}, this is round {plan.round}"
+        )
     if envelope.node != plan.node:
         raise UpdateRejected(
             Verdict.WRONG_NODE, f"claims to be {envelope.node[:64]!r}, {plan.node!r} was asked"
         )
     if envelope.nonce in context.seen_nonces:
         raise UpdateRejected(Verdict.DUPLICATE, "this reply was already counted")
-    if envelope.round != plan.round or envelope.nonce != plan.nonce:
-        raise UpdateRejected(
-            Verdict.WRONG_ROUND, f"answers round {envelope.round}, this is round {plan.round}"
-        )
+    if envelope.nonce != plan.nonce:
+        raise UpdateRejected(Verdict.WRONG_ROUND, "answers another question of this round")
     if envelope.layout != plan.layout:
         raise UpdateRejected(
             Verdict.WRONG_LAYOUT,
@@ -120,55 +121,63 @@ def _read_update(body: bytes, context: GateContext) -> Update:
             Verdict.WRONG_FAMILY,
             f"family {str(header.get('family'))[:32]!r}, the plan asks for {context.plan.family!r}",
         )
-    if not context.plan.train_a:
-        tensors |= _shared_factors(tensors, context)
-    return update_from_parts(header, tensors, context.layout)
+    if header.get("layout") == context.layout.fingerprint:
+        _check_tensors(tensors, context)
+        if not context.plan.train_a:
+            tensors = _with_shared_a(tensors, context)
+    update = update_from_parts(header, tensors, context.layout)
+    _check_norm(update, context.plan)
+    return update
 
 
-def _shared_factors(tensors: dict[str, Tensor], context: GateContext) -> dict[str, Tensor]:
-    """The A that a node with a fixed A did not send; one that it did send is not taken."""
-    factors = {}
-    for key, b in tensors.items():
-        name = key.removesuffix("#B")
-        if key == name or name not in context.layout or b.ndim != 2:
-            continue
-        if not 1 <= b.shape[1] <= context.plan.rank:
-            raise _rank_problem(name, b.shape[1], context.plan.rank)
-        factors[f"{name}#A"] = shared_a(
-            context.plan.shared_seed,
-            context.layout.tensor_id(name),
-            b.shape[1],
-            context.layout.shape(name)[-1],
-        )
-    return factors
-
-
-def _check_update(update: Update, context: GateContext) -> None:
-    plan = context.plan
-    allowed = set(match_targets(context.layout, plan.target_modules))
-    names = update.factors if isinstance(update, LowRank) else update.dense()
-    for name in names:
+def _check_tensors(tensors: dict[str, Tensor], context: GateContext) -> None:
+    """Names, ranks and types against the plan, before anything is converted or multiplied."""
+    plan, layout = context.plan, context.layout
+    allowed = set(match_targets(layout, plan.target_modules))
+    limit = plan.rank * (2 if plan.sends == "delta" else 1)
+    if not tensors:
+        raise UpdateRejected(Verdict.MALFORMED, "the update changes no tensor")
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition("#")
         if name not in allowed:
-            raise UpdateRejected(
-                Verdict.UNKNOWN_TENSOR, f"layer {name!r} is not one that the plan adapts"
-            )
-    if isinstance(update, LowRank):
-        limit = plan.rank * (2 if plan.sends == "delta" else 1)
-        for name, rank in update.ranks.items():
+            text = "is not one that the plan adapts" if name in layout else "is not in the layout"
+            raise UpdateRejected(Verdict.UNKNOWN_TENSOR, f"layer {name or key!r} {text}")
+        if part not in ("A", "B"):
+            continue
+        if tensor.ndim == 2:
+            rank = tensor.shape[1] if part == "B" else tensor.shape[0]
             if rank > limit:
-                raise _rank_problem(name, rank, limit)
-        missing = allowed - update.factors.keys()
-        if missing:
-            raise UpdateRejected(Verdict.MALFORMED, f"layer {min(missing)!r} is missing")
-    assert isinstance(update, (LowRank, Dense))
+                raise UpdateRejected(
+                    Verdict.RANK, f"layer {name!r}: rank {rank} exceeds the plan's {limit}"
+                )
+        if plan.wire_dtype is not None and tensor.dtype != WIRE_DTYPES[plan.wire_dtype]:
+            raise UpdateRejected(
+                Verdict.DTYPE,
+                f"layer {name!r}: {part} has the type {tensor.dtype}, the plan asks for"
+                f" {plan.wire_dtype}",
+            )
+
+
+def _with_shared_a(tensors: dict[str, Tensor], context: GateContext) -> dict[str, Tensor]:
+    """Add the A that a node with a fixed A did not send. One that it did send is refused."""
+    plan, layout = context.plan, context.layout
+    complete = dict(tensors)
+    for key, b in tensors.items():
+        name, _, part = key.rpartition("#")
+        if part in ("A", "A.s"):
+            raise UpdateRejected(Verdict.MALFORMED, f"layer {name!r}: A is fixed, and was sent")
+        if part == "B" and b.ndim == 2 and b.shape[1] > 0:
+            tensor_id, columns = layout.tensor_id(name), layout.shape(name)[1]
+            complete[f"{name}#A"] = shared_a(plan.shared_seed, tensor_id, b.shape[1], columns)
+    return complete
+
+
+def _check_norm(update: Update, plan: Plan) -> None:
     norm = math.sqrt(update.squared_norm())
     if not math.isfinite(norm):
         raise UpdateRejected(Verdict.NOT_FINITE, "the change's norm is not finite")
-    if plan.max_norm is not None and norm > plan.max_norm:
+    limit = min(LARGEST_NORM, math.inf if plan.max_norm is None else plan.max_norm)
+    if norm > limit:
         raise UpdateRejected(
-            Verdict.NORM, f"the change's norm {norm:.4g} exceeds the limit of {plan.max_norm:g}"
+            Verdict.NORM, f"the change's norm {norm:.4g} exceeds the limit of {limit:g}"
         )
-
-
-def _rank_problem(name: str, rank: int, limit: int) -> UpdateRejected:
-    return UpdateRejected(Verdict.RANK, f"layer {name!r}: rank {rank} exceeds the plan's {limit}")

@@ -36,13 +36,18 @@ class Layout:
                 raise ValueError(f"layout: tensor {name!r} has the impossible shape {list(sizes)}")
             specs.append(TensorSpec(name, sizes, tensor_id, first))
             first += math.prod(sizes)
-        self.tensors = tuple(specs)
+        self._tensors = tuple(specs)
         self._by_name = {spec.name: spec for spec in specs}
 
     @classmethod
     def from_model(cls, model: Any) -> Layout:
         """The layout of a torch module: its named parameters in order, tied ones once."""
         return cls({name: tuple(p.shape) for name, p in model.named_parameters()})
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """All tensors; a tensor's id is its position."""
+        return self._tensors
 
     @cached_property
     def fingerprint(self) -> str:
@@ -73,7 +78,7 @@ class Layout:
         """Read ``to_json``'s text. ValueError for anything else."""
         try:
             pairs = json.loads(text)
-            shapes = {str(name): [int(size) for size in shape] for name, shape in pairs}
+            shapes = {_name(name): _sizes(shape) for name, shape in pairs}
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a layout: {error}") from None
         if len(shapes) != len(pairs):
@@ -97,3 +102,16 @@ class Layout:
 
     def __repr__(self) -> str:
         return f"Layout({len(self)} tensors, {self.fingerprint[:12]})"
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"the name {value!r} is not a string")
+    return value
+
+
+def _sizes(value: Any) -> list[int]:
+    # No int(): it takes digits from a string, cuts fractions off and overflows on 1e999.
+    if not isinstance(value, list) or any(type(size) is not int for size in value):
+        raise ValueError(f"the shape {value!r} is not a list of whole numbers")
+    return value

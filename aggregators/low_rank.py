@@ -68,9 +68,8 @@ class LowRank:
         return {name: factors.dense() for name, factors in self.factors.items()}
 
     def __mul__(self, coefficient: float) -> LowRank:
-        return self._replace(
-            {n: (f.B, f.A, f.scale * float(coefficient)) for n, f in self.factors.items()}
-        )
+        scaled = {n: (f.B, f.A, f.scale * float(coefficient)) for n, f in self.factors.items()}
+        return LowRank(self.layout, scaled)
 
     __rmul__ = __mul__
 
@@ -97,27 +96,31 @@ class LowRank:
 
     def squared_norm(self) -> float:
         """sum ||B diag(s) A||_F^2 from r x r Gram matrices; invariant under (BQ, Q^-1 A)."""
-        return max(0.0, self.inner(self))
+        total = self.inner(self)
+        # Rounding may leave a little less than 0. Not max(0, total): that makes 0 of NaN, and
+        # factors that overflow would pass for a change of norm 0.
+        return 0.0 if total < 0 else total
 
     def inner(self, other: Any) -> float:
-        """sum tr((B_1^T B_2)(A_2 A_1^T)), scales included; never a dense matrix between two stacks."""
+        """Inner product; never forms B diag(s) A.
+
+        Between stacks sum tr((B_1^T B_2)(A_2 A_1^T)), scales included; with a Dense D
+        sum tr(B^T D A^T).
+        """
         require_layout(other.layout, self.layout)
-        if isinstance(other, Dense):
-            return other.inner(self)
+        theirs: Mapping[str, Any] = other.tensors if isinstance(other, Dense) else other.factors
         total = 0.0
-        for name in self.layout_order(set(self.factors) & set(other.factors)):
-            one, two = self.factors[name], other.factors[name]
-            left = (one.B.double() * one.scale).T @ (two.B.double() * two.scale)
-            right = one.A.double() @ two.A.double().T
+        # Sums of floats have to be taken in one order: the layout's.
+        for name in sorted(self.factors.keys() & theirs.keys(), key=self.layout.tensor_id):
+            one, two = self.factors[name], theirs[name]
+            scaled = one.B.double() * one.scale
+            if isinstance(two, Factors):
+                left = scaled.T @ (two.B.double() * two.scale)
+                right = one.A.double() @ two.A.double().T
+            else:
+                left, right = scaled, two.double() @ one.A.double().T
             total += float((left * right).sum())
         return total
-
-    def layout_order(self, names: set[str]) -> list[str]:
-        """Names in the layout's order: sums of floats have to be taken in one order."""
-        return sorted(names, key=self.layout.tensor_id)
-
-    def _replace(self, factors: Mapping[str, tuple[Tensor, Tensor, Scale]]) -> LowRank:
-        return LowRank(self.layout, factors)
 
     def __repr__(self) -> str:
         ranks = sorted(set(self.ranks.values()))
@@ -125,7 +128,7 @@ class LowRank:
 
 
 def stack(updates: list[LowRank]) -> LowRank:
-    """The sum of updates as one stack of their rank components, in the given order."""
+    """The sum of updates, at least one, as one stack of their components in the given order."""
     layout = updates[0].layout
     parts: dict[str, list[Factors]] = {}
     for update in updates:
@@ -156,6 +159,8 @@ def _checked(layout: Layout, name: str, b: Tensor, a: Tensor, scale: Scale) -> F
             f"layer {name!r}: B {list(b.shape)} and A {list(a.shape)} do not make a change of"
             f" shape {list(shape)}"
         )
+    if b.shape[1] < 1:
+        raise ValueError(f"layer {name!r}: a change of rank 0 is left out, not sent")
     if not (b.is_floating_point() and a.is_floating_point()):
         raise ValueError(f"layer {name!r}: factors must be floating point")
     weights = torch.as_tensor(scale, dtype=torch.float64)

@@ -7,6 +7,7 @@ No message holds a clock, so equal work has equal bytes.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,10 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Loss = Annotated[float, Field(ge=0, le=1e6)]
 
+# What leaves the base as it is; peft's other initialisations move a part of it into the adapter.
+Initialisation = Literal["random", "shared", "carry", "previous", "gaussian", "orthogonal"]
+WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
+
 ViewFactors = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
@@ -40,7 +45,7 @@ class Plan(_Message):
     run: str
     round: int = Field(ge=1)
     node: Name
-    nonce: str = Field(min_length=16, max_length=64)
+    nonce: str = Field(pattern=r"^[0-9a-f]{16,64}$")
     layout: Digest
     base_model: str
     base_digest: Digest
@@ -52,7 +57,7 @@ class Plan(_Message):
     rslora: bool
     dropout: float = Field(ge=0, lt=1)
     target_modules: tuple[str, ...]
-    init: str
+    init: Initialisation
     train_a: bool
     start: Literal["fresh", "view"]
     sends: Literal["factors", "delta"]
@@ -65,12 +70,12 @@ class Plan(_Message):
     warmup_steps: int = Field(ge=0)
     max_length: int = Field(ge=1)
     dtype: str
-    wire_dtype: str | None
-    threads: int | None
+    wire_dtype: WireDtype | None
+    threads: int | None = Field(ge=1)
     evaluate: bool
     deadline_seconds: float = Field(gt=0)
-    max_norm: float | None
-    rank_cap: int | None
+    max_norm: float | None = Field(gt=0)
+    rank_cap: int | None = Field(ge=1)
     data: dict[str, Any] | None = None
 
     @property
@@ -89,9 +94,9 @@ class Evaluation(_Message):
 
 
 class Report(_Message):
-    """What a node says of its work, beside the update itself."""
+    """What a node says of its work, beside the update itself. Losses are nats per token."""
 
-    examples: int = Field(ge=1)
+    examples: int = Field(ge=1, le=MAX_EXAMPLES)
     train_loss: Loss | None = None
     train_loss_first: Loss | None = None
     train_tokens: Count = 0
@@ -100,7 +105,10 @@ class Report(_Message):
 
 
 class Envelope(_Message):
-    """Whose reply this is, to what, over which bytes."""
+    """Whose reply this is, to what, over which bytes.
+
+    ``payload_digest``: SHA-256 of the update's bytes, "" where none was asked for.
+    """
 
     schema_version: Literal[1] = 1
     run: str
@@ -151,21 +159,21 @@ def encode_plan(plan: Plan, view: LowRank | None, dtype: str | None) -> bytes:
 def decode_plan(data: bytes) -> tuple[Plan, ViewFactors | None]:
     """The plan, and the view's factors by tensor name. Raises UpdateRejected for anything else."""
     header, tensors = unpack(data)
+    if header.get("schema") != SCHEMA:
+        raise UpdateRejected(Verdict.MALFORMED, f"schema {header.get('schema')!r} is not {SCHEMA}")
     try:
         plan = Plan.model_validate(header["plan"])
-    except (KeyError, ValueError) as error:
+        if "view" not in header:
+            return plan, None
+        # The node has no layout yet; the factors' own shapes make one, and are checked on use.
+        names = [key.removesuffix("#B") for key in tensors if key.endswith("#B")]
+        own = Layout({n: (tensors[f"{n}#B"].shape[0], tensors[f"{n}#A"].shape[1]) for n in names})
+        described = {**header["view"], "layout": own.fingerprint}
+    except (KeyError, ValueError, TypeError, IndexError) as error:
         raise UpdateRejected(Verdict.MALFORMED, f"unreadable plan: {error}") from None
-    if "view" not in header:
-        return plan, None
-    # The node has no layout yet; the factors' own shapes make one, and are checked on use.
-    shapes = {
-        key.removesuffix("#B"): (value.shape[0], tensors[f"{key.removesuffix('#B')}#A"].shape[1])
-        for key, value in tensors.items()
-        if key.endswith("#B")
-    }
-    own = Layout(shapes)
-    view = update_from_parts({**header["view"], "layout": own.fingerprint}, tensors, own)
-    assert isinstance(view, LowRank)
+    view = update_from_parts(described, tensors, own)
+    if not isinstance(view, LowRank):
+        raise UpdateRejected(Verdict.WRONG_FAMILY, f"a view cannot be {view.family!r}")
     return plan, {name: (f.B.float(), f.A.float(), f.scale) for name, f in view.factors.items()}
 
 
@@ -182,7 +190,10 @@ def encode_reply(
     dtype: str | None,
     train_a: bool = True,
 ) -> bytes:
-    """A node's reply. With ``train_a`` False the server knows A, so only B travels."""
+    """A node's reply. With ``train_a`` False the server knows A, so only B travels.
+
+    ``update`` is None where the plan asked for an evaluation alone.
+    """
     body = b"" if update is None else _encode_body(update, dtype, train_a)
     envelope = Envelope(
         run=run,
@@ -191,7 +202,7 @@ def encode_reply(
         nonce=nonce,
         layout=layout,
         base_digest=base_digest,
-        payload_digest=hashlib.sha256(body).hexdigest(),
+        payload_digest=body_digest(body),
         report=report,
     )
     content = torch.frombuffer(bytearray(body or b"\0"), dtype=torch.uint8)
@@ -202,9 +213,12 @@ def open_reply(data: bytes, max_bytes: int | None = None) -> tuple[Envelope, byt
     """Envelope and body of a reply, unchecked against any plan. Raises UpdateRejected."""
     header, tensors = unpack(data, max_bytes)
     try:
-        envelope = Envelope.model_validate(header["envelope"])
+        # Strict, by way of JSON: "12" is no number and True is not 1.
+        envelope = Envelope.model_validate_json(json.dumps(header["envelope"]), strict=True)
     except KeyError:
         raise UpdateRejected(Verdict.MALFORMED, "the reply has no envelope") from None
+    except RecursionError:
+        raise UpdateRejected(Verdict.MALFORMED, "the envelope is nested too deeply") from None
     except ValueError as error:
         raise _report_problem(error) from None
     body = tensors.get("body")
@@ -215,16 +229,18 @@ def open_reply(data: bytes, max_bytes: int | None = None) -> tuple[Envelope, byt
     return envelope, b"" if body is None else body.numpy().tobytes()
 
 
+def body_digest(body: bytes) -> str:
+    """SHA-256 of an update's bytes; "" for none."""
+    return hashlib.sha256(body).hexdigest() if body else ""
+
+
 def shared_a(shared_seed: int, tensor_id: int, rank: int, in_features: int) -> Tensor:
     """The A [rank, in] that a seed stands for: the same bits on every device.
 
     Rademacher entries with the variance of peft's Kaiming-uniform start, 1 / (3 in). A smaller rank
     gives the first rows of a larger one.
     """
-    rows = [
-        fk.noise(fk.derive_seed(shared_seed, row), tensor_id, (in_features,)) for row in range(rank)
-    ]
-    return torch.stack(rows) / math.sqrt(3 * in_features)
+    return fk.noise(shared_seed, tensor_id, (rank, in_features)) / math.sqrt(3 * in_features)
 
 
 def _encode_body(update: Update, dtype: str | None, train_a: bool) -> bytes:

@@ -54,15 +54,13 @@ def aggregate(
         raise ValueError("there are no updates to aggregate")
     if mixing not in ("add", "mean"):
         raise ValueError(f"mixing {mixing!r} is neither 'add' nor 'mean'")
-    for update, weight in updates:
-        require_layout(update.layout, layout)
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"weight {weight!r} is not a positive number")
+    everyone = _total_weight(updates, layout)
     lambdas = dict(family_weights or {})
+    if not all(math.isfinite(value) for value in lambdas.values()):
+        raise ValueError(f"family weights {lambdas} are not all finite")
     groups: dict[str, list[int]] = {}
     for index, (update, _) in enumerate(updates):
         groups.setdefault(update.family, []).append(index)
-    everyone = math.fsum(weight for _, weight in updates)
     shares = [0.0] * len(updates)
     totals: dict[str, Update] = {}
     for family, members in sorted(groups.items()):
@@ -70,10 +68,8 @@ def aggregate(
         divisor = within if mixing == "add" else everyone
         for index in members:
             shares[index] = lambdas.get(family, 1.0) * updates[index][1] / divisor
-        order = members
-        if len(members) > 1:
-            order = sorted(members, key=lambda i: (_order_key(updates[i][0]), shares[i]))
-        totals[family] = _total([updates[index][0] * shares[index] for index in order])
+        ordered = _canonical_order([(updates[index][0], shares[index]) for index in members])
+        totals[family] = _total([update * share for update, share in ordered])
     return Aggregate(totals, shares, layout)
 
 
@@ -81,16 +77,26 @@ def average_factors(updates: Sequence[tuple[LowRank, float]], rank: int) -> LowR
     """FedIT done correctly: zero-pad to ``rank``, then average B and A separately.
 
     The product of the averages has cross terms B_i A_j that no node computed; this is the baseline,
-    not the rule. Scales are folded into B.
+    not the rule. Scales are folded into B; a tensor that a node leaves out counts as zeros. The
+    result has scale 1 and the same bits in whatever order the updates come. Raises ValueError as
+    ``aggregate`` does, and for a node's rank above ``rank``.
     """
+    if not updates:
+        raise ValueError("there are no updates to average")
     layout = updates[0][0].layout
-    total = math.fsum(weight for _, weight in updates)
+    total = _total_weight(updates, layout)
     means: dict[str, tuple[Tensor, Tensor, float]] = {}
-    for name in sorted(updates[0][0].factors, key=layout.tensor_id):
+    ordered = _canonical_order(updates)
+    names = {name for update, _ in updates for name in update.factors}
+    for name in sorted(names, key=layout.tensor_id):
         rows, columns = layout.shape(name)
         mean_b = torch.zeros(rows, rank, dtype=torch.float64)
         mean_a = torch.zeros(rank, columns, dtype=torch.float64)
-        for update, weight in updates:
+        for update, weight in ordered:
+            if name not in update.factors:
+                continue
+            if update.rank(name) > rank:
+                raise ValueError(f"layer {name!r}: rank {update.rank(name)} is above {rank}")
             factors = update.factors[name]
             width = factors.B.shape[1]
             mean_b[:, :width] += (weight / total) * factors.B.double() * factors.scale
@@ -110,6 +116,16 @@ def _total(updates: list[Any]) -> Update:
     return total
 
 
-def _order_key(update: Update) -> str:
+def _total_weight(updates: Sequence[Weighted], layout: Layout) -> float:
+    for update, weight in updates:
+        require_layout(update.layout, layout)
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"weight {weight!r} is not a positive number")
+    return math.fsum(weight for _, weight in updates)
+
+
+def _canonical_order(updates: Sequence[Weighted]) -> list[Weighted]:
     """Content decides the order of summation, so the order of arrival cannot."""
-    return hashlib.sha256(encode(update)).hexdigest()
+    if len(updates) < 2:
+        return list(updates)
+    return sorted(updates, key=lambda item: (hashlib.sha256(encode(item[0])).digest(), item[1]))

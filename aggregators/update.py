@@ -14,6 +14,8 @@ from torch import Tensor
 
 from aggregators.layout import Layout
 
+DETAIL_LIMIT = 400  # characters
+
 
 class Verdict(StrEnum):
     """What the server decided about one node's reply."""
@@ -41,12 +43,21 @@ class Verdict(StrEnum):
 
 
 class UpdateRejected(Exception):
-    """An update that may not enter. ``detail`` says what is wrong and where."""
+    """An update that may not enter. ``detail`` says what is wrong and where.
+
+    It may quote what a node sent, so it is cut and escaped: ledgers and terminals show it.
+    """
 
     def __init__(self, verdict: Verdict, detail: str) -> None:
-        super().__init__(detail)
         self.verdict = verdict
-        self.detail = detail
+        self.detail = "".join(
+            character if character.isprintable() else ascii(character)[1:-1]
+            for character in detail[:DETAIL_LIMIT]
+        )
+        super().__init__(verdict, self.detail)  # both, so that it can be pickled between processes
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 @runtime_checkable

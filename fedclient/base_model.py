@@ -135,8 +135,10 @@ def _checked_folder(path: Path) -> Path:
 
 def _embedded(cache: Path, tell: Progress) -> Path:
     target = cache / DEFAULT_MODEL
+    if _is_complete(target):
+        return target
     with _locked(cache):
-        if (target / "config.json").is_file():
+        if _is_complete(target):
             return target
         _require_space(cache, SPACE_NEEDED)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
@@ -203,8 +205,10 @@ def _convert_cached(gguf: Path, cache: Path, tell: Progress) -> Path:
     with gguf.open("rb") as file:
         name = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     target = cache / f"{gguf.stem}-{name}"
+    if _is_complete(target):
+        return target
     with _locked(cache):
-        if not (target / "config.json").is_file():
+        if not _is_complete(target):
             _require_space(cache, gguf.stat().st_size * 12)
             _convert(gguf, target, tell)
     return target
@@ -213,12 +217,18 @@ def _convert_cached(gguf: Path, cache: Path, tell: Progress) -> Path:
 def _convert(gguf: Path, target: Path, tell: Progress) -> None:
     from fedclient.gguf_import import convert
 
-    tell("converting to safetensors, once", 0.0)
+    stage = "converting to safetensors, once"
+    tell(stage, 0.0)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = Path(scratch) / "model"
-        convert(gguf, folder)
+        convert(gguf, folder, lambda share: tell(stage, share))
         folder.replace(target)
-    tell("converting to safetensors, once", 1.0)
+    tell(stage, 1.0)
+
+
+def _is_complete(target: Path) -> bool:
+    """A converted folder is moved into place whole, so it can be read without the lock."""
+    return (target / "config.json").is_file()
 
 
 def _from_hub(reference: str) -> Path:
@@ -249,8 +259,14 @@ def _require_space(folder: Path, needed: int) -> None:
 @contextmanager
 def _locked(cache: Path) -> Iterator[None]:
     """One process at a time fetches; the others find the finished folder."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / ".lock").open("w") as file:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = (cache / ".lock").open("w")
+    except OSError as error:
+        raise BaseModelError(
+            f"{cache} cannot be written ({error.strerror}); set FEDBRAID_CACHE to another folder"
+        ) from None
+    with lock as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from fedclient import foreign_bars
 from fedclient.loss import IGNORED
 from fedclient.records import DataError, Example, read_examples
 
@@ -70,10 +71,13 @@ def load_partition(spec: DataSpec, index: int) -> NodeData:
     held_out: list[Example] = []
     for example in mine:
         (held_out if _is_held_out(example, spec) else train).append(example)
-    if not held_out and len(train) > 1:
-        lowest = min(train, key=lambda e: _hash(spec.seed, "held", e.question))
-        held_out = [e for e in train if e.question == lowest.question]
-        train = [e for e in train if e.question != lowest.question] or train
+    if not held_out:
+        elsewhere = _questions_elsewhere(examples, mine, spec, index)
+        own = {e.question for e in train} - elsewhere
+        if own:
+            lowest = min(own, key=lambda question: _hash(spec.seed, "held", question))
+            held_out = [e for e in train if e.question == lowest]
+            train = [e for e in train if e.question != lowest]
     held_out = held_out[: spec.held_out_max]
     if spec.limit_per_node is not None:
         train = train[: spec.limit_per_node]
@@ -198,10 +202,22 @@ def _part(examples: list[Example], spec: DataSpec, index: int) -> list[Example]:
             )
     by.dataset = rows
     try:
-        chosen = by.load_partition(index)["row"]
+        with foreign_bars.hidden(partitioners.natural_id_partitioner):
+            chosen = by.load_partition(index)["row"]
     except (ValueError, RuntimeError) as error:
         raise DataError(f"{spec.source}: cannot be divided ({spec.partition}): {error}") from None
     return [examples[row] for row in chosen]
+
+
+def _questions_elsewhere(
+    examples: list[Example], mine: list[Example], spec: DataSpec, index: int
+) -> set[str]:
+    """Questions that other nodes may train on; two nodes may list the same category."""
+    if spec.partition == "categories" and spec.categories is not None:
+        others = {c for node, own in enumerate(spec.categories) if node != index for c in own}
+        return {example.question for example in examples if example.category in others}
+    held = {id(example) for example in mine}
+    return {example.question for example in examples if id(example) not in held}
 
 
 def _listed(examples: list[Example], spec: DataSpec, index: int) -> list[Example]:

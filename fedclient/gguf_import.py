@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fedclient import foreign_bars
+
 SUPPORTED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0",
              "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")  # fmt: skip
 
 
-def convert(gguf: Path, target: Path) -> None:
-    """Write ``target`` as a model folder. Raises BaseModelError for files that cannot be read."""
+def convert(gguf: Path, target: Path, done: Callable[[float], None] | None = None) -> None:
+    """Write ``target`` as a model folder; ``done`` hears what share of the time has passed, roughly.
+
+    Raises BaseModelError for files that cannot be read.
+    """
     from fedclient.base_model import BaseModelError
 
-    # transformers and gguf draw bars of their own over ours; tqdm reads this when it is imported.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    _check_types(gguf)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tell = done or (lambda share: None)
+    pre_tokenizer = _check(gguf)
+    tell(0.15)
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tell(0.4)
+        with foreign_bars.hidden(modeling_gguf_pytorch_utils):
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tell(0.9)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BaseModelError(f"{gguf}: cannot be converted: {first}") from None
     _forget_quantisation(model)
-    _restore_digit_splitting(tokenizer, gguf)
+    if pre_tokenizer in ("smollm", "smollm2"):
+        _restore_digit_splitting(tokenizer)
     target.mkdir(parents=True)
     model.save_pretrained(target, safe_serialization=True)
     tokenizer.save_pretrained(target)
 
 
-def _check_types(gguf: Path) -> None:
+def _check(gguf: Path) -> Any:
+    """Refuse what cannot be read; the name of the file's pre-tokenizer, None where it has none."""
     from gguf import GGUFReader
 
     from fedclient.base_model import BaseModelError
@@ -52,6 +62,8 @@ def _check_types(gguf: Path) -> None:
                 f"{gguf}: tensor {tensor.name!r} has the type {tensor.tensor_type.name}, which is"
                 f" not supported; there are {', '.join(SUPPORTED)}"
             )
+    field = reader.fields.get("tokenizer.ggml.pre")
+    return None if field is None else field.contents()
 
 
 def _forget_quantisation(model: Any) -> None:
@@ -64,14 +76,10 @@ def _forget_quantisation(model: Any) -> None:
         model.quantization_method = None
 
 
-def _restore_digit_splitting(tokenizer: Any, gguf: Path) -> None:
+def _restore_digit_splitting(tokenizer: Any) -> None:
     """SmolLM's tokenizer splits numbers into digits; the GGUF import loses that step."""
-    from gguf import GGUFReader
     from tokenizers import pre_tokenizers
 
-    field = GGUFReader(str(gguf)).fields.get("tokenizer.ggml.pre")
-    if field is None or field.contents() not in ("smollm", "smollm2"):
-        return
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

@@ -54,6 +54,7 @@ def _decoder_and_head(model: nn.Module) -> tuple[Any, Any] | None:
         return None
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
     body = getattr(causal, getattr(causal, "base_model_prefix", "") or "model", None)
-    if head is None or body is None or body is causal:
+    # Whatever else stands before the logits (BERT's transform, for one) needs the model itself.
+    if {id(part) for part in causal.children()} != {id(body), id(head)}:
         return None
     return body, head

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -78,19 +79,20 @@ def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     opener: Any = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        # Bytes, decoded line by line: a reader that decodes ahead of itself names the wrong line.
+        with opener(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 where = f"{path}:{number}"
                 try:
-                    row = json.loads(line)
-                except ValueError as error:
+                    row = json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{where}: not a JSON object: {error}") from None
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: not a JSON object but {type(row).__name__}")
                 yield where, row
-    except (UnicodeDecodeError, OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}:{number + 1}: cannot be read: {error}") from None
 
 

@@ -69,7 +69,7 @@ class DataConfiguration(_Strict):
     key: str | None = Field(default=None, description="column to divide by")
     alpha: float = Field(default=0.5, gt=0, description="Dirichlet concentration")
     held_out: float = Field(default=0.1, gt=0, lt=1, description="share kept for evaluation")
-    held_out_max: int = Field(default=32, ge=1, description="evaluation examples a node, at most")
+    held_out_max: int = Field(default=64, ge=1, description="evaluation examples a node, at most")
     limit_per_node: int | None = Field(default=None, ge=1)
 
 
