@@ -18,7 +18,7 @@ import fedkernels as fk
 from aggregators.codec import pack, unpack
 from aggregators.layout import Layout
 from aggregators.low_rank import LowRank
-from aggregators.update import require_layout
+from aggregators.update import UpdateRejected, require_layout
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ class Carry:
 
     @classmethod
     def from_bytes(cls, data: bytes, layout: Layout) -> Carry:
-        """Read ``to_bytes``'s bytes.
-
-        Raises UpdateRejected for bytes that are not in this form, ValueError for another layout.
-        """
-        header, tensors = unpack(data)
+        """Read ``to_bytes``'s bytes, which the caller trusts. ValueError where they are not."""
+        try:
+            header, tensors = unpack(data)
+        except UpdateRejected as error:
+            raise ValueError(f"not a carry: {error}") from None
         if header.get("carry") != layout.fingerprint:
             raise ValueError("this carry is of another layout, or no carry")
         names = {key.rpartition("#")[0] for key in tensors}

@@ -78,6 +78,8 @@ class Layout:
         """Read ``to_json``'s text. ValueError for anything else."""
         try:
             pairs = json.loads(text)
+            if not isinstance(pairs, list):
+                raise ValueError("not a list of [name, shape]")
             shapes = {_name(name): _sizes(shape) for name, shape in pairs}
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a layout: {error}") from None

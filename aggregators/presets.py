@@ -28,7 +28,7 @@ PRESETS: dict[str, Preset] = {
         Preset("flora", "exact stacks, the whole sum without truncation (Wang et al., 2024)",
                "fresh", "random", True, "factors", "add", "whole"),
         Preset("fedit", "baseline: A and B averaged separately, zero-padded (Zhang et al., 2024)",
-               "view", "shared", True, "factors", "average_factors", "node_rank"),
+               "view", "previous", True, "factors", "average_factors", "node_rank"),
         Preset("ffa-lora", "A fixed by a shared seed, only B is trained (Sun et al., 2024)",
                "fresh", "shared", False, "factors", "add", "capped"),
         Preset("flexlora", "nodes train the carry's first components (Bai et al., 2024), as deltas",

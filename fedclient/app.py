@@ -9,6 +9,7 @@ from collections.abc import Callable
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from aggregators import UpdateRejected
 from fedclient.base_model import BaseModelError
 from fedclient.data import DataError
 from fedclient.worker import NodeError, NodeSettings, Worker
@@ -59,7 +60,7 @@ def _reply(
         payload = message.content[RECORD]["payload"]
         assert isinstance(payload, bytes)
         record["payload"] = answer(payload, settings_of(context))
-    except (BaseModelError, DataError, NodeError) as error:
+    except (BaseModelError, DataError, NodeError, UpdateRejected) as error:
         # Expected failures travel as one line; anything else is a bug and Flower reports it.
         record["error"] = str(error)
     # Beside the payload, so that the bytes that are hashed hold no clock.

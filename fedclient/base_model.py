@@ -94,25 +94,34 @@ def digest(model: nn.Module) -> str:
 
 @lru_cache(maxsize=2)
 def _load(path: str, dtype: str) -> LoadedModel:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     # The model loads in under a second: a bar of its own would only tear up a live display.
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(f"base model {path} cannot be loaded: {first}") from None
+    if found["missing_keys"]:
+        # transformers makes such weights up, at random: every node would have a model of its own.
+        missing = sorted(found["missing_keys"])
+        raise BaseModelError(
+            f"base model {path}: {len(missing)} weights are missing, {missing[0]!r} for one; the"
+            " folder is incomplete"
+        )
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -1,13 +1,16 @@
 """A node's data: its partition of a source, what it holds out, and batches of token ids.
 
-Dividing is done by flwr-datasets' partitioners. A question is held out everywhere or nowhere: its hash
-decides, so no held-out question is in any node's training set.
+Dividing is done by flwr-datasets' partitioners. With the split "questions" a question is held out
+everywhere or nowhere: its hash decides, so no held-out question is in any node's training set. With
+"rows" single rows are held out, and a source that repeats itself is evaluated as it will be used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,6 +41,7 @@ class DataSpec(BaseModel):
     alpha: float = Field(default=0.5, gt=0)
     categories: tuple[tuple[str, ...], ...] | None = None
     nodes: int = Field(default=1, ge=1)
+    split: Literal["questions", "rows"] = "questions"
     held_out: float = Field(default=0.1, gt=0, lt=1)
     held_out_max: int = Field(default=64, ge=1)
     limit_per_node: int | None = Field(default=None, ge=1)
@@ -46,7 +50,7 @@ class DataSpec(BaseModel):
 
 @dataclass(frozen=True)
 class NodeData:
-    """What one node trains on and what it only evaluates on; disjoint by question."""
+    """What one node trains on and what it only evaluates on; disjoint by ``DataSpec.split``."""
 
     train: list[Example]
     held_out: list[Example]
@@ -66,11 +70,11 @@ def load_partition(spec: DataSpec, index: int) -> NodeData:
     examples = read_examples(spec.source, spec.key)
     mine = _part(examples, spec, index)
     # The order within a node is by content and seed: a source's own order is often by topic.
-    mine = sorted(mine, key=lambda e: _hash(spec.seed, "order", *e.messages[-2:]))
+    numbered = sorted(_numbered(mine), key=lambda pair: _hash(spec.seed, "order", *pair))
     train: list[Example] = []
     held_out: list[Example] = []
-    for example in mine:
-        (held_out if _is_held_out(example, spec) else train).append(example)
+    for copy, example in numbered:
+        (held_out if _is_held_out(copy, example, spec) else train).append(example)
     if not held_out:
         elsewhere = _questions_elsewhere(examples, mine, spec, index)
         own = {e.question for e in train} - elsewhere
@@ -202,7 +206,10 @@ def _part(examples: list[Example], spec: DataSpec, index: int) -> list[Example]:
             )
     by.dataset = rows
     try:
-        with foreign_bars.hidden(partitioners.natural_id_partitioner):
+        with foreign_bars.hidden(partitioners.natural_id_partitioner), warnings.catch_warnings():
+            # One for every draw of a Dirichlet partition that is drawn again, one of pyarrow's.
+            warnings.filterwarnings("ignore", "The specified min_partition_size", UserWarning)
+            warnings.filterwarnings("ignore", "Specifying null_placement", FutureWarning)
             chosen = by.load_partition(index)["row"]
     except (ValueError, RuntimeError) as error:
         raise DataError(f"{spec.source}: cannot be divided ({spec.partition}): {error}") from None
@@ -233,8 +240,19 @@ def _listed(examples: list[Example], spec: DataSpec, index: int) -> list[Example
     return [example for example in examples if example.category in wanted]
 
 
-def _is_held_out(example: Example, spec: DataSpec) -> bool:
-    return _hash(spec.seed, "held", example.question) / HASH_RANGE < spec.held_out
+def _numbered(examples: Sequence[Example]) -> list[tuple[int, Example]]:
+    """Each example with the number of equal ones before it: rows that repeat are told apart."""
+    seen: Counter[Example] = Counter()
+    found = []
+    for example in examples:
+        found.append((seen[example], example))
+        seen[example] += 1
+    return found
+
+
+def _is_held_out(copy: int, example: Example, spec: DataSpec) -> bool:
+    decides = (copy, example.messages) if spec.split == "rows" else (example.question,)
+    return _hash(spec.seed, "held", *decides) / HASH_RANGE < spec.held_out
 
 
 def _hash(*parts: Any) -> int:

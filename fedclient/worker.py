@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from aggregators import Layout
 from aggregators.messages import (
@@ -85,7 +86,10 @@ class Worker:
         """Do what a plan asks for and return the signed-to-be envelope's bytes."""
         plan, view = decode_plan(payload)
         with base_model.IN_USE, _threads(plan.threads), _scoped_randomness(plan.seed):
-            return self._work(plan, view, settings)
+            try:
+                return self._work(plan, view, settings)
+            except lora.AdapterError as error:
+                raise NodeError(str(error)) from None
 
     def _work(
         self, plan: Plan, view: Mapping[str, lora.Factors] | None, settings: NodeSettings
@@ -149,8 +153,8 @@ def _answer(plan: Plan, base_digest: str, report: Report, update: Any) -> bytes:
     )
 
 
-def _load_data(specification: Mapping[str, Any] | None, settings: NodeSettings) -> data.NodeData:
-    chosen = dict(specification or {})
+def _load_data(given: Mapping[str, Any] | None, settings: NodeSettings) -> data.NodeData:
+    chosen = dict(given or {})
     index = settings.index
     if settings.data is not None:
         # A device's own file is wholly its own: there is nothing to divide.
@@ -159,7 +163,13 @@ def _load_data(specification: Mapping[str, Any] | None, settings: NodeSettings) 
         index = 0
     if not chosen:
         raise NodeError("this node has no data: start it with --node-config 'data=\"FILE\"'")
-    return _partition(data.DataSpec.model_validate(chosen).model_dump_json(), index)
+    try:
+        specification = data.DataSpec.model_validate(chosen)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise NodeError(f"data.{where}: {problem['msg']}") from None
+    return _partition(specification.model_dump_json(), index)
 
 
 @lru_cache(maxsize=64)

@@ -30,6 +30,10 @@ Factors = tuple[Tensor, Tensor, Any]
 Batch = dict[str, Tensor]
 
 
+class AdapterError(Exception):
+    """Why this plan's adapter cannot be put on this model."""
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """Losses are means over labelled tokens of the first and of the last optimiser step."""
@@ -47,16 +51,20 @@ def adapted(
     """Wrap ``model`` with the frozen view and a trainable adapter of the plan's rank.
 
     ``view``: layout name -> (B [out, k], A [k, in], scale). With ``plan.start == "view"`` the view
-    is the trainable adapter's start and nothing is frozen beside it.
+    is the trainable adapter's start and nothing is frozen beside it. Raises AdapterError.
     """
     targets = match_targets(layout, plan.target_modules)
     modules = {name.removesuffix(WEIGHT): name for name in targets}
     frozen = view if view and plan.start == "fresh" else None
     transposed = {path: _is_transposed(model.get_submodule(path)) for path in modules}
+    _check_targets(model, layout, plan, modules)
+    training = model.training
     try:
         with warnings.catch_warnings():
             # peft 0.21 reads a property that transformers 5 renamed.
             warnings.simplefilter("ignore", FutureWarning)
+            # It finds out by itself what a Conv1D is, and says so for every one of them.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
             wrapped = get_peft_model(
                 cast(Any, model), _configuration(plan, modules, layout), adapter_name=LOCAL
             )
@@ -74,6 +82,7 @@ def adapted(
         yield wrapped
     finally:
         _unwrap(model)
+        model.train(training)
 
 
 def train(
@@ -128,6 +137,27 @@ def local_update(
     if plan.sends == "delta":
         update = update - LowRank(layout, dict(before))
     return update
+
+
+def _check_targets(
+    model: nn.Module, layout: Layout, plan: Plan, modules: Mapping[str, str]
+) -> None:
+    if not modules:
+        raise AdapterError(
+            f"target_modules {list(plan.target_modules)} match no linear layer of this model"
+        )
+    for path, name in modules.items():
+        module = model.get_submodule(path)
+        if not (isinstance(module, nn.Linear) or _is_transposed(module)):
+            raise AdapterError(
+                f"layer {name!r} is of the type {type(module).__name__}; LoRA adapts linear layers"
+                " here: take it out of target_modules"
+            )
+        rank = min(plan.rank, *layout.shape(name))
+        if plan.init == "orthogonal" and rank % 2:
+            raise AdapterError(
+                f"layer {name!r}: orthogonal initialisation needs an even rank, not {rank}"
+            )
 
 
 def _configuration(plan: Plan, modules: Mapping[str, str], layout: Layout) -> LoraConfig:

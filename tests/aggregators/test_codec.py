@@ -23,7 +23,10 @@ ROUNDING = {
     "bfloat16": (2.0**-8, 2.0**-134),
     "float16": (2.0**-11, 2.0**-25),
 }
-TYPES = ["BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "C64", "X"]
+TYPES = [
+    "BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64",
+    "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "C64", "X",
+]  # fmt: skip
 SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I64": 8, "U64": 8,
          "F64": 8, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
 
@@ -103,9 +106,7 @@ def test_short_types_are_shorter(low_rank):
 
 def test_bytes_do_not_depend_on_the_order_of_names(low_rank, layout):
     update = low_rank(1, 3)
-    turned = LowRank(
-        layout, {n: (f.B, f.A, f.scale) for n, f in reversed(update.factors.items())}
-    )
+    turned = LowRank(layout, {n: (f.B, f.A, f.scale) for n, f in reversed(update.factors.items())})
     assert encode(turned) == encode(update)
     assert turned == update
 
@@ -404,10 +405,17 @@ def test_ill_chosen_tensors_are_updates_or_refused(layout, raw, buffer):
     update_or_refused(data, layout)
 
 
-def update_or_refused(data, layout):
+def outcome(read, *arguments):
+    """What ``read`` returns and None, or None and its refusal; anything else fails the test."""
     try:
-        update = decode(data, layout)
+        return read(*arguments), None
     except UpdateRejected as rejection:
+        return None, rejection
+
+
+def update_or_refused(data, layout):
+    update, rejection = outcome(decode, data, layout)
+    if rejection is not None:
         assert rejection.verdict in Verdict
         assert rejection.detail
         return

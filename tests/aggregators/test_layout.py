@@ -25,9 +25,7 @@ JSON = st.recursive(
 def test_tensors_are_numbered_in_order_and_elements_follow_each_other(shapes):
     layout = Layout(shapes)
     first = 0
-    for tensor_id, (spec, (name, shape)) in enumerate(
-        zip(layout, shapes.items(), strict=True)
-    ):
+    for tensor_id, (spec, (name, shape)) in enumerate(zip(layout, shapes.items(), strict=True)):
         assert (spec.name, spec.shape) == (name, tuple(shape))
         assert (spec.tensor_id, spec.first_element) == (tensor_id, first)
         assert layout.tensor_id(name) == tensor_id

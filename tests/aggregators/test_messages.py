@@ -46,6 +46,14 @@ def replaced(draw, value):
     return draw(ODD)
 
 
+def outcome(read, *arguments):
+    """What ``read`` returns and None, or None and its refusal; anything else fails the test."""
+    try:
+        return read(*arguments), None
+    except UpdateRejected as rejection:
+        return None, rejection
+
+
 def damaged(choices, data):
     """A reply or plan with its JSON changed, and then perhaps its bytes."""
     header, tensors = unpack(data)
@@ -118,8 +126,8 @@ def test_impossible_plans_are_value_errors(make_plan, changes):
         make_plan(**changes)
 
 
-def plan_bytes(plan, view, tensors, **changes):
-    header = {"schema": 1, "plan": plan.model_dump(mode="json"), "view": view} | changes
+def plan_bytes(asked, view, tensors, **changes):
+    header = {"schema": 1, "plan": asked.model_dump(mode="json"), "view": view} | changes
     return pack(header, tensors)
 
 
@@ -159,11 +167,11 @@ def test_damaged_plans_are_plans_or_refused(make_plan, low_rank, choices):
     views = [None, low_rank(1, 2), low_rank(2, 1, names=(Q,))]
     view = choices.draw(st.sampled_from(views))
     data = encode_plan(make_plan(), view, choices.draw(st.sampled_from([None, "int8"])))
-    try:
-        plan, factors = decode_plan(damaged(choices, data))
-    except UpdateRejected as rejection:
+    found, rejection = outcome(decode_plan, damaged(choices, data))
+    if rejection is not None:
         assert rejection.detail.isprintable()
         return
+    plan, factors = found
     assert isinstance(plan, Plan)
     assert factors is None or all(b.shape[1] == a.shape[0] for b, a, _ in factors.values())
 
@@ -254,8 +262,8 @@ def test_numbers_that_are_not_finite(make_reply, low_rank, raw, field, number):
     with pytest.raises(UpdateRejected) as caught:
         open_reply(raw({"__metadata__": {METADATA_KEY: inner}}))
     # NaN and Infinity are no JSON; a number too large for a float is.
-    written = Verdict.NOT_FINITE if "e" in number else Verdict.MALFORMED
-    assert caught.value.verdict in (written, Verdict.NOT_FINITE)
+    expected = Verdict.NOT_FINITE if "e" in number else Verdict.MALFORMED
+    assert caught.value.verdict is expected
 
 
 @pytest.mark.parametrize(
@@ -301,11 +309,11 @@ def test_envelopes_nested_at_every_depth(raw, depth):
 @given(choices=st.data())
 def test_damaged_replies_are_replies_or_refused(make_reply, low_rank, choices):
     data = make_reply(choices.draw(st.sampled_from([None, low_rank(1, 2)])))
-    try:
-        envelope, body = open_reply(damaged(choices, data))
-    except UpdateRejected as rejection:
+    found, rejection = outcome(open_reply, damaged(choices, data))
+    if rejection is not None:
         assert rejection.detail.isprintable()
         return
+    envelope, body = found
     assert isinstance(envelope.report, Report)
     assert isinstance(body, bytes)
 
@@ -327,7 +335,7 @@ def test_capabilities_come_back_equal():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", '[["a",[1e999]]]', '{"a1":0}', '[["a",[0]]]', "[" * 10_000, "null"]
+    "text", ["", "{}", "[[]]", '[["a",[1e999]]]', '{"a1":0}', '[["a",[0]]]', "[" * 10_000, "null"]
 )
 def test_a_layout_that_is_none_is_a_value_error(text):
     with pytest.raises(ValueError, match=r"layout|shape"):
@@ -349,7 +357,9 @@ def test_damaged_capabilities_are_capabilities_or_value_errors(choices):
 
 
 @settings(max_examples=50)
-@given(seed=SEEDS, tensor_id=st.integers(0, 500), rank=st.integers(1, 12), columns=st.integers(1, 40))
+@given(
+    seed=SEEDS, tensor_id=st.integers(0, 500), rank=st.integers(1, 12), columns=st.integers(1, 40)
+)
 def test_a_smaller_rank_gives_the_first_rows(seed, tensor_id, rank, columns):
     whole = shared_a(seed, tensor_id, 12, columns)
     part = shared_a(seed, tensor_id, rank, columns)

@@ -31,8 +31,9 @@ def test_a_cohort_of_unlike_ranks_is_the_float64_sum(low_rank, layout, cohort):
     result = aggregate(updates, layout)
     for name in updates[0][0].factors:
         expected = sum(
-            weight / total * scale * update.factors[name].B.double() @ update.factors[name].A.double()
+            weight / total * scale * (factors.B.double() @ factors.A.double())
             for (update, weight), (_, _, scale, _) in zip(updates, cohort, strict=True)
+            for factors in [update.factors[name]]
         )
         assert relative_error(result.dense()[name], expected) <= 1e-5
     assert result.updates["low_rank"].rank(Q) == sum(rank for _, rank, _, _ in cohort)
@@ -59,6 +60,35 @@ def test_families_add_and_one_mean_dilutes(low_rank, layout):
     torch.testing.assert_close(weighted.dense()[NORM], torch.full((6,), 0.5).double())
 
 
+@given(cohort=COHORTS, choices=st.data())
+def test_average_factors_has_the_same_bits_in_any_order(low_rank, cohort, choices):
+    updates = [(low_rank(seed, rank, scale), weight) for seed, rank, scale, weight in cohort]
+    shuffled = choices.draw(st.permutations(updates))
+    assert encode(average_factors(shuffled, 6)) == encode(average_factors(updates, 6))
+
+
+def test_average_factors_counts_a_missing_tensor_as_zeros(low_rank, layout):
+    whole, part = low_rank(1, 2), low_rank(2, 2, names=(Q,))
+    found = average_factors([(whole, 1.0), (part, 3.0)], 2)
+    assert found.factors.keys() == whole.factors.keys()
+    name = next(name for name in whole.factors if name != Q)
+    torch.testing.assert_close(found.dense()[name], whole.dense()[name] / 16, rtol=1e-5, atol=1e-5)
+
+
+def test_average_factors_refuses_what_it_cannot_average(low_rank):
+    with pytest.raises(ValueError, match="no updates"):
+        average_factors([], 2)
+    with pytest.raises(ValueError, match="rank 3"):
+        average_factors([(low_rank(1, 3), 1.0)], 2)
+    with pytest.raises(ValueError, match="positive"):
+        average_factors([(low_rank(1), 0.0)], 2)
+
+
+def test_family_weights_are_finite(low_rank, layout):
+    with pytest.raises(ValueError, match="finite"):
+        aggregate([(low_rank(1), 1.0)], layout, family_weights={"low_rank": math.nan})
+
+
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
 def test_impossible_weights_are_refused(low_rank, layout, weight):
     with pytest.raises(ValueError, match="positive"):
@@ -73,7 +103,8 @@ def test_nothing_and_unknown_rules_are_refused(low_rank, layout):
 
 
 def test_a_lone_update_is_not_re_ordered(low_rank, layout):
-    assert encode(aggregate([(low_rank(1), 3.0)], layout).updates["low_rank"]) == encode(low_rank(1))
+    alone = aggregate([(low_rank(1), 3.0)], layout)
+    assert encode(alone.updates["low_rank"]) == encode(low_rank(1))
 
 
 @given(cohort=COHORTS)

@@ -1,0 +1,287 @@
+"""A node's data: partitions, what is held out, token ids, batches."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fedclient import data
+from fedclient.base_model import LoadedModel
+from fedclient.data import DataError, DataSpec, Tokens, batches, eval_batches, load_partition
+from fedclient.loss import IGNORED
+
+PARTITIONS = ("categories", "category", "dirichlet", "iid", "shards")
+CATEGORIES = ("red", "green", "blue", "grey")
+
+
+@st.composite
+def divided(draw: st.DrawFn) -> tuple[list[tuple[str, str]], DataSpec]:
+    """Draw (question, category) rows with many repeated questions, and a way to divide them."""
+    words = st.sampled_from([f"Question {n}?" for n in range(draw(st.integers(3, 30)))])
+    rows = draw(st.lists(st.tuples(words, st.sampled_from(CATEGORIES)), min_size=8, max_size=60))
+    partition = draw(st.sampled_from(PARTITIONS))
+    nodes = draw(st.integers(1, 4))
+    known = sorted({category for _, category in rows})
+    lists = st.lists(st.sampled_from(known), min_size=1, max_size=len(known), unique=True)
+    specification = DataSpec(
+        source="replaced",
+        partition=partition,
+        nodes=nodes,
+        seed=draw(st.integers(0, 2**40)),
+        alpha=draw(st.sampled_from([0.1, 1.0])),
+        held_out=draw(st.sampled_from([0.01, 0.1, 0.5])),
+        held_out_max=draw(st.sampled_from([1, 4, 64])),
+        limit_per_node=draw(st.sampled_from([None, 3])),
+        key="topic",
+        categories=tuple(tuple(draw(lists)) for _ in range(nodes))
+        if partition == "categories"
+        else None,
+    )
+    return rows, specification
+
+
+@settings(max_examples=60)
+@given(divided())
+def test_held_out_questions_are_in_no_nodes_training_set(
+    tmp_path_factory: pytest.TempPathFactory,
+    case: tuple[list[tuple[str, str]], DataSpec],
+) -> None:
+    rows, specification = case
+    path = tmp_path_factory.mktemp("divided") / "rows.jsonl"
+    path.write_text(
+        "\n".join(
+            json.dumps({"question": question, "answer": f"answer {n}", "topic": category})
+            for n, (question, category) in enumerate(rows)
+        )
+    )
+    specification = specification.model_copy(update={"source": str(path)})
+    trained: set[str] = set()
+    held: set[str] = set()
+    for index in range(specification.nodes):
+        try:
+            own = load_partition(specification, index)
+        except DataError:
+            continue  # too few examples for so many nodes
+        assert own.train
+        assert own.held_out
+        assert len(own.held_out) <= specification.held_out_max
+        assert len(own.train) <= (specification.limit_per_node or len(rows))
+        assert load_partition(specification, index) == own
+        trained |= {example.question for example in own.train}
+        held |= {example.question for example in own.held_out}
+    assert not trained & held
+
+
+@pytest.mark.parametrize("partition", ["category", "dirichlet", "iid", "shards"])
+def test_partitions_cover_everything_once(partition: str, tiny_data_file: Path) -> None:
+    specification = DataSpec.model_validate(
+        {"source": str(tiny_data_file), "partition": partition, "nodes": 6, "alpha": 5.0}
+    )
+    parts = [load_partition(specification, index) for index in range(6)]
+    found = [e.question for part in parts for e in (*part.train, *part.held_out)]
+    assert len(found) == len(set(found)) == 120
+    assert len({part.fingerprint for part in parts}) == 6
+    if partition == "category":
+        for part in parts:
+            assert len({e.category for e in (*part.train, *part.held_out)}) == 1
+
+
+def test_no_bar_is_drawn(tiny_data_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_partition(DataSpec(source=str(tiny_data_file), partition="category", nodes=6), 2)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_categories_go_where_they_are_listed(tiny_data_file: Path) -> None:
+    specification = DataSpec(
+        source=str(tiny_data_file),
+        partition="categories",
+        nodes=2,
+        categories=(("rivers", "tools"), ("animals",)),
+    )
+    found = [
+        {e.category for part in (own.train, own.held_out) for e in part}
+        for own in (load_partition(specification, index) for index in range(2))
+    ]
+    assert found == [{"rivers", "tools"}, {"animals"}]
+
+
+def test_an_unknown_category_names_the_nearest(tiny_data_file: Path) -> None:
+    specification = DataSpec(
+        source=str(tiny_data_file), partition="categories", categories=(("rivrs",),)
+    )
+    with pytest.raises(DataError, match="did you mean 'rivers'"):
+        load_partition(specification, 0)
+    unlike = specification.model_copy(update={"categories": (("xyzzy",),)})
+    with pytest.raises(DataError, match="animals, cities, colours, numbers, rivers, tools"):
+        load_partition(unlike, 0)
+
+
+def test_too_many_nodes_for_the_categories(tiny_data_file: Path) -> None:
+    with pytest.raises(DataError, match="6 categories"):
+        load_partition(DataSpec(source=str(tiny_data_file), partition="category", nodes=7), 0)
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "shards"])
+def test_too_few_examples_for_the_nodes(partition: str, tmp_path: Path) -> None:
+    path = tmp_path / "few.jsonl"
+    path.write_text("\n".join(['{"question": "q", "answer": "a"}'] * 3))
+    specification = DataSpec.model_validate(
+        {"source": str(path), "partition": partition, "nodes": 3}
+    )
+    with pytest.raises(DataError):
+        load_partition(specification, 0)
+
+
+def test_one_question_cannot_be_both_learnt_and_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "same.jsonl"
+    path.write_text('{"question": "q", "answer": "a"}\n{"question": "Q ", "answer": "b"}')
+    with pytest.raises(DataError, match="too few"):
+        load_partition(DataSpec(source=str(path)), 0)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_node_without_a_part(index: int, tiny_data_file: Path) -> None:
+    with pytest.raises(DataError, match="2 nodes"):
+        load_partition(DataSpec(source=str(tiny_data_file), nodes=2), index)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"nodes": 0}, {"held_out": 0}, {"held_out": 1}, {"alpha": 0}, {"sauce": "x"}]
+)
+def test_impossible_specifications(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        DataSpec.model_validate(wrong)
+
+
+token_lists = st.lists(
+    st.integers(2, 12).flatmap(
+        lambda n: st.builds(
+            Tokens, st.lists(st.integers(0, 5), min_size=n, max_size=n), st.integers(0, n - 1)
+        )
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+@given(token_lists, st.integers(1, 5), st.integers(1, 8), st.integers(0, 2**62))
+def test_batches_are_functions_of_their_arguments(
+    tokens: list[Tokens], size: int, steps: int, seed: int
+) -> None:
+    random.seed(1)
+    torch.manual_seed(1)
+    first = list(batches(tokens, size, steps, seed, pad_id=0))
+    random.seed(2)
+    torch.manual_seed(2)
+    random_state, torch_state = random.getstate(), torch.get_rng_state()
+    second = list(batches(tokens, size, steps, seed, pad_id=0))
+    assert random.getstate() == random_state
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert len(first) == len(second) == steps
+    for one, two in zip(first, second, strict=True):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert len(one["input_ids"]) == min(size, len(tokens))
+
+
+def test_an_epoch_sees_everything_once() -> None:
+    tokens = [Tokens([n, n], 1) for n in range(12)]
+    seen = [int(row[0]) for batch in batches(tokens, 4, 6, 9, 0) for row in batch["input_ids"]]
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
+    assert seen[:12] != seen[12:]
+
+
+@given(token_lists, st.integers(1, 5), st.integers(0, 5))
+def test_masks_and_labels_go_by_length(tokens: list[Tokens], size: int, pad: int) -> None:
+    """Token 0..5 may all be the pad token: what is padding is a matter of length alone."""
+    found = []
+    for batch in eval_batches(tokens, size, pad):
+        for ids, mask, labels in zip(
+            batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+        ):
+            length = int(mask.sum())
+            begin = int((labels != IGNORED).nonzero()[0])
+            assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
+            assert ids[length:].eq(pad).all()
+            assert labels[:begin].eq(IGNORED).all()
+            assert torch.equal(labels[begin:length], ids[begin:length])
+            assert labels[length:].eq(IGNORED).all()
+            found.append(Tokens(ids[:length].tolist(), begin))
+    key = lambda t: (t.ids, t.labels_from)  # noqa: E731
+    assert sorted(found, key=key) == sorted(tokens, key=key)
+
+
+def test_the_end_token_is_learnt_although_it_pads(tiny: LoadedModel) -> None:
+    tokenizer = tiny.tokenizer
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    examples = [
+        data.Example((("user", question), ("assistant", answer)), "")
+        for question, answer in (("a?", "b"), ("a longer question?", "a longer answer"))
+    ]
+    tokens = data.tokenise(examples, tokenizer, 64)
+    (batch,) = eval_batches(tokens, 2, tokenizer.pad_token_id)
+    for labels, mask, example in zip(
+        batch["labels"], batch["attention_mask"], examples, strict=True
+    ):
+        learnt = labels[labels != IGNORED].tolist()
+        assert learnt[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(learnt[:-1]) == example.messages[-1][1]
+        assert int(mask.sum()) < mask.numel() or example is examples[1]
+
+
+@given(
+    st.text(min_size=1, max_size=60),
+    st.text(min_size=1, max_size=60),
+    st.integers(2, 96),
+)
+def test_what_is_too_long_is_cut(
+    tiny_model_folder: Path, question: str, answer: str, max_length: int
+) -> None:
+    from fedclient import base_model
+
+    tokenizer = base_model.load(str(tiny_model_folder)).tokenizer
+    example = data.Example((("user", question), ("assistant", answer)), "")
+    (found,) = data.tokenise([example], tokenizer, max_length)
+    (whole,) = data.tokenise([example], tokenizer, 10_000)
+    prompt, learnt = whole.ids[: whole.labels_from], whole.ids[whole.labels_from :]
+    assert prompt == data.prompt_ids(example, tokenizer)
+    assert len(found.ids) == min(max_length, len(whole.ids))
+    kept, cut = found.ids[: found.labels_from], found.ids[found.labels_from :]
+    assert kept
+    assert prompt[-len(kept) :] == kept
+    assert cut
+    assert learnt[: len(cut)] == cut
+    assert len(kept) >= min(len(prompt), max_length // 2)
+
+
+def test_a_tokenizer_without_a_chat_template(tiny: LoadedModel) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = None
+    example = data.Example((("user", "Why?"), ("assistant", "So.")), "")
+    (found,) = data.tokenise([example], tokenizer, 64)
+    assert "Why?" in tokenizer.decode(found.ids[: found.labels_from])
+    assert "So." not in tokenizer.decode(found.ids[: found.labels_from])
+
+
+def test_a_template_adds_no_system_prompt_of_its_own(tiny: LoadedModel) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}You are a pirate.{% endif %}"
+        + tiny.tokenizer.chat_template
+    )
+    example = data.Example((("user", "Why?"), ("assistant", "So.")), "")
+    assert "pirate" not in tokenizer.decode(data.prompt_ids(example, tokenizer))
+    given_one = data.Example((("system", "Be a parrot."), *example.messages), "")
+    assert "parrot" in tokenizer.decode(data.prompt_ids(given_one, tokenizer))
