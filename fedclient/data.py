@@ -175,6 +175,11 @@ def _part(examples: list[Example], spec: DataSpec, index: int) -> list[Example]:
         raise DataError(f"node {index} has no part: the data are divided over {spec.nodes} nodes")
     if spec.partition == "categories":
         return _listed(examples, spec, index)
+    if len(examples) < 2 * spec.nodes:
+        raise DataError(
+            f"{spec.source}: {len(examples)} examples are too few for {spec.nodes} nodes, each of"
+            " which needs two or more; use fewer nodes"
+        )
     if spec.nodes == 1:
         return examples
     from datasets import Dataset
