@@ -291,13 +291,22 @@ def _explain(problem: Mapping[str, Any]) -> str:
     location = problem["loc"]
     where = ".".join(str(part) for part in location) or "scenario"
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(str(location[-1]), _keys_at(location))}"
+        return f"{where}: unknown key{_suggestion(location)}"
     if problem["type"] == "missing":
         return f"{where}: missing"
     message = str(problem["msg"]).removeprefix("Value error, ")
     shown = problem.get("input")
     suffix = f" (got {shown!r})" if isinstance(shown, (int, float, str)) else ""
     return f"{where}: {message}{suffix if 'Value error' not in problem['msg'] else ''}"
+
+
+def _suggestion(location: Sequence[int | str]) -> str:
+    """The nearest key of the same table, or the same key in the table where it belongs."""
+    key = str(location[-1])
+    for table, model in (("data", DataConfiguration), ("nodes.NAME", NodeConfiguration)):
+        if key in model.model_fields and key not in _keys_at(location):
+            return f"; did you mean '{table}.{key}'?"
+    return _nearest(key, _keys_at(location))
 
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:

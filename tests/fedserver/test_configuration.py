@@ -66,6 +66,7 @@ def test_the_run_id_ignores_names_places_and_length_and_nothing_else() -> None:
         ({"lora_rank": 4}, ["lora_rank", "lora_r"]),
         ({"data": {"sorce": "x"}}, ["data.sorce", "source"]),
         ({"nodes": [{"name": "a", "lora_rr": 2}]}, ["nodes.0.lora_rr", "lora_r"]),
+        ({"held_out_max": 4}, ["held_out_max", "data.held_out_max"]),
         ({"preset": "brayd"}, ["brayd", "braid"]),
         ({"lora_r": 0}, ["lora_r", "0"]),
         ({"lora_variant": "dora"}, ["dora", "magnitude"]),
