@@ -280,28 +280,31 @@ def _locked(cache: Path) -> Iterator[None]:
         yield
 
 
-def main() -> None:
-    """``python -m fedclient.base_model fetch [REFERENCE]``: fetch a model and print its folder."""
+def resolve_with_bars(reference: str) -> Path:
+    """``resolve`` with progress bars on stderr, which show only when there is something to fetch."""
     from rich.console import Console
-    from rich.progress import Progress as Bar
+    from rich.progress import Progress as Bars
 
-    words = sys.argv[1:]
-    if not words or words[0] != "fetch" or len(words) > 2:
-        sys.exit("usage: python -m fedclient.base_model fetch [REFERENCE]")
-    with Bar(console=Console(stderr=True)) as bar:
+    with Bars(console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
         def tell(stage: str, share: float) -> None:
-            task = tasks.setdefault(stage, None)
-            if task is None:
-                tasks[stage] = task = bar.add_task(stage, total=1.0)
-            bar.update(task, completed=share)
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=1.0)
+            bars.update(tasks[stage], completed=share)
 
-        try:
-            path = resolve(words[1] if len(words) > 1 else DEFAULT_MODEL, progress=tell)
-        except BaseModelError as error:
-            sys.exit(f"error: {error}")
-    print(path)
+        return resolve(reference, progress=tell)
+
+
+def main() -> None:
+    """``python -m fedclient.base_model fetch [REFERENCE]``: fetch a model and print its folder."""
+    words = sys.argv[1:]
+    if not words or words[0] != "fetch" or len(words) > 2:
+        sys.exit("usage: python -m fedclient.base_model fetch [REFERENCE]")
+    try:
+        print(resolve_with_bars(words[1] if len(words) > 1 else DEFAULT_MODEL))
+    except BaseModelError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 app = typer.Typer(
     name="fedbraid",
-    help="Federated fine-tuning of language models across unlike devices.",
+    help="Federated fine-tuning of language models across unlike devices. Errors are one message;"
+    " add --debug to see where they come from.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -53,15 +54,17 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Run a scenario on this machine and write a run folder with report and adapter."""
+    from fedclient.base_model import resolve_with_bars
     from fedserver.configuration import load
     from simulations.live import LiveView
     from simulations.run import choose_folder
+    from simulations.run import simulate as run
 
     configuration = load(scenario, override or ())
     folder = choose_folder(configuration, output, resume=resume)
+    # Fetching the model draws bars of its own, so it comes before the live table.
+    resolve_with_bars(configuration.base_model)
     with LiveView(json=as_json) as view:
-        from simulations.run import simulate as run
-
         run(configuration, folder, view, engine=engine, resume=resume, samples=samples)
 
 

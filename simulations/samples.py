@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,10 @@ def sample_answers(
     questions = _questions(configuration, count)
     threads = torch.get_num_threads()
     torch.set_num_threads(configuration.threads)
-    tuned = PeftModel.from_pretrained(cast(Any, base.model), str(adapter))
+    with warnings.catch_warnings():
+        # peft 0.21 reads a property that transformers 5 renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        tuned = PeftModel.from_pretrained(cast(Any, base.model), str(adapter))
     try:
         answered = []
         for question in questions:

@@ -42,7 +42,9 @@ def gguf_name(name: str) -> str:
 def interleaved(weight: numpy.ndarray, heads: int) -> numpy.ndarray:
     """llama.cpp keeps the two halves of a rotary pair beside each other."""
     rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    return (
+        weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    )
 
 
 def written(

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from fedserver.ledger import Ledger
 from simulations.command import main
 
@@ -86,7 +87,10 @@ def test_a_changed_ledger_fails_verification(scenario: Path, tmp_path: Path) -> 
 
 
 def test_folders_are_never_mixed_up(
-    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    scenario: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run("simulate", scenario, "--samples", 0) == 0
