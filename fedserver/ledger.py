@@ -126,9 +126,12 @@ class Ledger:
                 (height, kind, round_number, text, previous, digest, canonical(wall)),
             )
             self._database.execute("COMMIT")
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
+        except sqlite3.Error as error:
+            self._database.rollback()
+            raise LedgerError(
+                f"{self.folder}: the {kind} entry could not be written: {error}; free some space and"
+                " continue with --resume"
+            ) from None
         return Entry(height, kind, round_number, content, previous, digest, wall)
 
     def put(self, data: bytes) -> str:

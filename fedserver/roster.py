@@ -79,7 +79,14 @@ def gather_roster(configuration: RunConfiguration, exchange: Exchange, notify: L
             notify(Notice("warning", f"a node cannot take part: {problem}"))
     if not members:
         raise ConfigurationError("no node can take part:\n  " + "\n  ".join(sorted(set(failures))))
-    return _agree(members, configuration, notify)
+    roster = _agree(members, configuration, notify)
+    if len(roster.members) < configuration.minimum_updates():
+        raise ConfigurationError(
+            f"{len(roster.members)} of {wanted} nodes can take part, a round needs"
+            f" {configuration.minimum_updates()}: mend the others or lower 'quorum'"
+            + "".join(f"\n  {problem}" for problem in sorted(set(failures)))
+        )
+    return roster
 
 
 def _agree(members: dict[str, Member], configuration: RunConfiguration, notify: Listener) -> Roster:

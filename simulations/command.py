@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -186,7 +187,8 @@ def main(arguments: list[str] | None = None) -> Any:
         Console(stderr=True).print("\nstopped; continue with the same command and --resume")
         sys.exit(130)
     except Exception as error:
-        if debug or not isinstance(error, expected_errors()):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if debug or not (full or isinstance(error, expected_errors())):
             raise
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print("[bold red]error:[/bold red]", end=" ")

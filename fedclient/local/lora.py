@@ -76,9 +76,12 @@ def adapted(
         active = [LOCAL] if frozen is None else [VIEW, LOCAL]
         cast(Any, wrapped.base_model).set_adapter(active)
         for name, parameter in wrapped.named_parameters():
-            parameter.requires_grad_(
-                f".{LOCAL}." in name and (plan.train_a or ".lora_A." not in name)
-            )
+            parameter.requires_grad_(f".{LOCAL}." in name)
+        if not plan.train_a:
+            for path, layer in _lora_layers(wrapped):
+                # In the layout's coordinates a Conv1D's A is peft's B.
+                fixed = layer.lora_B if transposed[path] else layer.lora_A
+                fixed[LOCAL].weight.requires_grad_(False)
         yield wrapped
     finally:
         _unwrap(model)

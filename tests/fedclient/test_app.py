@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from aggregators import GateContext, Layout, UpdateRejected, Verdict, admit
 from aggregators.messages import Capabilities, Plan, encode_plan
@@ -16,6 +17,14 @@ from fedclient.app import RECORD, make_app, settings_of
 from fedclient.base_model import BaseModelError, LoadedModel
 from fedclient.data import DataError
 from fedclient.worker import NodeError, NodeSettings, Worker
+
+
+@pytest.fixture(autouse=True)
+def _a_flower_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages are made in the name of a task; in a SuperNode's process, that is Flower's."""
+    monkeypatch.setattr(TaskIdentity, "_run_id", 1)
+    monkeypatch.setattr(TaskIdentity, "_node_id", 2)
+    monkeypatch.setattr(TaskIdentity, "_task_id", 3)
 
 
 def asked(

@@ -159,3 +159,37 @@ def test_a_writer_killed_at_any_moment_leaves_whole_rounds(tmp_path: Path) -> No
         assert rounds == list(range(len(rounds)))
         assert len(rounds) > written
         ledger.close()
+
+
+def test_a_full_disk_loses_nothing_that_was_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path, create=True)
+    _round(ledger, 1)
+    head = ledger.head
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(LedgerError, match="free some space"):
+            ledger.put(b"does not fit")
+    assert ledger.head == head
+    assert ledger.verify() == []
+    assert not list((tmp_path / "blobs").glob("*/*.part"))
+    _round(ledger, 2)
+    assert ledger.verify() == []
+    ledger.close()
+
+
+def test_a_database_that_cannot_grow_is_a_clear_message(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, create=True)
+    _round(ledger, 1)
+    head = ledger.head
+    # SQLite's own limit stands for a full disk: the insert fails half-way and is rolled back.
+    ledger._database.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(LedgerError, match="--resume"):
+        ledger.append("round", 2, {"note": "x" * 100_000}, {})
+    assert ledger.head == head
+    ledger.close()
