@@ -15,7 +15,7 @@ from aggregators.presets import PRESETS
 from fedserver import metrics
 from fedserver.configuration import RunConfiguration, load
 from fedserver.ledger import Ledger, LedgerError
-from fedserver.rounds import restore
+from fedserver.run_folder import restore
 
 WEIGHT = ".weight"
 

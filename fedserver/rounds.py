@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aggregators import Layout, LowRank, UpdateRejected, Verdict
-from aggregators.gate import Admitted, GateContext, admit
-from aggregators.messages import Evaluation, Plan, encode_plan
+from aggregators import LowRank, Verdict
+from aggregators.messages import Plan, encode_plan
 from aggregators.presets import PRESETS
 from fedserver import events, metrics
 from fedserver.configuration import RunConfiguration, to_toml
-from fedserver.exchange import EVALUATE, TRAIN, Exchange, Reply
+from fedserver.exchange import EVALUATE, TRAIN, Exchange
 from fedserver.global_model import GlobalModel, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
+from fedserver.outcome import Outcome, examples, judge, replied, row, sum_evaluations
 from fedserver.planner import check_ranks, largest_rank, make_plan
 from fedserver.roster import Member, Roster, gather_roster
-
-
-@dataclass
-class _Outcome:
-    """What one node's reply came to; becomes a row of the round's ledger entry."""
-
-    plan: Plan
-    verdict: Verdict
-    reason: str = ""
-    bytes_up: int = 0
-    bytes_down: int = 0
-    seconds: float = 0.0
-    admitted: Admitted | None = None
-    blob: str | None = None
-    round: int = 0
-    share: float = field(default=0.0)
+from fedserver.run_folder import open_existing, restore
 
 
 class Coordinator:
@@ -155,12 +139,12 @@ class Coordinator:
                 )
             )
         state = ledger.put(following.to_bytes())
-        entering = _sum_evaluations(accepted)
+        entering = sum_evaluations(accepted)
         head = following.common_view(self._preset, *self._view_limits())
         content = {
             "quorum": quorum,
             "entering": entering,
-            "nodes": [_row(outcome) for outcome in outcomes],
+            "nodes": [row(outcome) for outcome in outcomes],
             "state": state,
             "carry_rank": following.carry.rank,
             "view_rank": max(head.ranks.values(), default=0),
@@ -177,14 +161,14 @@ class Coordinator:
         self._report(entry, entering)
         return following
 
-    def _fold(self, model: GlobalModel, accepted: list[_Outcome]) -> GlobalModel:
+    def _fold(self, model: GlobalModel, accepted: list[Outcome]) -> GlobalModel:
         weighted = []
-        total = sum(_examples(outcome) for outcome in accepted)
+        total = sum(examples(outcome) for outcome in accepted)
         for outcome in accepted:
             assert outcome.admitted is not None
             assert isinstance(outcome.admitted.update, LowRank)
-            weighted.append((outcome.admitted.update, _examples(outcome)))
-            outcome.share = _examples(outcome) / total
+            weighted.append((outcome.admitted.update, examples(outcome)))
+            outcome.share = examples(outcome) / total
         return next_model(
             model,
             weighted,
@@ -199,15 +183,15 @@ class Coordinator:
         started = time.time()
         self._emit(events.Notice("info", "final evaluation of the global model on every node"))
         outcomes = self._collect(number, "evaluate", model, roster, ledger)
-        entering = _sum_evaluations([o for o in outcomes if o.verdict is Verdict.ACCEPTED])
-        content = {"entering": entering, "nodes": [_row(outcome) for outcome in outcomes]}
+        entering = sum_evaluations([o for o in outcomes if o.verdict is Verdict.ACCEPTED])
+        content = {"entering": entering, "nodes": [row(outcome) for outcome in outcomes]}
         wall = {"started": started, "nodes": {o.plan.node: o.seconds for o in outcomes}}
         ledger.append("evaluation", self._configuration.rounds, content, wall)
         self._emit_evaluation(self._configuration.rounds, entering)
 
     def _collect(
         self, number: int, action: str, model: GlobalModel, roster: Roster, ledger: Ledger
-    ) -> list[_Outcome]:
+    ) -> list[Outcome]:
         """Send every member its plan and turn each reply, or its absence, into an outcome."""
         members = {member.node_id: member for member in roster.members}
         plans: dict[int, Plan] = {}
@@ -224,12 +208,15 @@ class Coordinator:
             view = self._view(model, plan)
             plans[node_id] = plan
             payloads[node_id] = encode_plan(plan, view, self._configuration.view_dtype)
-        answered: dict[int, _Outcome] = {}
-        others: list[_Outcome] = []
+        answered: dict[int, Outcome] = {}
+        others: list[Outcome] = []
         kind = TRAIN if action == "train" else EVALUATE
         deadline = self._configuration.deadline_seconds
         for reply in self._exchange.ask(payloads, kind, number, deadline):
-            outcome = self._judge(reply, plans[reply.node_id], roster.layout, ledger)
+            plan = plans[reply.node_id]
+            outcome = judge(reply, plan, roster.layout, self._configuration, self._seen)
+            if outcome.admitted is not None and reply.payload is not None:
+                outcome.blob = ledger.put(reply.payload)
             if reply.late or reply.node_id in answered:
                 others.append(outcome)
             else:
@@ -238,7 +225,7 @@ class Coordinator:
             self._tell(outcome, number)
         for node_id, plan in plans.items():
             if node_id not in answered:
-                missing = _Outcome(
+                missing = Outcome(
                     plan, Verdict.MISSING, f"no reply within {deadline:g} s", round=number
                 )
                 missing.bytes_down = len(payloads[node_id])
@@ -247,10 +234,10 @@ class Coordinator:
         in_order = sorted(answered.values(), key=lambda outcome: outcome.plan.node)
         return in_order + sorted(others, key=lambda outcome: (outcome.plan.node, outcome.reason))
 
-    def _tell(self, outcome: _Outcome, number: int) -> None:
+    def _tell(self, outcome: Outcome, number: int) -> None:
         """Announce a reply of a round; of the final evaluation only what went wrong."""
         if outcome.plan.action == "train":
-            self._emit(_replied(outcome, number))
+            self._emit(replied(outcome, number))
         elif outcome.verdict is not Verdict.ACCEPTED:
             text = f"final evaluation: {outcome.plan.node}: {outcome.reason}"
             self._emit(events.Notice("warning", text))
@@ -269,38 +256,6 @@ class Coordinator:
         if self._preset.view == "whole":
             return 0.0
         return model.carry.tail_energy(*self._view_limits())
-
-    def _judge(self, reply: Reply, plan: Plan, layout: Layout, ledger: Ledger) -> _Outcome:
-        """Pass a reply through the gate. Every way that it can be wrong ends in a verdict."""
-        outcome = _Outcome(
-            plan,
-            Verdict.ACCEPTED,
-            bytes_up=len(reply.payload or b""),
-            seconds=reply.seconds,
-            round=reply.round,
-        )
-        if reply.payload is None:
-            outcome.verdict, outcome.reason = Verdict.FAILED, reply.error
-            return outcome
-        if reply.late:
-            outcome.verdict = Verdict.LATE
-            outcome.reason = f"answers round {reply.round} after its deadline"
-            return outcome
-        context = GateContext(
-            layout=layout,
-            plan=plan,
-            seen_nonces=frozenset(self._seen),
-            max_bytes=self._configuration.max_update_bytes,
-            max_examples=self._configuration.max_examples,
-        )
-        try:
-            outcome.admitted = admit(reply.payload, context)
-        except UpdateRejected as rejection:
-            outcome.verdict, outcome.reason = rejection.verdict, rejection.detail
-            return outcome
-        self._seen.add(plan.nonce)
-        outcome.blob = ledger.put(reply.payload)
-        return outcome
 
     def _report(self, entry: Entry, entering: dict[str, Any] | None) -> None:
         self._emit_evaluation(entry.round - 1, entering)
@@ -334,41 +289,6 @@ class Coordinator:
             )
 
 
-def open_existing(folder: Path, configuration: RunConfiguration, *, resume: bool) -> Ledger | None:
-    """The ledger to continue, None for a fresh folder; refuses a folder that is another run's."""
-    if not (folder / "ledger.db").is_file():
-        if resume and not folder.exists():
-            raise LedgerError(f"there is nothing to resume in {folder}")
-        if folder.is_dir() and any(folder.iterdir()) and not resume:
-            raise LedgerError(f"{folder} is not empty and holds no run; choose another --output")
-        return None
-    ledger = Ledger(folder)
-    genesis = ledger.last("genesis")
-    if genesis is not None and genesis.content["run"] != configuration.run_id():
-        differing = [
-            key
-            for key, value in configuration.identity().items()
-            if genesis.content["configuration"].get(key) != value
-        ]
-        ledger.close()
-        raise LedgerError(
-            f"{folder} holds another run (different {', '.join(differing) or 'scenario'});"
-            " choose another --output"
-        )
-    if genesis is not None and not resume:
-        ledger.close()
-        raise LedgerError(f"{folder} already holds this run; continue it with --resume")
-    return ledger
-
-
-def restore(ledger: Ledger, layout: Layout) -> tuple[GlobalModel, int]:
-    """The state after the last committed round, and that round's number (0: none yet)."""
-    last = ledger.last("round")
-    if last is None:
-        return GlobalModel.empty(layout), 0
-    return GlobalModel.from_bytes(ledger.get(last.content["state"]), layout), last.round
-
-
 def _state_before(ledger: Ledger) -> str:
     last = ledger.last("round")
     return "" if last is None else str(last.content["state"])
@@ -376,58 +296,3 @@ def _state_before(ledger: Ledger) -> str:
 
 def _evaluated(ledger: Ledger, round_number: int) -> bool:
     return any(entry.round == round_number for entry in ledger.entries("evaluation"))
-
-
-def _examples(outcome: _Outcome) -> int:
-    assert outcome.admitted is not None
-    return outcome.admitted.report.examples
-
-
-def _sum_evaluations(outcomes: list[_Outcome]) -> dict[str, Any] | None:
-    """Token sums over all nodes' held-out data, added in the order of the nodes' names."""
-    found = [o.admitted.report.evaluation for o in outcomes if o.admitted is not None]
-    evaluations: list[Evaluation] = [e for e in found if e is not None and e.tokens > 0]
-    if not evaluations:
-        return None
-    return {
-        "loss_sum": sum(e.loss_sum for e in evaluations),
-        "tokens": sum(e.tokens for e in evaluations),
-        "correct": sum(e.correct for e in evaluations),
-        "examples": sum(e.examples for e in evaluations),
-    }
-
-
-def _row(outcome: _Outcome) -> dict[str, Any]:
-    admitted = outcome.admitted
-    row: dict[str, Any] = {
-        "node": outcome.plan.node,
-        "round": outcome.round,
-        "plan": outcome.plan.model_dump(mode="json", exclude={"data"}),
-        "verdict": outcome.verdict.value,
-        "reason": outcome.reason,
-        "bytes_up": outcome.bytes_up,
-        "bytes_down": outcome.bytes_down,
-        "update": outcome.blob,
-        "share": outcome.share,
-    }
-    if admitted is not None:
-        row |= {"report": admitted.report.model_dump(mode="json")}
-        if admitted.update is not None:
-            row |= {"norm": admitted.update.squared_norm() ** 0.5, "family": admitted.update.family}
-    return row
-
-
-def _replied(outcome: _Outcome, number: int) -> events.NodeReplied:
-    report = outcome.admitted.report if outcome.admitted is not None else None
-    return events.NodeReplied(
-        round=number,
-        node=outcome.plan.node,
-        verdict=outcome.verdict.value,
-        reason=outcome.reason,
-        rank=outcome.plan.rank,
-        train_loss_first=report.train_loss_first if report else None,
-        train_loss=report.train_loss if report else None,
-        bytes_up=outcome.bytes_up,
-        bytes_down=outcome.bytes_down,
-        seconds=outcome.seconds,
-    )

@@ -1,0 +1,121 @@
+"""What one node's reply comes to: through the gate to an accepted update, or to a typed verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from aggregators import Layout, UpdateRejected, Verdict
+from aggregators.gate import Admitted, GateContext, admit
+from aggregators.messages import Evaluation, Plan
+from fedserver import events
+from fedserver.configuration import RunConfiguration
+from fedserver.exchange import Reply
+
+
+@dataclass
+class Outcome:
+    """What one node's reply came to; becomes a row of the round's ledger entry."""
+
+    plan: Plan
+    verdict: Verdict
+    reason: str = ""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    admitted: Admitted | None = None
+    blob: str | None = None
+    round: int = 0
+    share: float = 0.0
+
+
+def judge(
+    reply: Reply, plan: Plan, layout: Layout, configuration: RunConfiguration, seen: set[str]
+) -> Outcome:
+    """Pass a reply through the gate. Every way that it can be wrong ends in a verdict."""
+    outcome = Outcome(
+        plan,
+        Verdict.ACCEPTED,
+        bytes_up=len(reply.payload or b""),
+        seconds=reply.seconds,
+        round=reply.round,
+    )
+    if reply.payload is None:
+        outcome.verdict, outcome.reason = Verdict.FAILED, reply.error
+        return outcome
+    if reply.late:
+        outcome.verdict = Verdict.LATE
+        outcome.reason = f"answers round {reply.round} after its deadline"
+        return outcome
+    context = GateContext(
+        layout=layout,
+        plan=plan,
+        seen_nonces=frozenset(seen),
+        max_bytes=configuration.max_update_bytes,
+        max_examples=configuration.max_examples,
+    )
+    try:
+        outcome.admitted = admit(reply.payload, context)
+    except UpdateRejected as rejection:
+        outcome.verdict, outcome.reason = rejection.verdict, rejection.detail
+        return outcome
+    seen.add(plan.nonce)
+    return outcome
+
+
+def examples(outcome: Outcome) -> int:
+    assert outcome.admitted is not None
+    return outcome.admitted.report.examples
+
+
+def sum_evaluations(outcomes: list[Outcome]) -> dict[str, Any] | None:
+    """Token sums over all nodes' held-out data, added in the order of the nodes' names."""
+    found = [o.admitted.report.evaluation for o in outcomes if o.admitted is not None]
+    evaluations: list[Evaluation] = [e for e in found if e is not None and e.tokens > 0]
+    if not evaluations:
+        return None
+    return {
+        "loss_sum": sum(e.loss_sum for e in evaluations),
+        "tokens": sum(e.tokens for e in evaluations),
+        "correct": sum(e.correct for e in evaluations),
+        "examples": sum(e.examples for e in evaluations),
+    }
+
+
+def row(outcome: Outcome) -> dict[str, Any]:
+    admitted = outcome.admitted
+    found: dict[str, Any] = {
+        "node": outcome.plan.node,
+        "round": outcome.round,
+        "plan": outcome.plan.model_dump(mode="json", exclude={"data"}),
+        "verdict": outcome.verdict.value,
+        "reason": outcome.reason,
+        "bytes_up": outcome.bytes_up,
+        "bytes_down": outcome.bytes_down,
+        "update": outcome.blob,
+        "share": outcome.share,
+    }
+    if admitted is not None:
+        found |= {"report": admitted.report.model_dump(mode="json")}
+        if admitted.update is not None:
+            found |= {
+                "norm": admitted.update.squared_norm() ** 0.5,
+                "family": admitted.update.family,
+            }
+    return found
+
+
+def replied(outcome: Outcome, number: int) -> events.NodeReplied:
+    report = outcome.admitted.report if outcome.admitted is not None else None
+    return events.NodeReplied(
+        round=number,
+        node=outcome.plan.node,
+        verdict=outcome.verdict.value,
+        reason=outcome.reason,
+        rank=outcome.plan.rank,
+        train_loss_first=report.train_loss_first if report else None,
+        train_loss=report.train_loss if report else None,
+        bytes_up=outcome.bytes_up,
+        bytes_down=outcome.bytes_down,
+        seconds=outcome.seconds,
+    )
