@@ -69,6 +69,9 @@ def _embedded() -> list[Example]:
         with path.open(encoding="utf-8") as file:
             conversations = yaml.load(file, Loader=loader)["conversations"]
         for talk in conversations:
+            # One entry of trivia.yml is a bare sentence: read as a list it would be its letters.
+            if isinstance(talk, str):
+                continue
             for asked, answered in pairwise(talk):
                 messages = (("user", str(asked)), ("assistant", str(answered)))
                 examples.append(Example(messages, path.stem))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -288,6 +289,7 @@ def test_a_download_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 WAITING = """
+import fcntl
 import sys
 from pathlib import Path
 from fedclient import base_model, gguf_import
@@ -300,11 +302,14 @@ def download(scratch, tell):
 def convert(gguf, target, done):
     (cache / f"converted-by-{mine}").touch()
     target.mkdir()
-    sys.stdin.readline()  # until both have begun
+    sys.stdin.readline()  # until both have asked for the lock
     (target / "config.json").write_text("{}")
 
-base_model._download, gguf_import.convert = download, convert
-print("resolving", flush=True)
+def lock(file, how, flock=fcntl.flock):
+    print("asking", flush=True)
+    flock(file, how)
+
+fcntl.flock, base_model._download, gguf_import.convert = lock, download, convert
 print(base_model.resolve(base_model.DEFAULT_MODEL, cache=cache), flush=True)
 """
 
@@ -324,7 +329,7 @@ def test_of_two_processes_one_fetches(tmp_path: Path) -> None:
     try:
         for process in processes:
             assert process.stdout is not None
-            assert process.stdout.readline() == "resolving\n"
+            assert process.stdout.readline() == "asking\n"
         # Either may hold the lock and wait for its line; the other one needs none.
         for process in processes:
             assert process.stdin is not None
@@ -345,12 +350,20 @@ def test_threads_of_a_process_wait_for_each_other_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     conversions = []
+    asked = threading.Semaphore(0)
+    flock = fcntl.flock
+
+    def lock(file: Any, how: int) -> None:
+        asked.release()
+        flock(file, how)
 
     def convert(gguf: Path, target: Path, tell: Any) -> None:
+        assert all(asked.acquire(timeout=30) for _ in range(8))
         conversions.append(gguf)
         target.mkdir()
         (target / "config.json").write_text("{}")
 
+    monkeypatch.setattr(fcntl, "flock", lock)
     monkeypatch.setattr(base_model, "_download", lambda scratch, tell: scratch / "x.gguf")
     monkeypatch.setattr(base_model, "_convert", convert)
     ask = lambda: resolve(base_model.DEFAULT_MODEL, cache=tmp_path)  # noqa: E731

@@ -25,7 +25,7 @@ def written(path: Path, *lines: str | bytes) -> Path:
 
 def test_the_embedded_conversations() -> None:
     examples = read_examples("chatterbot")
-    assert len(examples) == 2393
+    assert len(examples) == 2306
     by_category = Counter(example.category for example in examples)
     assert len(by_category) == 21
     for example in examples:
