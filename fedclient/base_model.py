@@ -308,4 +308,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # As a script this file is a second module, whose BaseModelError is not the one that others raise.
+    from fedclient.base_model import main as run
+
+    run()

@@ -235,7 +235,11 @@ def _questions_elsewhere(
 def _listed(examples: list[Example], spec: DataSpec, index: int) -> list[Example]:
     import difflib
 
-    assert spec.categories is not None
+    if spec.categories is None or index >= len(spec.categories) or not spec.categories[index]:
+        raise DataError(
+            f"{spec.source}: the partition is 'categories', but node {index} lists none; name them"
+            " under 'categories'"
+        )
     known = {example.category for example in examples}
     wanted = set(spec.categories[index])
     for category in sorted(wanted - known):
