@@ -8,3 +8,5 @@ def rademacher_(out: torch.Tensor, seed: int, tensor_id: int, first_element: int
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]:
     """Return the four words of Philox4x32-10 at `counter` under `key`."""
+
+def available(isa: int) -> bool: ...

@@ -1,18 +1,17 @@
-"""Which implementation computes the probes.
+"""Which implementation computes a primitive.
 
-`reference` is torch and always there; `portable` is the compiled C++ extension `fedkernels._cpu`.
-Both give the same bits, so the choice is about speed alone.
+`reference` is torch and always there. `portable`, `avx2`, `avx512` and `neon` are the compiled
+extension `fedkernels._cpu`, the same source for growing instruction sets, chosen at run time. `triton`
+serves tensors on a GPU, and tensors on the CPU where Triton's interpreter is on (TRITON_INTERPRET=1).
+Where bits are a law all give the same, so the choice is about speed alone.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Final
 
 import torch
-
-from fedkernels import reference
 
 try:
     from fedkernels import _cpu
@@ -21,32 +20,24 @@ except ImportError:  # installed on a machine without a C++ compiler
 else:
     _compiled = True
 
-Rademacher = Callable[[int, int, int], torch.Tensor]
+# The numbers of cpu/isa.h; slowest first.
+INSTRUCTION_SETS: Final[dict[str, int]] = {"portable": 0, "neon": 3, "avx2": 1, "avx512": 2}
 
 _log = logging.getLogger(__name__)
-
-
-def _portable_rademacher(seed: int, tensor_id: int, count: int) -> torch.Tensor:
-    values = torch.empty(count, dtype=torch.float32)
-    _cpu.rademacher_(values, seed, tensor_id, 0)
-    return values
-
-
-_RADEMACHER: Final[dict[str, Rademacher]] = {"reference": reference.rademacher}
-if _compiled:
-    _RADEMACHER["portable"] = _portable_rademacher
+_COMPILED = [name for name, isa in INSTRUCTION_SETS.items() if _compiled and _cpu.available(isa)]
+_AVAILABLE: Final = ["reference", *_COMPILED]
 
 
 class _Selection:
     """The one piece of process-wide state of this package: the name of the backend in use."""
 
-    name: str = "portable" if _compiled else "reference"
+    name: str = _AVAILABLE[-1]
     notice_due: bool = not _compiled
 
 
 def backends() -> list[str]:
     """Return the names of the backends that work in this process, slowest first."""
-    return list(_RADEMACHER)
+    return list(_AVAILABLE)
 
 
 def backend() -> str:
@@ -56,15 +47,23 @@ def backend() -> str:
 
 def use_backend(name: str) -> None:
     """Use the backend `name` from now on, in every thread; ValueError if it is not available."""
-    if name not in _RADEMACHER:
-        available = ", ".join(_RADEMACHER)
+    if name not in _AVAILABLE:
+        available = ", ".join(_AVAILABLE)
         raise ValueError(f"backend {name!r} is not available here; choose one of: {available}")
     _Selection.name = name
 
 
-def rademacher(seed: int, tensor_id: int, count: int) -> torch.Tensor:
-    """Return the Rademacher probe of `reference.rademacher`, computed by the backend in use."""
+def instruction_set() -> int | None:
+    """Return the number (`cpu/isa.h`) that compiled kernels are called with; None: the reference.
+
+    A machine without compiled kernels says so once, in the log.
+    """
     if _Selection.notice_due:
         _Selection.notice_due = False
         _log.warning("fedkernels: no compiled kernels here, using the slower reference in torch")
-    return _RADEMACHER[_Selection.name](seed, tensor_id, count)
+    return INSTRUCTION_SETS.get(_Selection.name)
+
+
+def threads() -> int:
+    """Return how many threads a compiled kernel may use: torch's own number, at this moment."""
+    return torch.get_num_threads()

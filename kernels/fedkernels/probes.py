@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from fedkernels.backends import rademacher
-from fedkernels.reference import MASK, philox4x32
+from fedkernels.backends import instruction_set
+from fedkernels.reference import probes as reference
+from fedkernels.reference.probes import MASK, philox4x32
 
 PROBES = ("rademacher",)
 
@@ -40,7 +41,7 @@ def noise(
     sizes = tuple(shape)
     if any(size < 0 for size in sizes):
         raise ValueError(f"a shape has no negative sizes, and this one is {sizes}")
-    return rademacher(seed, tensor_id, math.prod(sizes)).reshape(sizes)
+    return _rademacher(seed, tensor_id, math.prod(sizes)).reshape(sizes)
 
 
 def derive_seed(master_seed: int, index: int) -> int:
@@ -56,6 +57,16 @@ def derive_seed(master_seed: int, index: int) -> int:
     counter = (index & MASK, index >> 32, *SEED_STREAM)
     low, high, _, _ = philox4x32(counter, (master_seed & MASK, master_seed >> 32))
     return (high << 32 | low) & (2**63 - 1)
+
+
+def _rademacher(seed: int, tensor_id: int, count: int) -> torch.Tensor:
+    if instruction_set() is None:
+        return reference.rademacher(seed, tensor_id, count)
+    from fedkernels import _cpu
+
+    values = torch.empty(count, dtype=torch.float32)
+    _cpu.rademacher_(values, seed, tensor_id, 0)
+    return values
 
 
 def _check_range(name: str, value: int, end: int) -> None:

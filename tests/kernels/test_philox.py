@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkernels.reference import philox4x32
+from fedkernels.reference.probes import philox4x32
 
 WORD = st.integers(0, 2**32 - 1)
 

@@ -1,4 +1,4 @@
-#include "rademacher.h"
+#include "probes.h"
 
 #include <algorithm>
 #include <cstring>

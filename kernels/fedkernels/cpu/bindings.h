@@ -1,0 +1,10 @@
+// One binding function a family of kernels; module.cc calls them all.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace fedkernels {
+
+void bind_probes(nanobind::module_& m);
+
+}  // namespace fedkernels
