@@ -19,6 +19,8 @@ from aggregators.update import Update, require_layout
 
 Weighted = tuple[Any, float]
 
+FAMILIES = (Dense.family, LowRank.family)
+
 
 @dataclass(frozen=True)
 class Aggregate:
@@ -48,7 +50,8 @@ def aggregate(
 
     "add": sum over families f of lambda_f * (weighted mean within f), lambda_f = 1 by default. One
     mean over all nodes ("mean") divides the strong families' steps by the share of the weak ones.
-    Raises ValueError for no updates, for weights that are not positive and finite, for another layout.
+    Raises ValueError for no updates, for weights that are not positive and finite, for another layout,
+    for family weights that are not finite or name no family.
     """
     if not updates:
         raise ValueError("there are no updates to aggregate")
@@ -56,6 +59,8 @@ def aggregate(
         raise ValueError(f"mixing {mixing!r} is neither 'add' nor 'mean'")
     everyone = _total_weight(updates, layout)
     lambdas = dict(family_weights or {})
+    if unknown := sorted(lambdas.keys() - FAMILIES):
+        raise ValueError(f"family_weights names {unknown[0]!r}; there are {', '.join(FAMILIES)}")
     if not all(math.isfinite(value) for value in lambdas.values()):
         raise ValueError(f"family weights {lambdas} are not all finite")
     groups: dict[str, list[int]] = {}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregators import Carry, Layout, LowRank, UpdateRejected
+from aggregators import Carry, Layout, LowRank
 from aggregators.codec import pack, unpack
 
 LAYOUT = Layout({"first": (30, 20), "norm": (4,), "second": (16, 24)})
@@ -191,11 +191,11 @@ def test_other_layouts_and_other_bytes_are_refused(low_rank):
         carry.add(low_rank(1))
     with pytest.raises(ValueError, match="layout"):
         Carry.from_bytes(carry.to_bytes(), low_rank(1).layout)
-    with pytest.raises((ValueError, UpdateRejected)):
+    with pytest.raises(ValueError, match="not a carry"):
         Carry.from_bytes(carry.to_bytes()[:-1], LAYOUT)
     header, tensors = unpack(carry.to_bytes())
     tensors.pop("first#S")
-    with pytest.raises((ValueError, UpdateRejected), match="first#S"):
+    with pytest.raises(ValueError, match="first#S"):
         Carry.from_bytes(pack(header, tensors), LAYOUT)
 
 

@@ -84,6 +84,12 @@ def test_average_factors_refuses_what_it_cannot_average(low_rank):
         average_factors([(low_rank(1), 0.0)], 2)
 
 
+def test_family_weights_name_families(low_rank, layout):
+    aggregate([(low_rank(1), 1.0)], layout, family_weights={"dense": 0.5})
+    with pytest.raises(ValueError, match="lowrank"):
+        aggregate([(low_rank(1), 1.0)], layout, family_weights={"lowrank": 0.5})
+
+
 def test_family_weights_are_finite(low_rank, layout):
     with pytest.raises(ValueError, match="finite"):
         aggregate([(low_rank(1), 1.0)], layout, family_weights={"low_rank": math.nan})
