@@ -7,6 +7,8 @@ from aggregators.gate import Admitted, GateContext, admit, gate, match_targets
 from aggregators.layout import Layout, TensorSpec
 from aggregators.low_rank import Factors, LowRank
 from aggregators.mixing import Aggregate, aggregate, average_factors
+from aggregators.projected import ProjectedGradient
+from aggregators.seed_scalars import SeedScalars
 from aggregators.update import Update, UpdateRejected, Verdict
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "GateContext",
     "Layout",
     "LowRank",
+    "ProjectedGradient",
+    "SeedScalars",
     "TensorSpec",
     "Update",
     "UpdateRejected",

@@ -17,6 +17,14 @@ from torch import Tensor
 from aggregators.dense import Dense
 from aggregators.layout import Layout
 from aggregators.low_rank import LowRank
+from aggregators.probe_codec import (
+    projected_parts,
+    read_projected,
+    read_seed_scalars,
+    seed_scalars_parts,
+)
+from aggregators.projected import ProjectedGradient
+from aggregators.seed_scalars import SeedScalars
 from aggregators.update import Update, UpdateRejected, Verdict
 
 SCHEMA = 1
@@ -84,7 +92,8 @@ def _read_header(data: bytes) -> Header:
 def encode(update: Update, dtype: str | None = None) -> bytes:
     """An update as bytes: lossless by default, or with float32, bfloat16, float16 or int8 values.
 
-    int8 is symmetric with one float32 scale per rank component (Dense: per row).
+    int8 is symmetric with one float32 scale per rank component (Dense: per row). Scalars and
+    coordinates in float16 and int8 are relative to the largest of their vector or tensor.
     """
     header, tensors = update_parts(update, dtype)
     return pack(header, tensors)
@@ -110,6 +119,12 @@ def update_parts(update: Update, dtype: str | None = None) -> tuple[Header, dict
     elif isinstance(update, Dense):
         for name, tensor in update.tensors.items():
             _put(tensors, f"{name}#D", tensor, dtype, dim=-1)
+    elif isinstance(update, SeedScalars):
+        fields, tensors = seed_scalars_parts(update, dtype)
+        header |= fields
+    elif isinstance(update, ProjectedGradient):
+        fields, tensors = projected_parts(update, dtype)
+        header |= fields
     else:
         raise TypeError(f"no codec for the family {update.family!r}")
     return header, tensors
@@ -124,17 +139,19 @@ def update_from_parts(header: Header, tensors: dict[str, Tensor], layout: Layout
             Verdict.WRONG_LAYOUT,
             f"layout {str(header.get('layout'))[:12]} is not the run's {layout.fingerprint[:12]}",
         )
-    readers: dict[str, Callable[[dict[str, Tensor], Layout], Update]] = {
-        "low_rank": _read_low_rank,
-        "dense": _read_dense,
+    readers: dict[str, Callable[[Header, dict[str, Tensor], Layout], Update]] = {
+        LowRank.family: _read_low_rank,
+        Dense.family: _read_dense,
+        SeedScalars.family: read_seed_scalars,
+        ProjectedGradient.family: read_projected,
     }
     family = header.get("family")
     if not isinstance(family, str) or family not in readers:
         raise UpdateRejected(Verdict.WRONG_FAMILY, f"unknown update family {family!r}")
-    return readers[family](tensors, layout)
+    return readers[family](header, tensors, layout)
 
 
-def _read_low_rank(tensors: dict[str, Tensor], layout: Layout) -> LowRank:
+def _read_low_rank(_: Header, tensors: dict[str, Tensor], layout: Layout) -> LowRank:
     parts = _grouped(tensors, layout, {"B", "A", "scale"}, {"B.s", "A.s"})
     factors = {}
     for name, found in parts.items():
@@ -163,7 +180,7 @@ def _read_low_rank(tensors: dict[str, Tensor], layout: Layout) -> LowRank:
     return LowRank(layout, factors)
 
 
-def _read_dense(tensors: dict[str, Tensor], layout: Layout) -> Dense:
+def _read_dense(_: Header, tensors: dict[str, Tensor], layout: Layout) -> Dense:
     found = {}
     for name, parts in _grouped(tensors, layout, {"D"}, {"D.s"}).items():
         tensor = _get(parts, "D", name, dim=-1)

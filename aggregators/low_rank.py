@@ -108,6 +108,8 @@ class LowRank:
         sum tr(B^T D A^T).
         """
         require_layout(other.layout, self.layout)
+        if not isinstance(other, LowRank | Dense):
+            return float(other.inner(self))
         theirs: Mapping[str, Any] = other.tensors if isinstance(other, Dense) else other.factors
         total = 0.0
         # Sums of floats have to be taken in one order: the layout's.

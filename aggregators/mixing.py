@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,11 +17,13 @@ from aggregators.codec import encode
 from aggregators.dense import Dense
 from aggregators.layout import Layout
 from aggregators.low_rank import LowRank, stack
+from aggregators.projected import ProjectedGradient
+from aggregators.seed_scalars import SeedScalars
 from aggregators.update import Update, require_layout
 
 Weighted = tuple[Any, float]
 
-FAMILIES = (Dense.family, LowRank.family)
+FAMILIES = (LowRank.family, SeedScalars.family, ProjectedGradient.family, Dense.family)
 
 
 @dataclass(frozen=True)
@@ -111,13 +115,9 @@ def average_factors(updates: Sequence[tuple[LowRank, float]], rank: int) -> LowR
 
 
 def _total(updates: list[Any]) -> Update:
-    first = updates[0]
-    if isinstance(first, LowRank):
-        return stack(updates)
-    assert isinstance(first, Dense)
-    total = first
-    for update in updates[1:]:
-        total = total + update
+    if isinstance(updates[0], LowRank):
+        return stack(updates)  # one copy, where a chain of sums would copy every prefix
+    total: Update = functools.reduce(operator.add, updates)
     return total
 
 

@@ -17,11 +17,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregators import Dense, Layout, LowRank, Update, aggregate, decode, encode
+import fedkernels as fk
+from aggregators import (
+    Dense,
+    Layout,
+    LowRank,
+    ProjectedGradient,
+    SeedScalars,
+    Update,
+    aggregate,
+    decode,
+    encode,
+)
 from aggregators.codec import WIRE_DTYPES
 
 LAYOUT = Layout({"embed": (5, 4), "first": (7, 4), "norm": (4,), "second": (4, 7), "bias": ()})
 MATRICES = [spec.name for spec in LAYOUT if len(spec.shape) == 2]
+MASTER_SEED, POOL = 20, 64
+COUNTS = {"embed": 5, "first": 9, "norm": 1, "bias": 2}
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 COEFFICIENTS = st.floats(-10, 10)
 WEIGHTS = st.floats(1e-3, 1e4)
@@ -71,7 +84,47 @@ def dense_oracle(update):
     return {name: tensor.double() for name, tensor in update.tensors.items()}
 
 
+@st.composite
+def seed_scalars(draw):
+    """Draw scalars for some seeds of one pool."""
+    indices = sorted(draw(st.sets(st.integers(0, POOL - 1), max_size=6)))
+    scalars = _random(draw, (len(indices),), torch.float64)
+    return SeedScalars(LAYOUT, MASTER_SEED, POOL, indices, scalars)
+
+
+def seed_scalars_oracle(update):
+    chosen = zip(update.indices.tolist(), update.scalars.tolist(), strict=True)
+    total = {}
+    for index, scalar in chosen:
+        for spec in LAYOUT:
+            z = fk.noise(fk.derive_seed(MASTER_SEED, index), spec.tensor_id, spec.shape).double()
+            total[spec.name] = total.get(spec.name, 0) + scalar * z
+    return total
+
+
+@st.composite
+def projections(draw):
+    """Draw coordinates for some tensors; the number of probes of each is public, so fixed."""
+    names = draw(st.lists(st.sampled_from(sorted(COUNTS)), unique=True, min_size=1))
+    drawn = {name: _random(draw, (COUNTS[name],), torch.float64) for name in names}
+    return ProjectedGradient(LAYOUT, MASTER_SEED, drawn)
+
+
+def projection_oracle(update):
+    total = {}
+    for name, values in update.coordinates.items():
+        shape, tensor_id = LAYOUT.shape(name), LAYOUT.tensor_id(name)
+        probes = [
+            fk.noise(fk.derive_seed(MASTER_SEED, k), tensor_id, shape).double()
+            for k in range(len(values))
+        ]
+        total[name] = sum(v * z for v, z in zip(values.tolist(), probes, strict=True)) / len(values)
+    return total
+
+
 FAMILIES = {
+    "seed_scalars": Family(seed_scalars(), seed_scalars_oracle),
+    "projected_gradient": Family(projections(), projection_oracle),
     "low_rank": Family(low_rank_updates(), low_rank_oracle),
     "dense": Family(dense_updates(), dense_oracle),
 }

@@ -1,0 +1,166 @@
+"""The zeroth-order family: scalars along probes of a shared pool of seeds.
+
+FedKSeed (Qin et al., 2024): a pool of K seeds is fixed for the run, a node's walk is a sum of steps
+along their probes, so its whole change is one scalar for each seed that it used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import fedkernels as fk
+from aggregators.layout import Layout
+from aggregators.update import require_layout
+
+LARGEST_POOL = 1 << 24
+
+
+class SeedScalars:
+    """change = sum_j scalars[j] * z(derive_seed(master_seed, indices[j])), over all tensors.
+
+    indices: int64 [n], ascending, each in [0, pool_size); scalars: float64 [n]. ``probe`` is one of
+    fedkernels.PROBES. Updates of one pool add by index. Raises ValueError for anything else.
+    """
+
+    family: ClassVar[str] = "seed_scalars"
+
+    def __init__(
+        self,
+        layout: Layout,
+        master_seed: int,
+        pool_size: int,
+        indices: Iterable[int] | Tensor,
+        scalars: Iterable[float] | Tensor,
+        probe: str = "rademacher",
+    ) -> None:
+        if not 0 <= master_seed < 2**63:
+            raise ValueError(f"master_seed must be in [0, 2**63), and it is {master_seed}")
+        if not 1 <= pool_size <= LARGEST_POOL:
+            raise ValueError(f"pool_size must be in [1, {LARGEST_POOL}], and it is {pool_size}")
+        if probe not in fk.PROBES:
+            raise ValueError(f"unknown probe {probe!r}; available: {', '.join(fk.PROBES)}")
+        self._layout = layout
+        self.master_seed, self.pool_size, self.probe = master_seed, pool_size, probe
+        self.indices = torch.as_tensor(_as_list(indices), dtype=torch.int64)
+        self.scalars = torch.as_tensor(_as_list(scalars), dtype=torch.float64)
+        if self.indices.ndim != 1 or self.indices.shape != self.scalars.shape:
+            raise ValueError("indices and scalars must be two vectors of one length")
+        if len(self.indices) and not 0 <= int(self.indices[0]) <= int(self.indices[-1]) < pool_size:
+            raise ValueError(f"indices must be in [0, {pool_size})")
+        if bool((self.indices[1:] <= self.indices[:-1]).any()):
+            raise ValueError("indices must ascend: each stands once")
+        if not bool(torch.isfinite(self.scalars).all()):
+            raise ValueError("scalars must be finite")
+
+    @property
+    def layout(self) -> Layout:
+        """The coordinate system."""
+        return self._layout
+
+    @property
+    def seeds(self) -> list[int]:
+        """The probes' seeds, in the order of the scalars."""
+        return [fk.derive_seed(self.master_seed, index) for index in self.indices.tolist()]
+
+    def dense(self, layout: Layout | None = None) -> dict[str, Tensor]:
+        """The change as float64 tensors: all tensors of the layout, none where no seed was used."""
+        require_layout(layout or self.layout, self.layout)
+        if len(self.indices) == 0:
+            return {}
+        return {spec.name: self.dense_tensor(spec.name) for spec in self.layout}
+
+    def dense_tensor(self, name: str) -> Tensor:
+        """The change of one tensor, float64; probes are made one at a time."""
+        shape, tensor_id = self.layout.shape(name), self.layout.tensor_id(name)
+        total = torch.zeros(shape, dtype=torch.float64)
+        for seed, scalar in zip(self.seeds, self.scalars.tolist(), strict=True):
+            total += scalar * fk.noise(seed, tensor_id, shape, self.probe).double()
+        return total
+
+    def __mul__(self, coefficient: float) -> SeedScalars:
+        return self._with(self.indices, self.scalars * float(coefficient))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: SeedScalars) -> SeedScalars:
+        if not isinstance(other, SeedScalars):
+            return NotImplemented
+        require_layout(other.layout, self.layout)
+        if self.pool != other.pool:
+            raise ValueError(f"the pool {other.pool} is not {self.pool}: scalars cannot be added")
+        indices, places = torch.unique(
+            torch.cat([self.indices, other.indices]), return_inverse=True
+        )
+        totals = torch.zeros(len(indices), dtype=torch.float64)
+        totals.index_add_(0, places[: len(self.indices)], self.scalars)
+        totals.index_add_(0, places[len(self.indices) :], other.scalars)
+        return self._with(indices, totals)
+
+    def __sub__(self, other: SeedScalars) -> SeedScalars:
+        return self + other * -1.0
+
+    def __eq__(self, other: object) -> bool:
+        """Equal pools, indices and scalars, bit for bit."""
+        return (
+            isinstance(other, SeedScalars)
+            and self.layout == other.layout
+            and self.pool == other.pool
+            and torch.equal(self.indices, other.indices)
+            and torch.equal(self.scalars, other.scalars)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def pool(self) -> tuple[int, int, str]:
+        """What must agree for scalars to be of the same directions: master seed, size, probe."""
+        return self.master_seed, self.pool_size, self.probe
+
+    def squared_norm(self) -> float:
+        """Sum of squares of all elements; probes are not quite orthogonal, so they are made."""
+        return self.inner(self)
+
+    def norm_bound(self) -> float:
+        """An upper bound of the norm that needs no probe: sum |scalars| times the longest probe's.
+
+        A probe's norm is sqrt(elements) for sign probes and below 6 sqrt(elements) for the others.
+        """
+        longest = 1.0 if self.probe in ("rademacher", "rank1") else 6.0
+        return float(self.scalars.abs().sum()) * longest * math.sqrt(self.layout.elements)
+
+    def inner(self, other: Any) -> float:
+        """Inner product with an update of any family, tensor by tensor."""
+        require_layout(other.layout, self.layout)
+        if len(self.indices) == 0:
+            return 0.0
+        theirs = None if isinstance(other, SeedScalars) else other.dense()
+        total = 0.0
+        for spec in self.layout:
+            if theirs is not None and spec.name not in theirs:
+                continue
+            mine = self.dense_tensor(spec.name)
+            if other is self:
+                second = mine
+            elif theirs is None:
+                second = other.dense_tensor(spec.name)
+            else:
+                second = theirs[spec.name]
+            total += float((mine * second).sum())
+        return total
+
+    def __repr__(self) -> str:
+        return f"SeedScalars({len(self.indices)} of {self.pool_size}, {self.probe})"
+
+    def _with(self, indices: Tensor, scalars: Tensor) -> SeedScalars:
+        return SeedScalars(
+            self.layout, self.master_seed, self.pool_size, indices, scalars, self.probe
+        )
+
+
+def _as_list(values: Any) -> Any:
+    return values if isinstance(values, Tensor) else list(values)
