@@ -21,10 +21,11 @@ from torch import Tensor
 
 from fedclient import foreign_bars
 from fedclient.loss import IGNORED
+from fedclient.prompts import answer_ids, prompt_ids
 from fedclient.records import DataError, Example, read_examples
 
 __all__ = ["DataError", "DataSpec", "Example", "NodeData", "Tokens", "batches", "eval_batches",
-           "load_partition", "prompt_ids", "tokenise"]  # fmt: skip
+           "load_partition", "tokenise"]  # fmt: skip
 
 Batch = dict[str, Tensor]
 HASH_RANGE = float(1 << 64)
@@ -96,24 +97,17 @@ def load_partition(spec: DataSpec, index: int) -> NodeData:
     return NodeData(train, held_out, summed.hexdigest())
 
 
-def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
-    """Token ids of everything before the answer."""
-    return list(tokenizer(_prompt(example, tokenizer), add_special_tokens=False)["input_ids"])
-
-
 def tokenise(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Tokens]:
-    """Prompt, answer and end token of each example.
+    """Prompt, answer and end of turn of each example. Raises DataError.
 
     A prompt that is too long loses its beginning, an answer its end; at least half of ``max_length``
     is the prompt's if it needs it. Prompt and answer are tokenised apart, so that the boundary is
     where generation begins.
     """
-    end = tokenizer.eos_token_id
     found = []
     for example in examples:
         prompt = prompt_ids(example, tokenizer)
-        answer = list(tokenizer(example.messages[-1][1], add_special_tokens=False)["input_ids"])
-        answer += [end] if end is not None else []
+        answer = answer_ids(example, tokenizer)
         answer = answer[: max(1, max_length - min(len(prompt), max_length // 2))]
         prompt = prompt[-(max_length - len(answer)) :] if len(answer) < max_length else prompt[-1:]
         found.append(Tokens(prompt + answer, len(prompt)))
@@ -155,19 +149,6 @@ def _collate(chosen: Sequence[Tokens], pad_id: int) -> Batch:
         mask[row, : len(values)] = 1
         labels[row, tokens.labels_from : len(values)] = values[tokens.labels_from :]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def _prompt(example: Example, tokenizer: Any) -> str:
-    messages = [{"role": role, "content": text} for role, text in example.messages[:-1]]
-    if getattr(tokenizer, "chat_template", None) is None:
-        asked = "\n".join(f"Question: {m['content']}" for m in messages)
-        return f"{asked}\nAnswer: "
-    template = str(tokenizer.chat_template)
-    if messages[0]["role"] != "system" and "messages[0]['role'] != 'system'" in template:
-        # Some templates put a system prompt of their own before every question; an empty one of
-        # ours keeps them from it and saves its tokens in every example.
-        messages.insert(0, {"role": "system", "content": ""})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def _part(examples: list[Example], spec: DataSpec, index: int) -> list[Example]:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedclient import data
+from fedclient import data, prompts
 from fedclient.base_model import LoadedModel
 from fedclient.data import DataError, DataSpec, Tokens, batches, eval_batches, load_partition
 from fedclient.loss import IGNORED
@@ -252,7 +252,7 @@ def test_what_is_too_long_is_cut(
     (found,) = data.tokenise([example], tokenizer, max_length)
     (whole,) = data.tokenise([example], tokenizer, 10_000)
     prompt, learnt = whole.ids[: whole.labels_from], whole.ids[whole.labels_from :]
-    assert prompt == data.prompt_ids(example, tokenizer)
+    assert prompt == prompts.prompt_ids(example, tokenizer)
     assert len(found.ids) == min(max_length, len(whole.ids))
     kept, cut = found.ids[: found.labels_from], found.ids[found.labels_from :]
     assert kept
@@ -260,28 +260,3 @@ def test_what_is_too_long_is_cut(
     assert cut
     assert learnt[: len(cut)] == cut
     assert len(kept) >= min(len(prompt), max_length // 2)
-
-
-def test_a_tokenizer_without_a_chat_template(tiny: LoadedModel) -> None:
-    import copy
-
-    tokenizer = copy.deepcopy(tiny.tokenizer)
-    tokenizer.chat_template = None
-    example = data.Example((("user", "Why?"), ("assistant", "So.")), "")
-    (found,) = data.tokenise([example], tokenizer, 64)
-    assert "Why?" in tokenizer.decode(found.ids[: found.labels_from])
-    assert "So." not in tokenizer.decode(found.ids[: found.labels_from])
-
-
-def test_a_template_adds_no_system_prompt_of_its_own(tiny: LoadedModel) -> None:
-    import copy
-
-    tokenizer = copy.deepcopy(tiny.tokenizer)
-    tokenizer.chat_template = (
-        "{% if messages[0]['role'] != 'system' %}You are a pirate.{% endif %}"
-        + tiny.tokenizer.chat_template
-    )
-    example = data.Example((("user", "Why?"), ("assistant", "So.")), "")
-    assert "pirate" not in tokenizer.decode(data.prompt_ids(example, tokenizer))
-    given_one = data.Example((("system", "Be a parrot."), *example.messages), "")
-    assert "parrot" in tokenizer.decode(data.prompt_ids(given_one, tokenizer))
