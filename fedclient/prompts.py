@@ -30,10 +30,16 @@ CLOCK = {"%A": "Friday", "%a": "Fri", "%B": "July", "%b": "Jul", "%d": "26", "%e
 
 @dataclass(frozen=True)
 class _Dialect:
-    """What a chat template does. ``silence``: a system text that keeps it from one of its own."""
+    """What a chat template does.
+
+    ``silence``: a system text that keeps it from one of its own. ``before``: a prompt as it renders it.
+    ``lead``: white space between a prompt and an answer. ``end``: token ids that end a turn.
+    """
 
     takes_system: bool
     silence: str | None
+    before: str
+    lead: str
     end: tuple[int, ...]
 
 
@@ -63,10 +69,14 @@ def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
 def answer_ids(example: Example, tokenizer: Any) -> list[int]:
     """Token ids of the answer and of the end of its turn: what is learnt, and what is generated."""
     text = example.messages[-1][1]
-    if _template(tokenizer) is None:
-        # The space is the answer's: a prompt that ends with one ends with a token of its own.
-        return _continued(tokenizer, "Answer:", f" {text}") + end_ids(tokenizer)
-    return _ids(tokenizer, text) + end_ids(tokenizer)
+    template = _template(tokenizer)
+    # A space is the answer's: a prompt that ends with one would end with a token of its own.
+    before, lead = "Answer:", " "
+    if template is not None:
+        dialect = _dialect(tokenizer, template)
+        before, lead = dialect.before, dialect.lead
+    answer = _continued(tokenizer, before, lead + text) if lead else _ids(tokenizer, text)
+    return answer + end_ids(tokenizer)
 
 
 def end_ids(tokenizer: Any) -> list[int]:
@@ -92,21 +102,26 @@ def _dialect(tokenizer: Any, template: str) -> _Dialect:
         rendered = _rendered(tokenizer, template, messages)
         if rendered is not None:
             lengths[silence] = len(rendered)
+    before = _rendered(tokenizer, template, [asked]) or ""
+    finished = _rendered(tokenizer, template, [asked, ("assistant", ANSWER)], False) or ""
+    upto, found, behind = finished.rpartition(ANSWER)
+    between = upto.removeprefix(before) if upto.startswith(before) else ""
     return _Dialect(
         takes_system=with_system is not None and SYSTEM in with_system,
         silence=min(lengths, key=lengths.__getitem__, default=None),
-        end=tuple(_end_of_turn(tokenizer, template)),
+        before=before,
+        lead="" if between.strip() else between,
+        end=tuple(_end_of_turn(tokenizer, behind if found else "")),
     )
 
 
-def _end_of_turn(tokenizer: Any, template: str) -> list[int]:
-    finished = _rendered(tokenizer, template, [("user", QUESTION), ("assistant", ANSWER)], False)
-    if finished is not None and ANSWER in finished:
-        behind = _continued(tokenizer, ANSWER, finished.rpartition(ANSWER)[2])
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        for position, token in enumerate(behind):
-            if token in special:
-                return behind[: position + 1]
+def _end_of_turn(tokenizer: Any, behind: str) -> list[int]:
+    """The token ids of what stands behind an answer, as far as the first special one."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ids = _continued(tokenizer, ANSWER, behind)
+    for position, token in enumerate(ids):
+        if token in special:
+            return ids[: position + 1]
     return _end_of_text(tokenizer)
 
 

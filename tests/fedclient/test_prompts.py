@@ -251,6 +251,25 @@ def test_the_begin_token_is_there_if_the_tokenizer_would_add_it(
     assert ids.count(SPECIAL.index("<bos>")) == 1
 
 
+@pytest.mark.parametrize("name", ["qwen", "chatml", "gemma", "mistral", "llama"])
+@given(texts, texts)
+def test_prompt_and_answer_are_the_finished_conversation(
+    tokenizers: dict[str, Any], name: str, question: str, answer: str
+) -> None:
+    """Token for token as the template writes both together, up to the end of the turn."""
+    tokenizer = tokenizers[name]
+    turns = [("system", "Be brief.")] if name == "qwen" else []
+    turns += [("user", question), ("assistant", answer)]
+    whole = tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in turns],
+        tokenize=False,
+        **({"date_string": "26 Jul 2024"} if name == "llama" else {}),
+    )
+    (tokens,) = tokenise([example(*turns)], tokenizer, 1000)
+    assert tokens.ids == tokenizer(whole.rstrip("\n"), add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokens.ids[tokens.labels_from :]).strip() == answer + ENDS[name]
+
+
 def test_a_tokenizer_without_an_end_token() -> None:
     tokenizer = made(None)
     tokenizer.eos_token = None
