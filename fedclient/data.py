@@ -11,7 +11,7 @@ import hashlib
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,17 +21,27 @@ from torch import Tensor
 
 from fedclient import foreign_bars
 from fedclient.loss import IGNORED
+from fedclient.prompts import answer_ids, prompt_ids
 from fedclient.records import DataError, Example, read_examples
 
 __all__ = ["DataError", "DataSpec", "Example", "NodeData", "Tokens", "batches", "eval_batches",
-           "load_partition", "prompt_ids", "tokenise"]  # fmt: skip
+           "load_partition", "tokenise"]  # fmt: skip
 
 Batch = dict[str, Tensor]
 HASH_RANGE = float(1 << 64)
 
 
 class DataSpec(BaseModel):
-    """Where data come from and how they are divided. ``categories``: for each node, its list."""
+    """Where data come from and how they are divided. ``categories``: for each node, its list.
+
+    ``partition`` "category": one category a node; where there are more, each goes whole to the node
+    with the fewest rows, the largest first. "categories": those that ``categories`` lists.
+
+    A node evaluates at most ``held_out_max`` examples. With ``split`` "rows" it trains on what its share
+    holds out beyond that. With "questions" it does not: another node, maybe a device whose data nobody
+    else sees, may evaluate the same question, and the law that no held-out question is learnt anywhere
+    needs an answer that each node finds alone. Choose a smaller ``held_out`` to train on more.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,17 +81,18 @@ def load_partition(spec: DataSpec, index: int) -> NodeData:
     mine = _part(examples, spec, index)
     # The order within a node is by content and seed: a source's own order is often by topic.
     numbered = sorted(_numbered(mine), key=lambda pair: _hash(spec.seed, "order", *pair))
-    train: list[Example] = []
-    held_out: list[Example] = []
-    for copy, example in numbered:
-        (held_out if _is_held_out(copy, example, spec) else train).append(example)
-    if not held_out:
+    held = [_is_held_out(copy, example, spec) for copy, example in numbered]
+    ordered = [example for _, example in numbered]
+    if not any(held):
         elsewhere = _questions_elsewhere(examples, mine, spec, index)
-        own = {e.question for e in train} - elsewhere
+        own = {e.question for e in ordered} - elsewhere
         if own:
             lowest = min(own, key=lambda question: _hash(spec.seed, "held", question))
-            held_out = [e for e in train if e.question == lowest]
-            train = [e for e in train if e.question != lowest]
+            held = [e.question == lowest for e in ordered]
+    if spec.split == "rows":
+        held = _at_most(held, spec, index, ordered)
+    train = [e for e, is_held in zip(ordered, held, strict=True) if not is_held]
+    held_out = [e for e, is_held in zip(ordered, held, strict=True) if is_held]
     held_out = held_out[: spec.held_out_max]
     if spec.limit_per_node is not None:
         train = train[: spec.limit_per_node]
@@ -96,24 +107,17 @@ def load_partition(spec: DataSpec, index: int) -> NodeData:
     return NodeData(train, held_out, summed.hexdigest())
 
 
-def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
-    """Token ids of everything before the answer."""
-    return list(tokenizer(_prompt(example, tokenizer), add_special_tokens=False)["input_ids"])
-
-
 def tokenise(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Tokens]:
-    """Prompt, answer and end token of each example.
+    """Prompt, answer and end of turn of each example. Raises DataError.
 
     A prompt that is too long loses its beginning, an answer its end; at least half of ``max_length``
     is the prompt's if it needs it. Prompt and answer are tokenised apart, so that the boundary is
     where generation begins.
     """
-    end = tokenizer.eos_token_id
     found = []
     for example in examples:
         prompt = prompt_ids(example, tokenizer)
-        answer = list(tokenizer(example.messages[-1][1], add_special_tokens=False)["input_ids"])
-        answer += [end] if end is not None else []
+        answer = answer_ids(example, tokenizer)
         answer = answer[: max(1, max_length - min(len(prompt), max_length // 2))]
         prompt = prompt[-(max_length - len(answer)) :] if len(answer) < max_length else prompt[-1:]
         found.append(Tokens(prompt + answer, len(prompt)))
@@ -157,19 +161,6 @@ def _collate(chosen: Sequence[Tokens], pad_id: int) -> Batch:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _prompt(example: Example, tokenizer: Any) -> str:
-    messages = [{"role": role, "content": text} for role, text in example.messages[:-1]]
-    if getattr(tokenizer, "chat_template", None) is None:
-        asked = "\n".join(f"Question: {m['content']}" for m in messages)
-        return f"{asked}\nAnswer: "
-    template = str(tokenizer.chat_template)
-    if messages[0]["role"] != "system" and "messages[0]['role'] != 'system'" in template:
-        # Some templates put a system prompt of their own before every question; an empty one of
-        # ours keeps them from it and saves its tokens in every example.
-        messages.insert(0, {"role": "system", "content": ""})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
 def _part(examples: list[Example], spec: DataSpec, index: int) -> list[Example]:
     if not 0 <= index < spec.nodes:
         raise DataError(f"node {index} has no part: the data are divided over {spec.nodes} nodes")
@@ -203,12 +194,15 @@ def _part(examples: list[Example], spec: DataSpec, index: int) -> list[Example]:
             seed=spec.seed % 2**32,
         )  # fmt: skip
     else:
-        by = partitioners.NaturalIdPartitioner(partition_by="category")
-        known = len({example.category for example in examples})
-        if known < spec.nodes:
+        sizes = Counter(example.category for example in examples)
+        if len(sizes) < spec.nodes:
             raise DataError(
-                f"{spec.source}: {known} categories cannot serve {spec.nodes} nodes; set data.key"
+                f"{spec.source}: {len(sizes)} categories cannot serve {spec.nodes} nodes; set data.key"
             )
+        if len(sizes) > spec.nodes:
+            mine = _spread(sizes, spec.nodes)[index]
+            return [example for example in examples if example.category in mine]
+        by = partitioners.NaturalIdPartitioner(partition_by="category")
     by.dataset = rows
     try:
         with foreign_bars.hidden(partitioners.natural_id_partitioner), warnings.catch_warnings():
@@ -221,12 +215,42 @@ def _part(examples: list[Example], spec: DataSpec, index: int) -> list[Example]:
     return [examples[row] for row in chosen]
 
 
+def _spread(sizes: Mapping[str, int], nodes: int) -> list[set[str]]:
+    """Every category to one node: the largest first, to the node with the fewest rows so far."""
+    found: list[set[str]] = [set() for _ in range(nodes)]
+    rows = [0] * nodes
+    for category in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        fewest = rows.index(min(rows))
+        found[fewest].add(category)
+        rows[fewest] += sizes[category]
+    return found
+
+
+def _at_most(
+    held: list[bool], spec: DataSpec, index: int, ordered: Sequence[Example]
+) -> list[bool]:
+    """Only the first ``held_out_max`` rows stay held out, and those that another node lists too."""
+    others = _listed_elsewhere(spec, index)
+    count = 0
+    found = []
+    for is_held, example in zip(held, ordered, strict=True):
+        count += is_held
+        found.append(is_held and (count <= spec.held_out_max or example.category in others))
+    return found
+
+
+def _listed_elsewhere(spec: DataSpec, index: int) -> set[str]:
+    if spec.partition != "categories" or spec.categories is None:
+        return set()
+    return {c for node, own in enumerate(spec.categories) if node != index for c in own}
+
+
 def _questions_elsewhere(
     examples: list[Example], mine: list[Example], spec: DataSpec, index: int
 ) -> set[str]:
     """Questions that other nodes may train on; two nodes may list the same category."""
-    if spec.partition == "categories" and spec.categories is not None:
-        others = {c for node, own in enumerate(spec.categories) if node != index for c in own}
+    if spec.partition == "categories":
+        others = _listed_elsewhere(spec, index)
         return {example.question for example in examples if example.category in others}
     held = {id(example) for example in mine}
     return {example.question for example in examples if id(example) not in held}

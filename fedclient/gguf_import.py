@@ -10,6 +10,10 @@ import torch
 
 from fedclient import foreign_bars
 
+BYTES_PER_WEIGHT = 4
+# The tokenizer and the configuration.
+BYTES_BESIDE = 50_000_000
+
 SUPPORTED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0",
              "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")  # fmt: skip
 
@@ -46,16 +50,31 @@ def convert(gguf: Path, target: Path, done: Callable[[float], None] | None = Non
     tokenizer.save_pretrained(target)
 
 
-def _check(gguf: Path) -> Any:
-    """Refuse what cannot be read; the name of the file's pre-tokenizer, None where it has none."""
+def space_needed(gguf: Path) -> int:
+    """Bytes that the converted folder takes at most. Raises BaseModelError.
+
+    The header counts the weights; the size of the file says little, for it depends on the quantisation.
+    """
+    weights = sum(int(tensor.n_elements) for tensor in _reader(gguf).tensors)
+    return BYTES_PER_WEIGHT * weights + BYTES_BESIDE
+
+
+def _reader(gguf: Path) -> Any:
     from gguf import GGUFReader
 
     from fedclient.base_model import BaseModelError
 
     try:
-        reader = GGUFReader(str(gguf))
+        return GGUFReader(str(gguf))
     except (ValueError, OSError, IndexError, KeyError) as error:
         raise BaseModelError(f"{gguf} is not a readable GGUF file: {error}") from None
+
+
+def _check(gguf: Path) -> Any:
+    """Refuse what cannot be read; the name of the file's pre-tokenizer, None where it has none."""
+    from fedclient.base_model import BaseModelError
+
+    reader = _reader(gguf)
     for tensor in reader.tensors:
         if tensor.tensor_type.name not in SUPPORTED:
             raise BaseModelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gzip
 import json
+import string
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ ROLES = ("system", "user", "assistant")
 QUESTION_KEYS = ("instruction", "question", "prompt", "input", "text")
 ANSWER_KEYS = ("output", "response", "answer", "completion", "target")
 CONTEXT_KEYS = ("context", "input")
+CHOICES_KEY = "choices"
 
 
 class DataError(Exception):
@@ -141,11 +143,67 @@ def _messages(where: str, row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]
     if not answered.strip():
         raise DataError(f"{where}: {answer!r} is empty")
     asked = str(row[question])
+    # A hub data set of mixed rows holds None where a row has no such column.
+    choices = None if row.get(CHOICES_KEY) is None else _choices(where, row[CHOICES_KEY])
     for extra in CONTEXT_KEYS:
         if extra != question and _is_text(row.get(extra)):
             asked = f"{asked}\n\n{row[extra]}"
             break
+    if choices is not None:
+        lettered = [
+            f"{letter}. {text}"
+            for letter, text in zip(string.ascii_uppercase, choices, strict=False)
+        ]
+        asked = "\n".join([asked, *lettered])
+        answered = lettered[_chosen(where, choices, answer, row[answer])]
     return (("user", asked), ("assistant", answered))
+
+
+def _choices(where: str, given: Any) -> list[str]:
+    letters = len(string.ascii_uppercase)
+    if not isinstance(given, list) or not all(map(_is_text, given)):
+        raise DataError(
+            f"{where}: {CHOICES_KEY!r} is not a list of texts; give one text for each choice, or"
+            " name the column otherwise if the row is no multiple-choice question"
+        )
+    if not 2 <= len(given) <= letters:
+        raise DataError(
+            f"{where}: {CHOICES_KEY!r} holds {len(given)} texts; give 2 to {letters}, one a letter"
+        )
+    return [text.strip() for text in given]
+
+
+def _chosen(where: str, choices: list[str], key: str, answer: Any) -> int:
+    """Which choice an answer means: by its exact text, else its letter, else its index from 0.
+
+    A number is an index and nothing else: texts are written as texts.
+    """
+    last = string.ascii_uppercase[len(choices) - 1]
+    how = f"give the text of a choice, a letter A to {last}, or an index 0 to {len(choices) - 1}"
+    if isinstance(answer, str):
+        answer = answer.strip()
+        if choices.count(answer) > 1:
+            raise DataError(
+                f"{where}: {key!r} is {answer!r}, which is the text of {choices.count(answer)}"
+                " choices; make the choices differ, or give an index as a number"
+            )
+        if answer in choices:
+            return choices.index(answer)
+        if len(answer) == 1 and answer in string.ascii_letters:
+            index = string.ascii_uppercase.index(answer.upper())
+        elif answer.isascii() and answer.isdigit() and len(answer) <= 2:
+            index = int(answer)
+        else:
+            raise DataError(f"{where}: {key!r} is {answer!r}, no choice of this row; {how}")
+    elif isinstance(answer, int) and not isinstance(answer, bool):
+        index = answer
+    else:
+        raise DataError(f"{where}: {key!r} is {answer!r}, which names no choice; {how}")
+    if not 0 <= index < len(choices):
+        raise DataError(
+            f"{where}: {key!r} is {answer!r}, but there are {len(choices)} choices; {how}"
+        )
+    return index
 
 
 def _given_messages(where: str, given: Any) -> tuple[tuple[str, str], ...]:

@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 
 from fedclient import base_model
-from fedclient.data import DataSpec, Example, load_partition, prompt_ids
+from fedclient.data import DataSpec, Example, load_partition
+from fedclient.prompts import end_ids, prompt_ids
 from fedserver.configuration import RunConfiguration
 from fedserver.planner import data_specification
 
@@ -62,6 +63,8 @@ def _questions(configuration: RunConfiguration, count: int) -> list[Example]:
 
 def _answer(model: Any, tokenizer: Any, example: Example) -> str:
     ids = torch.tensor([prompt_ids(example, tokenizer)])
+    # A model's own settings may name another token than the one that answers were learnt to end with.
+    stop = {"eos_token_id": ends[-1]} if (ends := end_ids(tokenizer)) else {}
     with torch.no_grad():
         output = model.generate(
             input_ids=ids,
@@ -69,5 +72,6 @@ def _answer(model: Any, tokenizer: Any, example: Example) -> str:
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **stop,
         )
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()

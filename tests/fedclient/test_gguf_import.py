@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import namedtuple
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ import torch
 
 from fedclient import base_model
 from fedclient.base_model import BaseModelError, LoadedModel, resolve
+from fedclient.gguf_import import space_needed
+
+Usage = namedtuple("Usage", "total used free")
 
 # transformers' names of a Llama's weights and GGUF's.
 NAMES = {
@@ -125,6 +130,35 @@ def test_weights_come_through_bit_for_bit(
     assert resolve(str(tiny_gguf), cache=tmp_path / "cache") == folder
     renamed = tiny_gguf.rename(tmp_path / "other.gguf")
     assert resolve(str(renamed), cache=tmp_path / "cache") != folder
+
+
+def test_the_space_asked_for_is_what_the_weights_take(
+    tiny: LoadedModel, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = 4 * sum(parameter.numel() for parameter in tiny.model.parameters())
+    needed = space_needed(tiny_gguf)
+    assert weights < needed < weights + 10**8
+    free = [needed - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, free[0]))
+    with pytest.raises(BaseModelError, match="FEDBRAID_CACHE"):
+        resolve(str(tiny_gguf), cache=tmp_path / "cache")
+    free[0] = needed
+    folder = resolve(str(tiny_gguf), cache=tmp_path / "cache")
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < needed
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q4_1", "Q8_0"])
+def test_the_space_does_not_depend_on_the_quantisation(kind: str, tmp_path: Path) -> None:
+    numbers = numpy.linspace(-1, 1, 64 * 64, dtype=numpy.float32).reshape(64, 64)
+    quantised = gguf.GGMLQuantizationType[kind]
+    path = tmp_path / "some.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("x.weight", gguf.quantize(numbers, quantised), raw_dtype=quantised)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert space_needed(path) == 4 * 64 * 64 + 50_000_000
 
 
 def test_an_unsupported_tensor_type_is_named(tmp_path: Path) -> None:

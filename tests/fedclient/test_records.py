@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import string
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,63 @@ def test_a_byte_order_mark_and_other_line_ends(tmp_path: Path) -> None:
     assert len(read_examples(str(path))) == 2
 
 
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=12)
+
+
+def choice_row(choices: Any, answer: Any) -> str:
+    return json.dumps({"question": "which?", "choices": choices, "answer": answer})
+
+
+@given(st.data(), st.lists(TEXTS, min_size=2, max_size=26, unique=True))
+def test_a_choice_by_text_letter_or_index(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, choices: list[str]
+) -> None:
+    """All ways to name one choice mean it, unless another choice has that very text."""
+    chosen = data.draw(st.integers(0, len(choices) - 1))
+    letter = string.ascii_uppercase[chosen]
+    names: list[Any] = [choices[chosen], f" {choices[chosen]}\n", chosen]
+    names += [n for n in (letter, letter.lower(), str(chosen)) if n not in choices]
+    path = tmp_path_factory.mktemp("choices") / "x.jsonl"
+    for example in read_examples(
+        str(written(path, *(choice_row(choices, name) for name in names)))
+    ):
+        (_, asked), (_, answered) = example.messages
+        assert answered == f"{letter}. {choices[chosen]}"
+        lettered = "\n".join(
+            f"{a}. {text}" for a, text in zip(string.ascii_uppercase, choices, strict=False)
+        )
+        assert asked == f"which?\n{lettered}"
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "expected"),
+    [
+        (["C", "A", "B"], "A", "B. A"),  # its text, not its letter
+        (["c", "a", "b"], "A", "A. c"),  # no such text: the letter
+        (["1", "2", "3"], "1", "A. 1"),  # its text, not its index
+        (["1", "2", "3"], 1, "B. 2"),  # a number is an index
+        (["1", "2", "3"], "0", "A. 1"),  # no such text: the index
+        (["same", "same"], "B", "B. same"),
+    ],
+)
+def test_what_an_answer_means(
+    choices: list[str], answer: Any, expected: str, tmp_path: Path
+) -> None:
+    (example,) = read_examples(str(written(tmp_path / "x.jsonl", choice_row(choices, answer))))
+    assert example.messages[-1] == ("assistant", expected)
+
+
+def test_choices_stand_after_the_context(tmp_path: Path) -> None:
+    row = {"question": "who?", "context": "Ann ran.", "choices": ["Bo", "Ann"], "answer": "Ann"}
+    (example,) = read_examples(str(written(tmp_path / "x.jsonl", json.dumps(row))))
+    assert example.messages[0][1] == "who?\n\nAnn ran.\nA. Bo\nB. Ann"
+
+
+def test_no_choices_are_no_multiple_choice(tmp_path: Path) -> None:
+    (example,) = read_examples(str(written(tmp_path / "x.jsonl", choice_row(None, "so"))))
+    assert example.messages == (("user", "which?"), ("assistant", "so"))
+
+
 BAD_LINES: dict[str, str | bytes] = {
     "half a line": '{"instruction": "a?", "outp',
     "a list": "[1, 2]",
@@ -99,6 +157,22 @@ BAD_LINES: dict[str, str | bytes] = {
     "no content": '{"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}',
     "no answer at the end": '{"messages": [{"role": "assistant", "content": "x"},'
     ' {"role": "user", "content": "y"}]}',
+    "choices not a list": choice_row({"text": ["a", "b"]}, 0),
+    "choices in one text": choice_row("a b", 0),
+    "choices not of texts": choice_row(["a", 2], 0),
+    "a blank choice": choice_row(["a", " "], 0),
+    "no choices": choice_row([], 0),
+    "one choice": choice_row(["a"], 0),
+    "more choices than letters": choice_row([f"text {n}" for n in range(27)], 0),
+    "an index too high": choice_row(["a", "b"], 2),
+    "a negative index": choice_row(["a", "b"], -1),
+    "an index as text too high": choice_row(["a", "b"], "2"),
+    "a fraction": choice_row(["a", "b"], 1.0),
+    "true": choice_row(["a", "b"], True),
+    "a list of answers": choice_row(["a", "b"], [0]),
+    "no such letter": choice_row(["x", "y"], "C"),
+    "no such choice": choice_row(["x", "y"], "neither"),
+    "two choices of one text": choice_row(["x", "x"], "x"),
 }
 
 
