@@ -139,6 +139,8 @@ def _messages(where: str, row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]
             f"{where}: needs 'messages', or a question ({', '.join(QUESTION_KEYS)}) and an answer"
             f" ({', '.join(ANSWER_KEYS)}); it has {', '.join(map(str, row)) or 'nothing'}"
         )
+    if isinstance(row[answer], dict | list):
+        raise DataError(f"{where}: {answer!r} is not a text but {type(row[answer]).__name__}")
     answered = str(row[answer])
     if not answered.strip():
         raise DataError(f"{where}: {answer!r} is empty")

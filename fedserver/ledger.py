@@ -29,6 +29,8 @@ CREATE TABLE IF NOT EXISTS entries (
 ) STRICT;
 """
 
+BLOBS = "blobs"
+
 
 class LedgerError(Exception):
     """The ledger cannot be used as asked; the message says what is wrong and what to do."""
@@ -63,7 +65,7 @@ class Ledger:
 
     def __init__(self, folder: Path, *, create: bool = False) -> None:
         self.folder = folder
-        self._blobs = folder / "blobs"
+        self._blobs = folder / BLOBS
         path = folder / "ledger.db"
         if not create and not path.is_file():
             raise LedgerError(f"{folder} holds no ledger; give the folder of a run (runs/NAME)")

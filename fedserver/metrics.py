@@ -107,8 +107,8 @@ def summarise(
         "nodes": len(configuration.nodes),
         "before": before,
         "after": after,
-        "bytes_up": sum(line["bytes_up"] for line in lines),
-        "bytes_down": sum(line["bytes_down"] for line in lines),
+        "bytes_up": _bytes(ledger, "bytes_up"),
+        "bytes_down": _bytes(ledger, "bytes_down"),
         "bytes_full_model": 2 * FP32_BYTES * weights * len(ranks) * len(lines),
         "bytes_full_lora": 2 * FP32_BYTES * per_rank * sum(ranks) * len(lines),
         "seconds": sum(line["seconds"] for line in lines),
@@ -127,6 +127,12 @@ def write(ledger: Ledger, path: Path) -> None:
 def write_json(value: Any, path: Path) -> None:
     """Write one JSON document atomically."""
     _replace(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _bytes(ledger: Ledger, direction: str) -> int:
+    """All messages of all rounds, and of the final evaluation."""
+    entries = [*ledger.entries("round"), *ledger.entries("evaluation")]
+    return sum(node[direction] for entry in entries for node in entry.content["nodes"])
 
 
 def _before_and_after(ledger: Ledger) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

@@ -76,9 +76,11 @@ def gather_roster(configuration: RunConfiguration, exchange: Exchange, notify: L
                     members[capabilities.node] = Member(reply.node_id, capabilities)
         if problem:
             failures.append(problem)
-            notify(Notice("warning", f"a node cannot take part: {problem}"))
     if not members:
         raise ConfigurationError("no node can take part:\n  " + "\n  ".join(sorted(set(failures))))
+    for problem, count in sorted(Counter(failures).items()):
+        who = "a node" if count == 1 else f"{count} nodes"
+        notify(Notice("warning", f"{who} cannot take part: {problem}"))
     roster = _agree(members, configuration, notify)
     if len(roster.members) < configuration.minimum_updates():
         raise ConfigurationError(

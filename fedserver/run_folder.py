@@ -7,7 +7,7 @@ from pathlib import Path
 from aggregators import Layout
 from fedserver.configuration import RunConfiguration
 from fedserver.global_model import GlobalModel
-from fedserver.ledger import Ledger, LedgerError
+from fedserver.ledger import BLOBS, Ledger, LedgerError
 
 
 def open_existing(folder: Path, configuration: RunConfiguration, *, resume: bool) -> Ledger | None:
@@ -15,7 +15,9 @@ def open_existing(folder: Path, configuration: RunConfiguration, *, resume: bool
     if not (folder / "ledger.db").is_file():
         if resume and not folder.exists():
             raise LedgerError(f"there is nothing to resume in {folder}")
-        if folder.is_dir() and any(folder.iterdir()) and not resume:
+        if folder.exists() and not folder.is_dir():
+            raise LedgerError(f"{folder} is a file; choose a folder as --output")
+        if folder.is_dir() and not _is_fresh(folder):
             raise LedgerError(f"{folder} is not empty and holds no run; choose another --output")
         return None
     ledger = Ledger(folder)
@@ -35,6 +37,14 @@ def open_existing(folder: Path, configuration: RunConfiguration, *, resume: bool
         ledger.close()
         raise LedgerError(f"{folder} already holds this run; continue it with --resume")
     return ledger
+
+
+def _is_fresh(folder: Path) -> bool:
+    """Nothing stands in it, or what a ledger leaves that was stopped while it was being made."""
+    return all(
+        path.name == BLOBS and path.is_dir() and not any(path.iterdir())
+        for path in folder.iterdir()
+    )
 
 
 def restore(ledger: Ledger, layout: Layout) -> tuple[GlobalModel, int]:

@@ -39,6 +39,11 @@ Folder = Annotated[Path, typer.Argument(help="A run folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 Exact = Annotated[bool, typer.Option("--exact", help="The whole carry, not the view's rank.")]
 
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+}  # fmt: skip
+
 
 class Stop(Exception):
     """An error for a person: one message, no traceback."""
@@ -187,8 +192,9 @@ def main(arguments: list[str] | None = None) -> Any:
         Console(stderr=True).print("\nstopped; continue with the same command and --resume")
         sys.exit(130)
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if debug or not (full or isinstance(error, expected_errors())):
+        # No space, no permission, no such place: a disk is a person's to mend, wherever it shows.
+        disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        if debug or not (disk or isinstance(error, expected_errors())):
             raise
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print("[bold red]error:[/bold red]", end=" ")

@@ -101,6 +101,8 @@ def test_folders_are_never_mixed_up(
         (["--output", "runs/small"], "--resume"),
         (["--output", "runs/small", "--set", "seed=4", "--resume"], "another run (different seed)"),
         (["--output", tmp_path], "not empty"),
+        (["--output", tmp_path, "--resume"], "not empty"),
+        (["--output", scenario], "is a file"),
     ):
         assert run("simulate", scenario, *words) == 2
         assert expected in " ".join(capsys.readouterr().err.split())
