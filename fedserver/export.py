@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from aggregators import Layout, LowRank
+from aggregators import LowRank
 from aggregators.presets import PRESETS
 from fedserver import metrics
-from fedserver.configuration import RunConfiguration, load
+from fedserver.configuration import RunConfiguration
 from fedserver.ledger import Ledger, LedgerError
-from fedserver.run_folder import restore
+from fedserver.replay import restore
+from fedserver.run_folder import recorded_configuration
 
 WEIGHT = ".weight"
 
@@ -29,8 +30,8 @@ def final_change(folder: Path, *, exact: bool = False) -> tuple[RunConfiguration
     try:
         if ledger.last("round") is None:
             raise LedgerError(f"{folder} has no finished round yet: there is nothing to export")
-        configuration = load(str(folder / "scenario.toml"))
-        model, _ = restore(ledger, read_layout(ledger))
+        configuration = recorded_configuration(ledger)
+        model, _ = restore(ledger, configuration)
     finally:
         ledger.close()
     if exact:
@@ -38,14 +39,6 @@ def final_change(folder: Path, *, exact: bool = False) -> tuple[RunConfiguration
     preset = PRESETS[configuration.preset]
     view = model.common_view(preset, configuration.view_rank, configuration.view_energy)
     return configuration, view
-
-
-def read_layout(ledger: Ledger) -> Layout:
-    """The layout that the run's genesis names."""
-    genesis = ledger.last("genesis")
-    if genesis is None:
-        raise LedgerError(f"{ledger.folder} has no genesis entry: the run never began")
-    return Layout.from_json(ledger.get(genesis.content["layout_blob"]).decode())
 
 
 def export_peft(folder: Path, target: Path, base_folder: Path, *, exact: bool = False) -> Path:

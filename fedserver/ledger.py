@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,27 +88,30 @@ class Ledger:
     @property
     def height(self) -> int:
         """Number of entries."""
-        return int(self._database.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
+        return int(self._read("SELECT COUNT(*) FROM entries")[0][0])
 
     @property
     def head(self) -> str:
         """Hash of the last entry; 64 zeros for an empty ledger."""
-        row = self._database.execute(
-            "SELECT hash FROM entries ORDER BY height DESC LIMIT 1"
-        ).fetchone()
-        return GENESIS_PREVIOUS if row is None else str(row[0])
+        rows = self._read("SELECT hash FROM entries ORDER BY height DESC LIMIT 1")
+        return str(rows[0][0]) if rows else GENESIS_PREVIOUS
 
     def entries(self, kind: str | None = None) -> Iterator[Entry]:
         """All entries in order, or those of one kind."""
-        rows = self._database.execute(
+        rows = self._read(
             "SELECT height, kind, round, content, previous, hash, wall FROM entries"
             " WHERE ?1 IS NULL OR kind = ?1 ORDER BY height",
-            (kind,),
+            kind,
         )
         for height, name, number, content, previous, digest, wall in rows:
-            yield Entry(
-                height, name, number, json.loads(content), previous, digest, json.loads(wall)
-            )
+            try:
+                content, wall = json.loads(content), json.loads(wall)
+            except ValueError:
+                raise LedgerError(
+                    f"{self.folder}: entry {height} is not JSON: the ledger was changed; restore"
+                    " it from a copy"
+                ) from None
+            yield Entry(height, name, number, content, previous, digest, wall)
 
     def last(self, kind: str) -> Entry | None:
         """The newest entry of a kind."""
@@ -169,6 +172,10 @@ class Ledger:
             raise LedgerError(f"blob {digest} was changed on disk")
         return data
 
+    def forget(self, digest: str) -> None:
+        """Delete a blob that is damaged, so that ``put`` can store it again."""
+        self._path(digest).unlink(missing_ok=True)
+
     def has(self, digest: str) -> bool:
         """Whether a blob is on disk."""
         return self._path(digest).is_file()
@@ -184,15 +191,24 @@ class Ledger:
         for leftover in self._blobs.glob("*/*.part"):
             leftover.unlink(missing_ok=True)
 
-    def verify(self) -> list[str]:
-        """Problems of the chain and of the blobs that it names; empty when all is sound."""
+    def verify(self, *, state: bool = True) -> list[str]:
+        """Problems of the chain and of the blobs that it names; empty when all is sound.
+
+        Of the states only the last is needed, and it can be made again (``state`` False: ignore it).
+        A chain that was cut off at its end is still a chain;
+        the head that ``summary.json`` names tells.
+        """
         problems = []
         previous = GENESIS_PREVIOUS
-        rows = self._database.execute(
-            "SELECT height, kind, round, content, previous, hash FROM entries ORDER BY height"
-        ).fetchall()
+        try:
+            rows = self._read(
+                "SELECT height, kind, round, content, previous, hash FROM entries ORDER BY height"
+            )
+        except LedgerError as error:
+            return [str(error)]
         if not rows:
             problems.append("the ledger is empty")
+        newest: tuple[int, str] | None = None
         for expected, (height, kind, number, content, before, digest) in enumerate(rows):
             if height != expected:
                 problems.append(f"height {expected} is missing")
@@ -201,13 +217,44 @@ class Ledger:
             if entry_hash(height, kind, number, content, before) != digest:
                 problems.append(f"entry {height}: its content was changed")
             previous = digest
-            problems += self._missing_blobs(height, json.loads(content))
+            try:
+                found = json.loads(content)
+                updates = [node["update"] for node in found.get("nodes", ()) if node.get("update")]
+                named = [*updates, *filter(None, [found.get("layout_blob")])]
+                newest = (height, found["state"]) if kind == "round" else newest
+            except (ValueError, KeyError, TypeError, AttributeError):
+                problems.append(f"entry {height}: its content cannot be read")
+                continue
+            problems += self._bad_blobs(height, named)
+        if state and newest is not None:
+            remedy = "; --resume or export makes this state again from the updates"
+            problems += [p + remedy for p in self._bad_blobs(newest[0], [newest[1]])]
+        named_head = self._summarised_head()
+        if named_head and named_head not in [row[5] for row in rows]:
+            problems.append(
+                f"summary.json names the head {named_head[:16]}, which is not in the ledger: entries"
+                " are missing at its end"
+            )
         return problems
 
-    def _missing_blobs(self, height: int, content: dict[str, Any]) -> list[str]:
+    def _read(self, query: str, *values: Any) -> list[Any]:
+        try:
+            return self._database.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(
+                f"{self.folder / 'ledger.db'} cannot be read: {error}; restore it from a copy"
+            ) from None
+
+    def _summarised_head(self) -> str:
+        try:
+            found = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return ""
+        return str(found.get("head") or "") if isinstance(found, dict) else ""
+
+    def _bad_blobs(self, height: int, digests: Iterable[str]) -> list[str]:
         problems = []
-        updates = [node["update"] for node in content.get("nodes", ()) if node.get("update")]
-        for digest in [*updates, *filter(None, [content.get("layout_blob")])]:
+        for digest in digests:
             try:
                 self.get(digest)
             except LedgerError as error:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from fedserver.ledger import Ledger
+from fedserver.ledger import Ledger, LedgerError
 
 ledger_app = typer.Typer(help="Read and check the log of a run's rounds.", no_args_is_help=True)
 
@@ -23,18 +25,16 @@ def show(folder: Folder, as_json: Json = False) -> None:
     """The entries, and each node's verdict in every round."""
     ledger = Ledger(folder)
     console = Console()
-    table = Table("height", "kind", "round", "node", "verdict", "share", "bytes up", "hash")
+    table = Table("entry", "node", "verdict", "share", "bytes up", box=box.SIMPLE_HEAD)
     for entry in ledger.entries():
         if as_json:
             print(json.dumps(vars(entry)))
             continue
-        table.add_row(
-            str(entry.height), entry.kind, str(entry.round), "", "", "", "", entry.hash[:16]
-        )
+        table.add_row(f"{entry.height} {entry.kind} {entry.round} {entry.hash[:12]}")
         for node in entry.content.get("nodes", ()):
             verdict = node["verdict"] + (f": {node['reason']}" if node["reason"] else "")
             share = f"{node['share']:.3f}" if node["share"] else ""
-            table.add_row("", "", "", node["node"], verdict, share, f"{node['bytes_up']:,}", "")
+            table.add_row("", node["node"], escape(verdict), share, f"{node['bytes_up']:,}")
     if not as_json:
         console.print(table)
         console.print(f"head {ledger.head}", soft_wrap=True)
@@ -60,9 +60,9 @@ def verify(folder: Folder, as_json: Json = False) -> None:
 def replay(folder: Folder, as_json: Json = False) -> None:
     """Aggregate every round again from its recorded updates and compare the state's digest."""
     # Replaying needs torch; showing and verifying do not.
-    from fedserver.configuration import load
     from fedserver.replay import Replayed
     from fedserver.replay import replay as run
+    from fedserver.run_folder import recorded_configuration
 
     def tell(replayed: Replayed) -> None:
         if as_json:
@@ -75,11 +75,8 @@ def replay(folder: Folder, as_json: Json = False) -> None:
             )
 
     ledger = Ledger(folder)
-    configuration = load(str(folder / "scenario.toml"))
-    # The order of floating-point sums depends on the number of threads.
-    import torch
-
-    torch.set_num_threads(configuration.threads)
-    found = run(ledger, configuration, tell)
+    if problems := ledger.verify(state=False):
+        raise LedgerError(f"{folder} is not sound, so it is not replayed:\n" + "\n".join(problems))
+    found = run(ledger, recorded_configuration(ledger), tell)
     ledger.close()
     raise typer.Exit(0 if all(replayed.equal for replayed in found) else 1)

@@ -1,19 +1,24 @@
-"""Replaying a ledger: do every round's aggregation again from its blobs and compare the digests."""
+"""Replaying a ledger: do every round's aggregation again from its blobs and compare the digests.
+
+A state is a checkpoint: it follows from the updates before it, so one that was lost is made again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+import torch
 
 from aggregators import LowRank, UpdateRejected
 from aggregators.gate import GateContext, admit
 from aggregators.messages import Plan
 from aggregators.presets import PRESETS
 from fedserver.configuration import RunConfiguration
-from fedserver.export import read_layout
 from fedserver.global_model import GlobalModel, next_model
 from fedserver.ledger import Ledger, LedgerError
 from fedserver.planner import largest_rank
+from fedserver.run_folder import read_layout
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,52 @@ class Replayed:
         return self.expected == self.found
 
 
+def restore(ledger: Ledger, configuration: RunConfiguration) -> tuple[GlobalModel, int]:
+    """The state after the last committed round, and that round's number (0: none yet).
+
+    A state blob that is lost or damaged is made again from the updates, and stored.
+    """
+    layout = read_layout(ledger)
+    last = ledger.last("round")
+    if last is None:
+        return GlobalModel.empty(layout), 0
+    try:
+        return GlobalModel.from_bytes(ledger.get(last.content["state"]), layout), last.round
+    except LedgerError:
+        ledger.forget(last.content["state"])
+    for replayed, model in states(ledger, configuration):
+        if not replayed.equal:
+            raise LedgerError(
+                f"{ledger.folder}: the state of round {replayed.round} cannot be made again from the"
+                " recorded updates; restore the folder from a copy"
+            )
+        made = model
+    ledger.put(made.to_bytes())
+    return made, last.round
+
+
 def replay(
     ledger: Ledger,
     configuration: RunConfiguration,
     tell: Callable[[Replayed], None] = lambda replayed: None,
 ) -> list[Replayed]:
     """Fold all accepted updates, through the gate again, from the base to the last round."""
+    replayed = []
+    for result, _ in states(ledger, configuration):
+        replayed.append(result)
+        tell(result)
+    return replayed
+
+
+def states(
+    ledger: Ledger, configuration: RunConfiguration
+) -> Iterator[tuple[Replayed, GlobalModel]]:
+    """The model after every round, made from the recorded updates alone."""
     layout = read_layout(ledger)
     preset = PRESETS[configuration.preset]
     model = GlobalModel.empty(layout)
-    replayed = []
+    # The order of floating-point sums depends on the number of threads.
+    torch.set_num_threads(configuration.threads)
     for entry in ledger.entries("round"):
         updates: list[tuple[LowRank, int]] = []
         for node in entry.content["nodes"]:
@@ -70,7 +111,4 @@ def replay(
                 server_learning_rate=configuration.server_learning_rate,
                 largest_rank=largest_rank(configuration),
             )
-        result = Replayed(entry.round, len(updates), entry.content["state"], model.digest())
-        replayed.append(result)
-        tell(result)
-    return replayed
+        yield Replayed(entry.round, len(updates), entry.content["state"], model.digest()), model

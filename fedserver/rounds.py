@@ -18,8 +18,9 @@ from fedserver.global_model import GlobalModel, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
 from fedserver.outcome import Outcome, examples, judge, replied, row, sum_evaluations
 from fedserver.planner import check_ranks, largest_rank, make_plan
+from fedserver.replay import restore
 from fedserver.roster import Member, Roster, gather_roster
-from fedserver.run_folder import open_existing, restore
+from fedserver.run_folder import open_existing
 
 
 class Coordinator:
@@ -60,7 +61,7 @@ class Coordinator:
         configuration = self._configuration
         (self._folder / "scenario.toml").write_text(to_toml(configuration), encoding="utf-8")
         self._begin(ledger, roster)
-        model, done = restore(ledger, roster.layout)
+        model, done = restore(ledger, configuration)
         self._announce(roster, done + 1)
         for number in range(done + 1, configuration.rounds + 1):
             model = self._round(number, model, ledger, roster)

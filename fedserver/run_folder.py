@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from aggregators import Layout
-from fedserver.configuration import RunConfiguration
-from fedserver.global_model import GlobalModel
-from fedserver.ledger import BLOBS, Ledger, LedgerError
+from fedserver.configuration import ConfigurationError, RunConfiguration, load
+from fedserver.ledger import BLOBS, Entry, Ledger, LedgerError
 
 
 def open_existing(folder: Path, configuration: RunConfiguration, *, resume: bool) -> Ledger | None:
@@ -39,17 +39,43 @@ def open_existing(folder: Path, configuration: RunConfiguration, *, resume: bool
     return ledger
 
 
+def recorded_configuration(ledger: Ledger) -> RunConfiguration:
+    """The configuration that the run was begun with, as its genesis entry has it.
+
+    ``scenario.toml`` can be edited; of it only what decides no number is taken: name and description.
+    """
+    content = _genesis(ledger).content
+    presented: dict[str, Any] = {"name": ledger.folder.name}
+    try:
+        found = load(str(ledger.folder / "scenario.toml"))
+        presented = {"name": found.name, "description": found.description}
+    except ConfigurationError:
+        pass
+    last = ledger.last("round")
+    presented["rounds"] = max(1, last.round if last is not None else 1)
+    try:
+        return RunConfiguration.model_validate({**content["configuration"], **presented})
+    except ValueError as error:
+        raise LedgerError(
+            f"{ledger.folder}: the run's configuration cannot be read by this version: {error}"
+        ) from None
+
+
+def read_layout(ledger: Ledger) -> Layout:
+    """The layout that the run's genesis names."""
+    return Layout.from_json(ledger.get(_genesis(ledger).content["layout_blob"]).decode())
+
+
+def _genesis(ledger: Ledger) -> Entry:
+    genesis = ledger.last("genesis")
+    if genesis is None:
+        raise LedgerError(f"{ledger.folder} has no genesis entry: the run never began")
+    return genesis
+
+
 def _is_fresh(folder: Path) -> bool:
     """Nothing stands in it, or what a ledger leaves that was stopped while it was being made."""
     return all(
         path.name == BLOBS and path.is_dir() and not any(path.iterdir())
         for path in folder.iterdir()
     )
-
-
-def restore(ledger: Ledger, layout: Layout) -> tuple[GlobalModel, int]:
-    """The state after the last committed round, and that round's number (0: none yet)."""
-    last = ledger.last("round")
-    if last is None:
-        return GlobalModel.empty(layout), 0
-    return GlobalModel.from_bytes(ledger.get(last.content["state"]), layout), last.round

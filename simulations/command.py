@@ -41,7 +41,7 @@ Exact = Annotated[bool, typer.Option("--exact", help="The whole carry, not the v
 
 DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
 }  # fmt: skip
 
 
@@ -150,12 +150,14 @@ def export_merged(
 
 def _base_of(folder: Path) -> Path:
     from fedclient.base_model import resolve
-    from fedserver.configuration import load
+    from fedserver.ledger import Ledger
+    from fedserver.run_folder import recorded_configuration
 
-    scenario = folder / "scenario.toml"
-    if not scenario.is_file():
-        raise Stop(f"{folder} is not a run folder: it has no scenario.toml")
-    return resolve(load(str(scenario)).base_model)
+    ledger = Ledger(folder)
+    try:
+        return resolve(recorded_configuration(ledger).base_model)
+    finally:
+        ledger.close()
 
 
 def _mount_ledger() -> None:

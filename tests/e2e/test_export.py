@@ -69,3 +69,47 @@ def _logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=TOKENS).logits
     return logits
+
+
+def test_what_is_exported_follows_the_ledger_not_an_edited_scenario(
+    run: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    scenario = run / "scenario.toml"
+    scenario.write_text(scenario.read_text().replace("view_rank = 6", "view_rank = 2"))
+    assert "view_rank = 2" in scenario.read_text()
+    assert max(final_change(run)[1].ranks.values()) == 6
+    scenario.unlink()
+    configuration, change = final_change(run)
+    assert max(change.ranks.values()) == 6
+    assert configuration.base_model == str(tiny_model_folder)
+
+
+@pytest.mark.parametrize("loss", ["deleted", "changed"])
+def test_a_lost_state_is_made_again_from_the_updates(run: Path, loss: str) -> None:
+    _, before = final_change(run)
+    ledger = Ledger(run)
+    last = ledger.last("round")
+    assert last is not None
+    state = last.content["state"]
+    path = run / "blobs" / state[:2] / f"{state}.safetensors"
+    if loss == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(b"changed")
+    assert [problem for problem in ledger.verify() if state in problem]
+    assert ledger.verify(state=False) == []
+    _, after = final_change(run)
+    assert after == before
+    assert ledger.verify() == []
+    ledger.close()
+
+
+def test_updates_that_do_not_give_the_state_are_a_clear_message(run: Path) -> None:
+    ledger = Ledger(run)
+    last = ledger.last("round")
+    assert last is not None
+    ledger.forget(last.content["state"])
+    ledger.forget(last.content["nodes"][0]["update"])
+    ledger.close()
+    with pytest.raises(LedgerError, match="missing"):
+        final_change(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -29,6 +30,13 @@ def _round(ledger: Ledger, number: int) -> None:
     state = ledger.put(f"state {number}".encode())
     content = {"nodes": [{"node": "a", "update": blob, "reason": ""}], "state": state}
     ledger.append("round", number, content, {"seconds": 0.5 * number})
+
+
+def filled(folder: Path) -> Ledger:
+    ledger = Ledger(folder, create=True)
+    for number in range(3):
+        _round(ledger, number)
+    return ledger
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -91,6 +99,52 @@ def test_a_changed_or_lost_blob_is_found(tmp_path: Path) -> None:
     assert "changed" in ledger.verify()[0]
     path.unlink()
     assert "missing" in ledger.verify()[0]
+    ledger.close()
+
+
+@pytest.mark.parametrize("content", ["no json", "[]", '{"nodes": 3}', '{"nodes": [{"update": 1}]}'])
+def test_content_that_cannot_be_read_is_a_problem_and_no_crash(
+    tmp_path: Path, content: str
+) -> None:
+    ledger = filled(tmp_path)
+    ledger.close()
+    database = sqlite3.connect(tmp_path / "ledger.db")
+    database.execute("UPDATE entries SET content = ? WHERE height = 1", (content,))
+    database.commit()
+    database.close()
+    ledger = Ledger(tmp_path)
+    assert any("entry 1" in problem for problem in ledger.verify())
+    if content == "no json":
+        with pytest.raises(LedgerError, match="entry 1"):
+            list(ledger.entries())
+    ledger.close()
+
+
+def test_a_damaged_database_is_a_problem_and_no_crash(tmp_path: Path) -> None:
+    ledger = filled(tmp_path)
+    ledger.close()
+    path = tmp_path / "ledger.db"
+    data = bytearray(path.read_bytes())
+    data[4096:] = b"\xa5" * (len(data) - 4096)
+    path.write_bytes(bytes(data))
+    ledger = Ledger(tmp_path)
+    assert any("cannot be read" in problem for problem in ledger.verify())
+    with pytest.raises(LedgerError, match="cannot be read"):
+        list(ledger.entries())
+    ledger.close()
+
+
+def test_entries_missing_at_the_end_are_found_by_the_summary(tmp_path: Path) -> None:
+    ledger = filled(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps({"head": ledger.head}))
+    assert ledger.verify() == []
+    ledger.close()
+    database = sqlite3.connect(tmp_path / "ledger.db")
+    database.execute("DELETE FROM entries WHERE height = (SELECT MAX(height) FROM entries)")
+    database.commit()
+    database.close()
+    ledger = Ledger(tmp_path)
+    assert any("missing at its end" in problem for problem in ledger.verify())
     ledger.close()
 
 

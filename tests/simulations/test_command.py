@@ -166,6 +166,6 @@ def test_export_of_a_folder_that_is_no_run_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("export", "peft", tmp_path) == 2
-    assert "not a run folder" in capsys.readouterr().err
+    assert "give the folder of a run" in " ".join(capsys.readouterr().err.split())
     assert run("ledger", "show", tmp_path) == 2
     assert "no ledger" in capsys.readouterr().err
