@@ -1,8 +1,8 @@
 """A node's data: its partition of a source, what it holds out, and batches of token ids.
 
-Dividing is done by flwr-datasets' partitioners. With the split "questions" a question is held out
-everywhere or nowhere: its hash decides, so no held-out question is in any node's training set. With
-"rows" single rows are held out, and a source that repeats itself is evaluated as it will be used.
+Dividing is done by flwr-datasets' partitioners. What is held out is held out everywhere: its hash
+decides, so no held-out question, or with the split "pairs" no held-out question with that answer, is in
+any node's training set.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class DataSpec(BaseModel):
     ``partition`` "category": one category a node; where there are more, each goes whole to the node
     with the fewest rows, the largest first. "categories": those that ``categories`` lists.
 
-    A node evaluates at most ``held_out_max`` examples. With ``split`` "rows" it trains on what its share
-    holds out beyond that. With "questions" it does not: another node, maybe a device whose data nobody
-    else sees, may evaluate the same question, and the law that no held-out question is learnt anywhere
-    needs an answer that each node finds alone. Choose a smaller ``held_out`` to train on more.
+    ``split`` "questions" holds out whole questions; "pairs" holds out questions with one answer, and
+    the same question may be learnt with another. A node evaluates at most ``held_out_max`` examples;
+    what its share holds out beyond that it does not train on: another node, maybe a device whose data
+    nobody else sees, may evaluate the same. Choose a smaller ``held_out`` to train on more.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,7 +51,7 @@ class DataSpec(BaseModel):
     alpha: float = Field(default=0.5, gt=0)
     categories: tuple[tuple[str, ...], ...] | None = None
     nodes: int = Field(default=1, ge=1)
-    split: Literal["questions", "rows"] = "questions"
+    split: Literal["questions", "pairs"] = "questions"
     held_out: float = Field(default=0.1, gt=0, lt=1)
     held_out_max: int = Field(default=64, ge=1)
     limit_per_node: int | None = Field(default=None, ge=1)
@@ -81,7 +81,7 @@ def load_partition(spec: DataSpec, index: int) -> NodeData:
     mine = _part(examples, spec, index)
     # The order within a node is by content and seed: a source's own order is often by topic.
     numbered = sorted(_numbered(mine), key=lambda pair: _hash(spec.seed, "order", *pair))
-    held = [_is_held_out(copy, example, spec) for copy, example in numbered]
+    held = [_is_held_out(example, spec) for _, example in numbered]
     ordered = [example for _, example in numbered]
     if not any(held):
         elsewhere = _questions_elsewhere(examples, mine, spec, index)
@@ -89,8 +89,6 @@ def load_partition(spec: DataSpec, index: int) -> NodeData:
         if own:
             lowest = min(own, key=lambda question: _hash(spec.seed, "held", question))
             held = [e.question == lowest for e in ordered]
-    if spec.split == "rows":
-        held = _at_most(held, spec, index, ordered)
     train = [e for e, is_held in zip(ordered, held, strict=True) if not is_held]
     held_out = [e for e, is_held in zip(ordered, held, strict=True) if is_held]
     held_out = held_out[: spec.held_out_max]
@@ -226,19 +224,6 @@ def _spread(sizes: Mapping[str, int], nodes: int) -> list[set[str]]:
     return found
 
 
-def _at_most(
-    held: list[bool], spec: DataSpec, index: int, ordered: Sequence[Example]
-) -> list[bool]:
-    """Only the first ``held_out_max`` rows stay held out, and those that another node lists too."""
-    others = _listed_elsewhere(spec, index)
-    count = 0
-    found = []
-    for is_held, example in zip(held, ordered, strict=True):
-        count += is_held
-        found.append(is_held and (count <= spec.held_out_max or example.category in others))
-    return found
-
-
 def _listed_elsewhere(spec: DataSpec, index: int) -> set[str]:
     if spec.partition != "categories" or spec.categories is None:
         return set()
@@ -283,8 +268,8 @@ def _numbered(examples: Sequence[Example]) -> list[tuple[int, Example]]:
     return found
 
 
-def _is_held_out(copy: int, example: Example, spec: DataSpec) -> bool:
-    decides = (copy, example.messages) if spec.split == "rows" else (example.question,)
+def _is_held_out(example: Example, spec: DataSpec) -> bool:
+    decides = (example.question, example.answer) if spec.split == "pairs" else (example.question,)
     return _hash(spec.seed, "held", *decides) / HASH_RANGE < spec.held_out
 
 

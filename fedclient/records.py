@@ -36,7 +36,12 @@ class Example:
     @property
     def question(self) -> str:
         """The last user message, folded for comparison."""
-        return " ".join(self.messages[-2][1].lower().split())
+        return _folded(self.messages[-2][1])
+
+    @property
+    def answer(self) -> str:
+        """The answer, folded for comparison."""
+        return _folded(self.messages[-1][1])
 
 
 def read_examples(source: str, key: str | None = None) -> list[Example]:
@@ -221,6 +226,10 @@ def _given_messages(where: str, given: Any) -> tuple[tuple[str, str], ...]:
     if len(messages) < 2 or messages[-1][0] != "assistant" or messages[-2][0] != "user":
         raise DataError(f"{where}: messages must end with a user's and the assistant's")
     return tuple(messages)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def _is_text(value: Any) -> bool:

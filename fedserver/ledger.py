@@ -7,6 +7,7 @@ SQLite transaction after every blob that it names is on disk: it is in the ledge
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 GENESIS_PREVIOUS = "0" * 64
 _SCHEMA = """
@@ -29,7 +30,7 @@ CREATE TABLE IF NOT EXISTS entries (
 ) STRICT;
 """
 
-BLOBS = "blobs"
+BLOBS, LOCK = "blobs", "ledger.lock"
 
 
 class LedgerError(Exception):
@@ -63,14 +64,19 @@ def entry_hash(height: int, kind: str, round_number: int, content: str, previous
 class Ledger:
     """The ledger of one run directory: ``ledger.db`` and ``blobs/``."""
 
-    def __init__(self, folder: Path, *, create: bool = False) -> None:
+    def __init__(self, folder: Path, *, create: bool = False, write: bool = False) -> None:
+        """Open a ledger. Only one process at a time may ``create`` or ``write``; any may read."""
         self.folder = folder
+        self._lock: IO[str] | None = None
+        self._appended: str | None = None
         self._blobs = folder / BLOBS
         path = folder / "ledger.db"
         if not create and not path.is_file():
             raise LedgerError(f"{folder} holds no ledger; give the folder of a run (runs/NAME)")
         if create:
             self._blobs.mkdir(parents=True, exist_ok=True)
+        if create or write:
+            self._lock = _locked(folder)
         try:
             self._database = sqlite3.connect(
                 path, timeout=30, isolation_level=None, check_same_thread=False
@@ -82,8 +88,10 @@ class Ledger:
             raise LedgerError(f"{path} cannot be read as a ledger: {error}") from None
 
     def close(self) -> None:
-        """Close the database; the run directory may then be moved."""
+        """Close the database and let others write; the run directory may then be moved."""
         self._database.close()
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def height(self) -> int:
@@ -125,12 +133,15 @@ class Ledger:
         self._database.execute("BEGIN IMMEDIATE")
         try:
             height, previous = self.height, self.head
+            if self._appended not in (None, previous):
+                raise sqlite3.IntegrityError("another process appended to it")
             digest = entry_hash(height, kind, round_number, text, previous)
             self._database.execute(
                 "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (height, kind, round_number, text, previous, digest, canonical(wall)),
             )
             self._database.execute("COMMIT")
+            self._appended = digest
         except sqlite3.Error as error:
             self._database.rollback()
             raise LedgerError(
@@ -263,6 +274,19 @@ class Ledger:
 
     def _path(self, digest: str) -> Path:
         return self._blobs / digest[:2] / f"{digest}.safetensors"
+
+
+def _locked(folder: Path) -> IO[str]:
+    """An advisory lock on the folder, which ends with the process, however it ends."""
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise LedgerError(
+            f"{folder}: another process is running this run; wait for its end, or stop it"
+        ) from None
+    return file
 
 
 def _synchronise(folder: Path) -> None:

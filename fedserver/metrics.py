@@ -111,7 +111,7 @@ def summarise(
         "bytes_down": _bytes(ledger, "bytes_down"),
         "bytes_full_model": 2 * FP32_BYTES * weights * len(ranks) * len(lines),
         "bytes_full_lora": 2 * FP32_BYTES * per_rank * sum(ranks) * len(lines),
-        "seconds": sum(line["seconds"] for line in lines),
+        "seconds": sum(entry.wall["seconds"] for entry in _messages(ledger)),
         "head": ledger.head,
         "adapter": "adapter",
         "version": _version(),
@@ -130,9 +130,12 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def _bytes(ledger: Ledger, direction: str) -> int:
-    """All messages of all rounds, and of the final evaluation."""
-    entries = [*ledger.entries("round"), *ledger.entries("evaluation")]
-    return sum(node[direction] for entry in entries for node in entry.content["nodes"])
+    return sum(node[direction] for entry in _messages(ledger) for node in entry.content["nodes"])
+
+
+def _messages(ledger: Ledger) -> list[Entry]:
+    """What nodes were asked: all rounds, and the final evaluation."""
+    return [*ledger.entries("round"), *ledger.entries("evaluation")]
 
 
 def _before_and_after(ledger: Ledger) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

@@ -186,7 +186,11 @@ class Coordinator:
         outcomes = self._collect(number, "evaluate", model, roster, ledger)
         entering = sum_evaluations([o for o in outcomes if o.verdict is Verdict.ACCEPTED])
         content = {"entering": entering, "nodes": [row(outcome) for outcome in outcomes]}
-        wall = {"started": started, "nodes": {o.plan.node: o.seconds for o in outcomes}}
+        wall = {
+            "started": started,
+            "seconds": time.time() - started,
+            "nodes": {o.plan.node: o.seconds for o in outcomes},
+        }
         ledger.append("evaluation", self._configuration.rounds, content, wall)
         self._emit_evaluation(self._configuration.rounds, entering)
 

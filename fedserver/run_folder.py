@@ -7,7 +7,7 @@ from typing import Any
 
 from aggregators import Layout
 from fedserver.configuration import ConfigurationError, RunConfiguration, load
-from fedserver.ledger import BLOBS, Entry, Ledger, LedgerError
+from fedserver.ledger import BLOBS, LOCK, Entry, Ledger, LedgerError
 
 
 def open_existing(folder: Path, configuration: RunConfiguration, *, resume: bool) -> Ledger | None:
@@ -20,7 +20,7 @@ def open_existing(folder: Path, configuration: RunConfiguration, *, resume: bool
         if folder.is_dir() and not _is_fresh(folder):
             raise LedgerError(f"{folder} is not empty and holds no run; choose another --output")
         return None
-    ledger = Ledger(folder)
+    ledger = Ledger(folder, write=True)
     genesis = ledger.last("genesis")
     if genesis is not None and genesis.content["run"] != configuration.run_id():
         differing = [
@@ -76,6 +76,6 @@ def _genesis(ledger: Ledger) -> Entry:
 def _is_fresh(folder: Path) -> bool:
     """Nothing stands in it, or what a ledger leaves that was stopped while it was being made."""
     return all(
-        path.name == BLOBS and path.is_dir() and not any(path.iterdir())
+        path.name == LOCK or (path.name == BLOBS and path.is_dir() and not any(path.iterdir()))
         for path in folder.iterdir()
     )

@@ -148,6 +148,32 @@ def test_entries_missing_at_the_end_are_found_by_the_summary(tmp_path: Path) -> 
     ledger.close()
 
 
+def test_two_writers_exclude_each_other_and_readers_do_not(tmp_path: Path) -> None:
+    ledger = filled(tmp_path)
+    for options in ({"create": True}, {"write": True}):
+        with pytest.raises(LedgerError, match="another process"):
+            Ledger(tmp_path, **options)
+    reader = Ledger(tmp_path)
+    assert reader.verify() == []
+    reader.close()
+    ledger.close()
+    again = Ledger(tmp_path, write=True)
+    _round(again, 9)
+    again.close()
+
+
+def test_an_entry_follows_the_one_that_its_writer_wrote(tmp_path: Path) -> None:
+    """Where locks do not work, as on some network disks, a second writer is still found out."""
+    one = filled(tmp_path)
+    two = Ledger(tmp_path)
+    _round(two, 7)
+    two.close()
+    with pytest.raises(LedgerError, match="another process"):
+        _round(one, 8)
+    assert one.verify() == []
+    one.close()
+
+
 def test_only_the_wanted_states_stay(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, create=True)
     for number in range(4):
