@@ -12,7 +12,7 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 import fedkernels as fk
@@ -26,7 +26,9 @@ MAX_EXAMPLES = 10**7
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=10**12)]
-Loss = Annotated[float, Field(ge=0, le=1e6)]
+# A model that is this sure of something wrong has logits that float32 barely holds.
+LARGEST_LOSS = 1e6
+Loss = Annotated[float, Field(ge=0, le=LARGEST_LOSS)]
 
 # What leaves the base as it is; peft's other initialisations move a part of it into the adapter.
 Initialisation = Literal["random", "shared", "carry", "previous", "gaussian", "orthogonal"]
@@ -85,12 +87,31 @@ class Plan(_Message):
 
 
 class Evaluation(_Message):
-    """Sums over answer tokens: ``loss_sum`` in nats, ``correct`` greedy predictions."""
+    """Sums over answer tokens: ``loss_sum`` in nats, ``correct`` greedy predictions.
+
+    ``new_*`` are of those held-out examples whose question and answer the node does not train on.
+    """
 
     loss_sum: float = Field(ge=0, le=1e15)
     tokens: Count
     correct: Count
     examples: Count
+    new_loss_sum: float = Field(default=0.0, ge=0, le=1e15)
+    new_tokens: Count = 0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Evaluation:
+        if self.correct > self.tokens or self.new_tokens > self.tokens:
+            raise ValueError("more tokens are right, or new, than there are")
+        if self.examples > self.tokens:
+            raise ValueError("more examples than answer tokens")
+        for loss_sum, tokens in (
+            (self.loss_sum, self.tokens),
+            (self.new_loss_sum, self.new_tokens),
+        ):
+            if loss_sum > LARGEST_LOSS * tokens:
+                raise ValueError(f"a loss above {LARGEST_LOSS:g} nats a token")
+        return self
 
 
 class Report(_Message):

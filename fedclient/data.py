@@ -2,7 +2,7 @@
 
 Dividing is done by flwr-datasets' partitioners. What is held out is held out everywhere: its hash
 decides, so no held-out question, or with the split "pairs" no held-out question with that answer, is in
-any node's training set.
+any node's training set. The split "rows" is for sources that repeat themselves.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ class DataSpec(BaseModel):
     with the fewest rows, the largest first. "categories": those that ``categories`` lists.
 
     ``split`` "questions" holds out whole questions; "pairs" holds out questions with one answer, and
-    the same question may be learnt with another. A node evaluates at most ``held_out_max`` examples;
-    what its share holds out beyond that it does not train on: another node, maybe a device whose data
-    nobody else sees, may evaluate the same. Choose a smaller ``held_out`` to train on more.
+    the same question may be learnt with another; "rows" holds out single rows, and an equal row may be
+    learnt, as in a source that repeats itself: see ``NodeData.repeats``.
+
+    A node evaluates at most ``held_out_max`` examples; what its share holds out beyond that it does not
+    train on: another node, maybe a device whose data nobody else sees, may evaluate the same. Choose a
+    smaller ``held_out`` to train on more.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,7 +54,7 @@ class DataSpec(BaseModel):
     alpha: float = Field(default=0.5, gt=0)
     categories: tuple[tuple[str, ...], ...] | None = None
     nodes: int = Field(default=1, ge=1)
-    split: Literal["questions", "pairs"] = "questions"
+    split: Literal["questions", "pairs", "rows"] = "questions"
     held_out: float = Field(default=0.1, gt=0, lt=1)
     held_out_max: int = Field(default=64, ge=1)
     limit_per_node: int | None = Field(default=None, ge=1)
@@ -65,6 +68,11 @@ class NodeData:
     train: list[Example]
     held_out: list[Example]
     fingerprint: str
+
+    def repeats(self) -> list[bool]:
+        """For each held-out example, whether the node trains on the same question and answer."""
+        learnt = {(example.question, example.answer) for example in self.train}
+        return [(example.question, example.answer) in learnt for example in self.held_out]
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ def load_partition(spec: DataSpec, index: int) -> NodeData:
     mine = _part(examples, spec, index)
     # The order within a node is by content and seed: a source's own order is often by topic.
     numbered = sorted(_numbered(mine), key=lambda pair: _hash(spec.seed, "order", *pair))
-    held = [_is_held_out(example, spec) for _, example in numbered]
+    held = [_is_held_out(copy, example, spec) for copy, example in numbered]
     ordered = [example for _, example in numbered]
     if not any(held):
         elsewhere = _questions_elsewhere(examples, mine, spec, index)
@@ -268,8 +276,12 @@ def _numbered(examples: Sequence[Example]) -> list[tuple[int, Example]]:
     return found
 
 
-def _is_held_out(example: Example, spec: DataSpec) -> bool:
-    decides = (example.question, example.answer) if spec.split == "pairs" else (example.question,)
+def _is_held_out(copy: int, example: Example, spec: DataSpec) -> bool:
+    decides: tuple[Any, ...] = (example.question,)
+    if spec.split == "pairs":
+        decides = (example.question, example.answer)
+    elif spec.split == "rows":
+        decides = (copy, example.messages)
     return _hash(spec.seed, "held", *decides) / HASH_RANGE < spec.held_out
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -112,8 +112,7 @@ class Worker:
         with lora.adapted(base.model, layout, shown, view) as wrapped:
             if plan.evaluate or plan.action == "evaluate":
                 held_out = _tokens(plan, settings, base, "held_out")
-                batches = data.eval_batches(held_out, EVALUATION_BATCH, pad)
-                evaluation = Evaluation.model_validate(vars(evaluate(wrapped, batches)))
+                evaluation = _evaluation(wrapped, held_out, own.repeats(), pad)
             if plan.action == "train":
                 tokens = _tokens(plan, settings, base, "train")
                 before = lora.read_factors(wrapped, layout, plan)
@@ -136,6 +135,25 @@ class Worker:
             return None
         progress = self._progress
         return lambda step, steps, loss: progress(node, step, steps, loss)
+
+
+def _evaluation(
+    model: Any, tokens: Sequence[data.Tokens], repeats: Sequence[bool], pad: int
+) -> Evaluation:
+    """The score of all held-out examples, and of those among them that the node does not train on."""
+    parts = []
+    for repeated in (False, True):
+        chosen = [t for t, is_repeat in zip(tokens, repeats, strict=True) if is_repeat == repeated]
+        parts.append(evaluate(model, data.eval_batches(chosen, EVALUATION_BATCH, pad)))
+    new, old = parts
+    return Evaluation(
+        loss_sum=new.loss_sum + old.loss_sum,
+        tokens=new.tokens + old.tokens,
+        correct=new.correct + old.correct,
+        examples=new.examples + old.examples,
+        new_loss_sum=new.loss_sum,
+        new_tokens=new.tokens,
+    )
 
 
 def _answer(plan: Plan, base_digest: str, report: Report, update: Any) -> bytes:

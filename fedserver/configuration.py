@@ -68,9 +68,9 @@ class DataConfiguration(_Strict):
     partition: Literal["categories", "category", "dirichlet", "iid", "shards"] = "iid"
     key: str | None = Field(default=None, description="column to divide by")
     alpha: float = Field(default=0.5, gt=0, description="Dirichlet concentration")
-    split: Literal["questions", "pairs"] = Field(
+    split: Literal["questions", "pairs", "rows"] = Field(
         default="questions",
-        description="hold out whole questions, or questions with one of their answers",
+        description="hold out whole questions, questions with one of their answers, or single rows",
     )
     held_out: float = Field(default=0.1, gt=0, lt=1, description="share kept for evaluation")
     held_out_max: int = Field(default=64, ge=1, description="evaluation examples a node, at most")

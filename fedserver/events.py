@@ -36,12 +36,18 @@ class NodeInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats per answer token, its exponential, and the share of tokens predicted right."""
+    """Loss in nats per answer token, its exponential, and the share of tokens predicted right.
+
+    ``new_loss``: over the ``new_tokens`` of examples that the training data do not repeat, None where
+    that is all of them.
+    """
 
     loss: float
     perplexity: float
     accuracy: float
     tokens: int
+    new_loss: float | None = None
+    new_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from aggregators import Layout
+from aggregators.messages import Evaluation
 from fedserver.configuration import RunConfiguration
 from fedserver.ledger import Entry, Ledger
 
 FP32_BYTES = 4
-EVALUATED = ("loss_sum", "tokens", "correct", "examples")
+EVALUATED = tuple(Evaluation.model_fields)
 
 
 def rows(ledger: Ledger) -> list[dict[str, Any]]:
@@ -73,7 +74,11 @@ def round_row(entry: Entry, evaluation: dict[str, Any] | None) -> dict[str, Any]
 
 
 def scores(sums: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Loss, perplexity and token accuracy from token sums; None when nothing was evaluated."""
+    """Loss, perplexity and token accuracy from token sums; None when nothing was evaluated.
+
+    ``new_loss`` is over examples that no row of their node's training data repeats; None where that is
+    all of them, or none.
+    """
     if sums is None or not sums["tokens"]:
         return None
     loss = sums["loss_sum"] / sums["tokens"]
@@ -83,6 +88,10 @@ def scores(sums: dict[str, Any] | None) -> dict[str, Any] | None:
         "accuracy": sums["correct"] / sums["tokens"],
         "tokens": sums["tokens"],
         "examples": sums["examples"],
+        "new_loss": sums["new_loss_sum"] / sums["new_tokens"]
+        if 0 < sums["new_tokens"] < sums["tokens"]
+        else None,
+        "new_tokens": sums["new_tokens"],
     }
 
 

@@ -74,12 +74,7 @@ def sum_evaluations(outcomes: list[Outcome]) -> dict[str, Any] | None:
     evaluations: list[Evaluation] = [e for e in found if e is not None and e.tokens > 0]
     if not evaluations:
         return None
-    return {
-        "loss_sum": sum(e.loss_sum for e in evaluations),
-        "tokens": sum(e.tokens for e in evaluations),
-        "correct": sum(e.correct for e in evaluations),
-        "examples": sum(e.examples for e in evaluations),
-    }
+    return {key: sum(getattr(e, key) for e in evaluations) for key in Evaluation.model_fields}
 
 
 def row(outcome: Outcome) -> dict[str, Any]:

@@ -175,6 +175,7 @@ def summary_rows(progress: RunProgress, finished: events.RunFinished) -> list[tu
                     quantities.change_text(before.loss if before else None, after.loss),
                 ),
             ),
+            *_new_rows(before, after),
             (
                 "perplexity",
                 _change(
@@ -284,6 +285,22 @@ def _time_line(progress: RunProgress, now: float) -> RenderableType:
         Text(left),
     )
     return grid
+
+
+def _new_rows(before: events.Evaluation | None, after: events.Evaluation) -> list[tuple[str, str]]:
+    """The loss on answers that no node learnt word for word, where the data repeat themselves."""
+    if after.new_loss is None:
+        return []
+    base = before.new_loss if before else None
+    shown = _change(
+        quantities.loss_text(base) if base is not None else "",
+        quantities.loss_text(after.new_loss),
+        quantities.change_text(base, after.new_loss),
+    )
+    repeated = after.tokens - after.new_tokens
+    return [
+        ("  on new rows", f"{shown}; {repeated:,} of {after.tokens:,} tokens repeat learnt rows")
+    ]
 
 
 def _change(before: str, after: str, change: str = "") -> str:

@@ -18,7 +18,7 @@ from simulations.report_tables import (
     round_columns,
     verdict_words,
 )
-from simulations.run_directory import Run, read_run, text
+from simulations.run_directory import Quality, Run, read_run, text
 
 REPLY_LIMIT = 5000
 """Beyond this many replies the page names ``metrics.jsonl`` instead of listing them."""
@@ -106,7 +106,22 @@ def _headline(run: Run) -> dict[str, Any]:
         "after": after,
         "change": words,
         "better": change is not None and change < 0,
+        "repeats": _repeats(before, after),
     }
+
+
+def _repeats(before: Quality | None, after: Quality | None) -> str:
+    """What the loss is on new answers alone, where some held-out rows repeat learnt ones."""
+    if after is None or after.new_loss is None or not after.tokens or after.new_tokens is None:
+        return ""
+    base = before.new_loss if before else None
+    change = quantities.relative_change(base, after.new_loss)
+    shown = quantities.loss_text(after.new_loss)
+    if base is not None and change is not None:
+        shown = f"{quantities.loss_text(base)} → {shown}, {quantities.share_text(abs(change))}"
+        shown += " lower" if change < 0 else " higher"
+    share = quantities.share_text(1 - after.new_tokens / after.tokens)
+    return f"{share} of them repeat rows that were learnt; on the others: {shown}"
 
 
 def _seconds(run: Run) -> float | None:

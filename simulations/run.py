@@ -97,6 +97,8 @@ def _scores(found: dict[str, Any] | None) -> events.Evaluation | None:
         perplexity=found["perplexity"],
         accuracy=found["accuracy"],
         tokens=found["tokens"],
+        new_loss=found["new_loss"],
+        new_tokens=found["new_tokens"],
     )
 
 

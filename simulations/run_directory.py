@@ -74,12 +74,17 @@ class Round:
 
 @dataclass(frozen=True)
 class Quality:
-    """One evaluation: nats per answer token, its exponential, share of tokens right, tokens."""
+    """One evaluation: nats per answer token, its exponential, share of tokens right, tokens.
+
+    ``new_loss`` is over the ``new_tokens`` of examples that the training data do not repeat.
+    """
 
     loss: float | None
     perplexity: float | None
     accuracy: float | None
     tokens: int | None
+    new_loss: float | None = None
+    new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -305,5 +310,12 @@ def _quality(value: object) -> Quality | None:
     loss, perplexity = number(value.get("loss")), number(value.get("perplexity"))
     if perplexity is None and loss is not None and loss < 700:
         perplexity = math.exp(loss)
-    quality = Quality(loss, perplexity, number(value.get("accuracy")), integer(value.get("tokens")))
+    quality = Quality(
+        loss=loss,
+        perplexity=perplexity,
+        accuracy=number(value.get("accuracy")),
+        tokens=integer(value.get("tokens")),
+        new_loss=number(value.get("new_loss")),
+        new_tokens=integer(value.get("new_tokens")),
+    )
     return quality if quality.loss is not None or quality.accuracy is not None else None

@@ -21,7 +21,10 @@ NEW_TOKENS = 40
 def sample_answers(
     configuration: RunConfiguration, base_folder: Path, adapter: Path, count: int
 ) -> list[dict[str, str]]:
-    """Greedy answers to ``count`` held-out questions, each of another node's data."""
+    """Greedy answers to ``count`` held-out questions, each of another node's data.
+
+    A row that repeats a learnt one would show memory, so none is chosen.
+    """
     base = base_model.load(str(base_folder), configuration.base_dtype)
     questions = _questions(configuration, count)
     threads = torch.get_num_threads()
@@ -55,9 +58,10 @@ def _questions(configuration: RunConfiguration, count: int) -> list[Example]:
     specification = DataSpec.model_validate(data_specification(configuration))
     chosen: list[Example] = []
     for index in range(len(configuration.nodes)):
-        held_out = load_partition(specification, index).held_out
-        if held_out and len(chosen) < count:
-            chosen.append(held_out[0])
+        own = load_partition(specification, index)
+        new = [e for e, old in zip(own.held_out, own.repeats(), strict=True) if not old]
+        if new and len(chosen) < count:
+            chosen.append(new[0])
     return chosen
 
 

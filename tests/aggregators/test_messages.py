@@ -383,3 +383,21 @@ def test_evaluations_are_sums(make_plan):
         Evaluation(loss_sum=math.nan, tokens=1, correct=1, examples=1)
     with pytest.raises(ValueError, match="tokens"):
         Evaluation(loss_sum=1.0, tokens=-1, correct=1, examples=1)
+
+
+@pytest.mark.parametrize(
+    "impossible",
+    [
+        {"correct": 6},
+        {"examples": 6},
+        {"new_tokens": 6},
+        {"tokens": 0, "correct": 0, "examples": 0},
+        {"loss_sum": 1e15},
+        {"new_loss_sum": 1.0},
+    ],
+)
+def test_a_node_cannot_claim_more_than_there_is(impossible):
+    honest = {"loss_sum": 3.0, "tokens": 5, "correct": 2, "examples": 1}
+    Evaluation(**honest)
+    with pytest.raises(ValueError):  # noqa: PT011
+        Evaluation(**(honest | impossible))

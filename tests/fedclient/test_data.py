@@ -86,6 +86,26 @@ def numbered_rows(folder: Path, rows: list[tuple[str, str]]) -> Path:
     return path
 
 
+@settings(max_examples=40)
+@given(divided())
+def test_rows_that_repeat_learnt_ones_are_known(
+    tmp_path_factory: pytest.TempPathFactory,
+    case: tuple[list[tuple[str, str]], DataSpec],
+) -> None:
+    rows, specification = case
+    path = numbered_rows(tmp_path_factory.mktemp("repeats"), [*rows, *rows])
+    for split in ("questions", "pairs", "rows"):
+        one = specification.model_copy(update={"source": str(path), "split": split})
+        for index in range(one.nodes):
+            try:
+                own = load_partition(one, index)
+            except DataError:
+                continue
+            learnt = {e.messages for e in own.train}
+            assert own.repeats() == [e.messages in learnt for e in own.held_out]
+            assert split == "rows" or not any(own.repeats())
+
+
 def _with_first_place(
     rows: list[tuple[str, str]],
 ) -> list[tuple[int, tuple[str, str]]]:
