@@ -20,7 +20,9 @@ def kernels(
     family: Annotated[
         list[str] | None, typer.Option("--family", metavar="NAME", help="Only this family; repeat.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller and rougher, in a minute.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Smaller and rougher, in a minute.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Time, reference, ratio and floor of every kernel, with the machine's limits of the same run."""

@@ -19,7 +19,9 @@ def rows(quick: bool) -> list[Row]:
 
 
 def _row(case: Case, measurement: Measurement, dense: Measurement | None) -> Row:
-    extra: dict[str, float | str] = {"error / optimum": measurement.error / measurement.optimum}
+    extra: dict[str, float | str] = {
+        "error / optimum − 1": measurement.error / measurement.optimum - 1
+    }
     if measurement.extra_bytes is not None:
         extra["extra memory / stack"] = measurement.extra_bytes / case.stack_bytes
     stack_rank = sum(case.ranks)

@@ -14,14 +14,14 @@ from simulations.benchmarks.kernels.row import Row
 
 
 def floor_json(floor: MachineFloor) -> str:
-    """Return the machine's floor as one line; it has the key "machine" in place of "family"."""
-    return json.dumps({"machine": floor.processor, **dataclasses.asdict(floor)})
+    """Return the machine's floor as one line: {"machine": {...}}; rows have "family" instead."""
+    return json.dumps({"machine": dataclasses.asdict(floor)}, ensure_ascii=False)
 
 
 def row_json(row: Row) -> str:
     """Return a row as one line, with the ratios that follow from its times."""
     derived = {"ratio": row.ratio, "floor_share": row.floor_share}
-    return json.dumps({**dataclasses.asdict(row), **derived})
+    return json.dumps({**dataclasses.asdict(row), **derived}, ensure_ascii=False)
 
 
 def floor_text(floor: MachineFloor) -> str:
