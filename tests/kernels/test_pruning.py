@@ -122,7 +122,7 @@ class TestScores:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_sums_over_several_blocks_agree_with_the_reference(self, dtype: torch.dtype) -> None:
-        out, columns, rank = 140, 2000, 3  # a block has 131 rows
+        out, columns, rank = 140, 4000, 3  # a block has 131 rows
         w, g = tensor(0, out, columns).to(dtype), tensor(1, out, columns).to(dtype)
         norms = tensor(2, columns).abs()
         b, db = tensor(3, out, rank), tensor(4, out, rank)
@@ -212,7 +212,7 @@ class TestMasks:
             assert {i for i, k in enumerate(kept) if k} == set(best)
 
     def test_every_backend_has_the_same_masks(self, backend: str) -> None:
-        scores = tensor(3, 260, 1031).mul_(4).round_()  # many equals, several blocks, a ragged end
+        scores = tensor(3, 520, 1031).mul_(4).round_()  # many equals, several blocks, a ragged end
         assert torch.equal(pruning.two_of_four_mask(scores), reference.two_of_four_mask(scores))
         assert torch.equal(pruning.unstructured_mask(scores, 0.5), reference.top_mask(scores, 516))
 

@@ -6,14 +6,15 @@ wins, so that a mask is a function of the scores alone: the same on every device
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedkernels.backends import instruction_set
 from fedkernels.reference import pruning as reference
 
-# Elements that the comparisons take at once: 1 MiB in float32, which second-level caches hold.
-ELEMENTS_AT_ONCE = 2**18
+# Elements that the comparisons take at once: 2 MiB in float32, which caches hold.
+ELEMENTS_AT_ONCE = 2**19
 
 
 def unstructured_mask(scores: Tensor, ratio: float, per: str = "row") -> Tensor:
@@ -32,7 +33,7 @@ def unstructured_mask(scores: Tensor, ratio: float, per: str = "row") -> Tensor:
     check_ratio(ratio)
     if per not in ("row", "matrix"):
         raise ValueError(f"per must be 'row' or 'matrix', and it is {per!r}")
-    rows = scores if per == "row" else scores.reshape(1, -1)
+    rows = scores.detach() if per == "row" else scores.detach().reshape(1, -1)
     keep = rows.shape[1] - dropped(ratio, rows.shape[1])
     mask = reference.top_mask(rows, keep) if instruction_set() is None else _top_mask(rows, keep)
     return mask.reshape(scores.shape)
@@ -77,13 +78,24 @@ def _top_mask(scores: Tensor, keep: int) -> Tensor:
     columns = scores.shape[1]
     if keep == columns:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(columns - keep + 1, dim=1, keepdim=True).values
+    threshold = _order_statistic(scores, columns - keep)
     above = scores > threshold
     equal = scores == threshold
     missing = keep - above.sum(dim=1, keepdim=True)
     if int(equal.sum()) == int(missing.sum()):  # as good as always: no equals are left over
         return above.logical_or_(equal)
     return above.logical_or_(equal.logical_and_(equal.cumsum(dim=1) <= missing))
+
+
+def _order_statistic(scores: Tensor, place: int) -> Tensor:
+    """Return [rows, 1]: of each row the value that sorting would put at `place`."""
+    if scores.device.type != "cpu":
+        return scores.kthvalue(place + 1, dim=1, keepdim=True).values
+    # numpy selects with vector instructions, torch element by element
+    values = scores.float() if scores.itemsize < 4 else scores
+    return torch.from_numpy(
+        np.partition(values.numpy(), place, axis=1)[:, place : place + 1].copy()
+    )
 
 
 def _two_of_four(scores: Tensor) -> Tensor:

@@ -34,12 +34,13 @@ def measure(quick: bool = False) -> MachineFloor:
     size = 1024 if quick else 2048
     source, target = torch.ones(count), torch.zeros(count)
     moved = 2 * source.nbytes / 1e9
+    copy, change = least_seconds(lambda: target.copy_(source), lambda: target.add_(1.0))
     return MachineFloor(
         processor=processor_name(),
         threads=torch.get_num_threads(),
         backend=fk.backend(),
-        copy_gb_per_s=moved / least_seconds(lambda: target.copy_(source)),
-        read_modify_write_gb_per_s=moved / least_seconds(lambda: target.add_(1.0)),
+        copy_gb_per_s=moved / copy,
+        read_modify_write_gb_per_s=moved / change,
         fp32_matmul_gflop_per_s=_matmul_gflop_per_s(size, torch.float32),
         bf16_matmul_gflop_per_s=_matmul_gflop_per_s(size, torch.bfloat16),
     )
@@ -58,4 +59,5 @@ def processor_name() -> str:
 def _matmul_gflop_per_s(size: int, dtype: torch.dtype) -> float:
     left, right = torch.randn(2, size, size).to(dtype)
     product = torch.empty(size, size, dtype=dtype)
-    return 2 * size**3 / 1e9 / least_seconds(lambda: torch.mm(left, right, out=product))
+    [seconds] = least_seconds(lambda: torch.mm(left, right, out=product))
+    return 2 * size**3 / 1e9 / seconds
