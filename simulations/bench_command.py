@@ -35,10 +35,9 @@ def kernels(
         TimeRemainingColumn,
     )
 
-    from simulations.benchmarks.kernels import machine_floor, table
-    from simulations.benchmarks.kernels.collection import collect, families
+    from simulations.benchmarks.kernels import collection, machine_floor, table
 
-    known = families()
+    known = collection.families()
     if unknown := sorted(set(family or ()) - set(known)):
         raise typer.BadParameter(
             f"there is no {', '.join(unknown)}; there are: {', '.join(known)}",
@@ -58,7 +57,7 @@ def kernels(
             print(table.floor_json(floor), flush=True)
         waiting = [*chosen, "done"]
         progress.update(task, advance=1, description=waiting[0])
-        for position, (name, result) in enumerate(collect(chosen, quick)):
+        for position, (name, result) in enumerate(collection.collect(chosen, quick)):
             if isinstance(result, Exception):
                 failed = True
                 progress.console.print(f"{name}: {type(result).__name__}: {result}", markup=False)

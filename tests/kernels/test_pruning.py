@@ -357,6 +357,28 @@ class TestSmallerModel:
         ]
         assert torch.equal(*generated)
 
+    def test_an_adapter_of_it_is_one_of_the_whole_model(self) -> None:
+        """Small weights plus a LoRA change, against whole weights plus the scattered factors."""
+        model = llama()
+        plan = pruning.derive_plan(
+            pruning.layer_shapes(model), magnitudes(model),
+            head_ratio=0.5, channel_ratio=0.4, heads="within",
+        )  # fmt: skip
+        small, whole = pruning.gather(model, plan), masked(model, plan)
+        factors = {}
+        for seed, name in enumerate(magnitudes(model)):
+            out, columns = small.get_parameter(name).shape
+            factors[name] = 0.1 * tensor(seed, out, 2), tensor(seed + 1, 2, columns), 2.0
+        with torch.no_grad():
+            for one, changes in (
+                (small, factors),
+                (whole, pruning.scatter_factors(factors, plan)),
+            ):
+                for name, (b, a, scale) in changes.items():
+                    one.get_parameter(name).add_(scale * b @ a)
+            tokens = torch.tensor([[3, 1, 4, 1, 5]])
+            torch.testing.assert_close(small(tokens).logits, whole(tokens).logits)
+
     def test_equal_layers_are_in_the_configuration_and_load_again(self, tmp_path: Path) -> None:
         model = llama()
         plan = pruning.derive_plan(
