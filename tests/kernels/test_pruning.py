@@ -412,21 +412,28 @@ class TestSmallerModel:
             num_local_experts=2, pad_token_id=0, bos_token_id=0, eos_token_id=0,
         ))  # fmt: skip
         quantised, adapted, sinks = llama(), llama(), llama()
-        quantised.model.layers[1].mlp.up_proj.weight = nn.Parameter(
-            torch.zeros(12, 32, dtype=torch.uint8), requires_grad=False
-        )
+        quantised.model.layers[1].mlp.up_proj.__class__ = type("QuantizedLinear", (nn.Linear,), {})
         adapted.model.layers[0].self_attn.q_proj.base_layer = nn.Linear(1, 1)
         sinks.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(HEADS))
         for model, reason in (
             (gpt2, "Conv1D"),
             (mixtral, "gate_proj"),
             (nn.Linear(2, 2), "self_attn"),
-            (quantised, "quantised"),
+            (quantised, "QuantizedLinear"),
             (adapted, "adapter"),
             (sinks, "sinks"),
         ):
             with pytest.raises(ValueError, match=reason):
                 pruning.layer_shapes(model)
+
+    def test_a_replaced_forward_pass_is_refused(self) -> None:
+        model = llama()
+        plan = pruning.derive_plan(
+            pruning.layer_shapes(model), magnitudes(model), head_ratio=0.5, channel_ratio=0.5
+        )
+        model.model.norm.forward = lambda x: x
+        with pytest.raises(ValueError, match=r"model\.norm"):
+            pruning.gather(model, plan)
 
     def test_a_plan_for_another_model_is_refused(self) -> None:
         layer = LayerPlan(SHAPE, torch.tensor([0]), torch.tensor([0]), torch.tensor([0]))

@@ -48,7 +48,8 @@ def gather(
         and a saved folder could not be loaded.
 
     Raises:
-        ValueError: `source` has not the layers of the plan, or they are of another size.
+        ValueError: `source` has not the layers of the plan, or they are of another size; a module's
+            forward pass was replaced, which a copy would share with the original.
     """
     if isinstance(source, nn.Module):
         from fedkernels.pruning.smaller_model import smaller_model

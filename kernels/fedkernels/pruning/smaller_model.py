@@ -21,6 +21,12 @@ def smaller_model(model: Module, plan: PruningPlan) -> Module:
         if found.get(layer.shape.name) != layer.shape:
             other = found.get(layer.shape.name, "no such layer")
             raise ValueError(f"plan is for {layer.shape}, and the model has {other}")
+    for name, module in model.named_modules():
+        if "forward" in vars(module):  # a copy would go on computing with the original's weights
+            raise ValueError(
+                f"model: {name or 'it'} has a forward pass of its own, as `accelerate` gives it;"
+                " take that back first"
+            )
     # What stands in deepcopy's memo is taken as copied: no dropped weight is ever duplicated.
     memo: dict[int, object] = {}
     for layer in plan.layers:
