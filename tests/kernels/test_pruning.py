@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -157,6 +158,38 @@ class TestScores:
         torch.testing.assert_close(
             scores, ((w + b @ a) * moved).square().detach(), rtol=0.05, atol=1e-9
         )
+
+    def test_an_adapter_in_training_gives_the_scores_of_its_linears(self) -> None:
+        model = llama(1)
+        target_modules = ["q_proj", "down_proj", "lm_head"]
+        wrapped = get_peft_model(
+            model, LoraConfig(r=2, lora_alpha=6, target_modules=target_modules)
+        )
+        with pytest.raises(ValueError, match="adapter"):
+            pruning.adapter_scores(wrapped)
+        nn.init.normal_(model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+        tokens = torch.tensor([[3, 1, 4, 1, 5]])
+        wrapped(tokens, labels=tokens).loss.backward()
+        scores = pruning.adapter_scores(wrapped)
+        names = [f"model.layers.0.{name}_proj" for name in ("self_attn.q", "mlp.down")]
+        assert list(scores) == [f"{name}.weight" for name in names]
+        for name, dim in zip(names, (1, 0), strict=True):
+            layer = model.get_submodule(name)
+            b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+            whole = reference.lora_gradient(
+                layer.base_layer.weight, b, a, b.grad, a.grad, scale=3.0
+            )
+            expected = whole.detach().double().sum(dim)
+            torch.testing.assert_close(scores[f"{name}.weight"], expected, rtol=1e-4, atol=1e-7)
+        assert all(
+            torch.equal(scores[name], part) for name, part in pruning.adapter_scores(model).items()
+        )
+        plan = pruning.derive_plan(
+            pruning.layer_shapes(wrapped.unload()), scores, head_ratio=0.5, channel_ratio=0.5
+        )
+        assert plan.kept_weights == pytest.approx(0.5)
+        with pytest.raises(ValueError, match="adapter"):
+            pruning.adapter_scores(model)
 
     def test_input_norms_are_those_of_all_positions_of_all_batches(self) -> None:
         model = llama(1)

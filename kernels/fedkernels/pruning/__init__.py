@@ -9,6 +9,7 @@
 channels, `gather` the way there and back.
 """
 
+from fedkernels.pruning.adapter_scores import adapter_scores
 from fedkernels.pruning.gather import gather, gather_factors, scatter, scatter_factors
 from fedkernels.pruning.importance import (
     lora_gradient,
@@ -28,6 +29,7 @@ __all__ = [
     "LayerPlan",
     "LayerShape",
     "PruningPlan",
+    "adapter_scores",
     "derive_plan",
     "gather",
     "gather_factors",

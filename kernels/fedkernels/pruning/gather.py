@@ -37,8 +37,9 @@ def gather(
 
     Args:
         source: a Hugging Face model with the layers of the plan, which stays as it is: the result
-            is a copy, without the hooks of the linears that shrink. Or tensors by their parameters' names: weights, gradients, masks, probes;
-            those that the plan does not name are passed on, not copied.
+            is a copy, without the hooks of the linears that shrink. Or tensors by their parameters'
+            names: weights, gradients, masks, probes; those that the plan does not name are passed
+            on, not copied.
         plan: what to keep.
 
     Returns:
