@@ -48,6 +48,7 @@ def kernels(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
         console=Console(stderr=True), transient=True,
+        redirect_stdout=False,  # or JSON that goes to a file would go to the terminal instead
     )  # fmt: skip
     rows, failed = [], False
     with progress:

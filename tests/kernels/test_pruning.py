@@ -348,6 +348,7 @@ class TestPlan:
         layer = LayerPlan(SHAPE, *map(torch.tensor, kept.values()))
         with pytest.raises(ValueError, match="layers"):
             PruningPlan((layer, layer))
+        assert PruningPlan(()).kept_weights == 1.0
 
 
 class TestSmallerModel:

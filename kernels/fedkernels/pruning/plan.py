@@ -117,10 +117,11 @@ class PruningPlan:
 
     @property
     def kept_weights(self) -> float:
-        """Fraction of the named layers' linear weights that is kept."""
+        """Fraction of the named layers' linear weights that is kept; 1 where none is named."""
         matrices = [found for found in self._indices.values() if len(found.shape) == 2]
         total = sum(found.shape[0] * found.shape[1] for found in matrices)
-        return sum(found.kept_shape[0] * found.kept_shape[1] for found in matrices) / total
+        kept = sum(found.kept_shape[0] * found.kept_shape[1] for found in matrices)
+        return kept / total if total else 1.0
 
     @cached_property
     def _indices(self) -> dict[str, Indices]:
