@@ -1,4 +1,4 @@
-"""The numerics of fedbraid: random probes, and the SVD of a stack of low-rank factors.
+"""The numerics of fedbraid: random probes, pruning, and the SVD of a stack of low-rank factors.
 
 `reference.py` says what every probe is, slowly and plainly; the compiled backends agree with it
 bit for bit. `stack_svd` is the one decomposition that the server needs.
@@ -6,6 +6,7 @@ bit for bit. `stack_svd` is the one decomposition that the server needs.
 
 from __future__ import annotations
 
+from fedkernels import pruning
 from fedkernels.backends import backend, backends, use_backend
 from fedkernels.probes import PROBES, derive_seed, noise
 from fedkernels.stack_svd import METHODS, stack_svd
@@ -17,6 +18,7 @@ __all__ = [
     "backends",
     "derive_seed",
     "noise",
+    "pruning",
     "stack_svd",
     "use_backend",
 ]
