@@ -81,10 +81,10 @@ class QuantizedLinear(nn.Linear):
 class _ReadOnly(torch.Tensor):
     """A copy that whoever takes it for the weight itself cannot change; results are plain tensors."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         raise RuntimeError("a QuantizedLinear is frozen: nothing can be merged into its weight")
 
     @data.setter

@@ -106,7 +106,12 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 
 def nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Return the index of the nearest entry of an ascending table; the lower one of two."""
-    return torch.bucketize(values, (table[:-1] + table[1:]) / 2, out_int32=True)
+    return torch.bucketize(values, borders(table), out_int32=True)
+
+
+def borders(table: torch.Tensor) -> torch.Tensor:
+    """Return the middles between neighbours of an ascending table, float32."""
+    return (table[:-1] + table[1:]) / 2
 
 
 def dynamic_code() -> torch.Tensor:
@@ -132,39 +137,63 @@ def _blocks(values: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def _nf4(weight: torch.Tensor) -> QuantizedTensor:
-    table = FORMATS["nf4"].table
-    assert table is not None
     blocks = _blocks(weight, BLOCK)
     absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * (1 / absmax.clamp(min=SMALLEST))[:, None]
-    codes = nearest(scaled, table).flatten()[: weight.numel()]
+    codes = nearest(blocks * inverse(absmax)[:, None], nf4_table())
+    return nf4_of_parts(pack(codes.flatten()[: weight.numel()]), absmax, weight.shape)
+
+
+def nf4_of_parts(codes: torch.Tensor, absmax: torch.Tensor, shape: torch.Size) -> QuantizedTensor:
+    """Return an nf4 matrix with its scales quantised in turn.
+
+    Args:
+        codes: uint8, packed.
+        absmax: float32 [blocks], the largest magnitude in each.
+        shape: of the matrix.
+    """
     # The mean in float64 is the same, once rounded, in whatever order the scales are added.
     offset = absmax.double().mean().float().reshape(1)
     nested = _blocks(absmax - offset, NESTED_BLOCK)
     nested_scales = nested.abs().amax(dim=1)
-    code = dynamic_code()
-    scale_codes = nearest(nested * (1 / nested_scales.clamp(min=SMALLEST))[:, None], code)
+    nested_code = dynamic_code()
+    scale_codes = nearest(nested * inverse(nested_scales)[:, None], nested_code)
     return QuantizedTensor(
         "nf4",
-        (weight.shape[0], weight.shape[1]),
+        (shape[0], shape[1]),
         BLOCK,
-        pack(codes),
+        codes,
         scale_codes.flatten()[: absmax.numel()].to(torch.uint8),
         nested_scales=nested_scales,
-        nested_code=code,
+        nested_code=nested_code,
         nested_offset=offset,
         nested_block=NESTED_BLOCK,
     )
 
 
+def inverse(scales: torch.Tensor) -> torch.Tensor:
+    """Return what a block is multiplied by to be divided by its scale; finite for a zero."""
+    return 1 / scales.float().clamp(min=SMALLEST)
+
+
+def nf4_table() -> torch.Tensor:
+    """Return the sixteen ascending values of nf4."""
+    table = FORMATS["nf4"].table
+    assert table is not None
+    return table
+
+
+def int4_steps(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales and minimums, float16 [blocks], for blocks with these ranges."""
+    minimums = low.half()
+    # The scale spans the range from the rounded minimum on, so that rounding that costs little.
+    return ((high - minimums.float()).clamp(min=0) / 15).half(), minimums
+
+
 def _int4(weight: torch.Tensor) -> QuantizedTensor:
     blocks = _blocks(weight, BLOCK)
-    low, high = blocks.aminmax(dim=1)
-    minimums = low.half()
-    # Codes are chosen for the rounded scale and minimum, so that rounding these costs little.
-    steps = ((high - minimums.float()).clamp(min=0) / 15).half()
-    inverse = 1 / steps.float().clamp(min=SMALLEST)
-    codes = ((blocks - minimums.float()[:, None]) * inverse[:, None]).round().clamp(0, 15)
+    steps, minimums = int4_steps(*blocks.aminmax(dim=1))
+    codes = (blocks - minimums.float()[:, None]) * inverse(steps)[:, None]
+    codes = codes.round().clamp(0, 15)
     return QuantizedTensor(
         "int4",
         (weight.shape[0], weight.shape[1]),
@@ -177,8 +206,7 @@ def _int4(weight: torch.Tensor) -> QuantizedTensor:
 
 def _int8(weight: torch.Tensor) -> QuantizedTensor:
     steps = weight.abs().amax(dim=1) / 127
-    inverse = 1 / steps.clamp(min=SMALLEST)
-    codes = (weight * inverse[:, None]).round().clamp(-127, 127).to(torch.int8)
+    codes = (weight * inverse(steps)[:, None]).round().clamp(-127, 127).to(torch.int8)
     return QuantizedTensor(
         "int8", (weight.shape[0], weight.shape[1]), weight.shape[1], codes.flatten(), steps
     )
