@@ -38,22 +38,26 @@ struct QuantizedKernels {
 
 constexpr std::int64_t kFewRows = 32;  // what fits beside the weights in the first-level cache
 
+// How a kernel wants the rows of x: as they are, but in float32; or with the 16 even ones of each 32
+// columns first, then the odd ones, so that the two weights of a byte need not be brought together.
+enum class InputLayout { float32, split_float32, split_bfloat16 };
+
 struct FewRows {
-  const float* x;  // [rows, stride], as `arrange` made it
+  const void* x;  // [rows, stride], as `arrange` made it
   std::int64_t rows, stride;
-  bool split;
+  InputLayout layout;
   const float* bias;  // [rows of the matrix], or null
   void* y;            // [rows, rows of the matrix], float32 or bfloat16
   bool bfloat16;
 };
 
 struct QuantizedRowKernels {
-  // Whether `multiply` can take the weights of a byte from two registers: it then wants x split.
-  bool (*splits)(const QuantizedMatrix& matrix);
-  // x [rows, columns] in float32 or bfloat16 to float32, rows padded with zeros to the stride, a
-  // multiple of 16; split: of each 32 columns the 16 even ones first, then the odd ones.
+  // What `multiply` wants of x, given its type.
+  InputLayout (*layout)(const QuantizedMatrix& matrix, bool bfloat16);
+  // x [rows, columns] in float32 or bfloat16 to that layout, rows padded with zeros to the stride, a
+  // multiple of 16.
   void (*arrange)(const void* x, bool bfloat16, std::int64_t rows, std::int64_t columns,
-                  std::int64_t stride, bool split, float* out);
+                  std::int64_t stride, InputLayout layout, void* out);
   // y[:, first_feature .. past_feature), for at most kFewRows rows.
   void (*multiply)(const QuantizedMatrix& matrix, const FewRows& input, std::int64_t first_feature,
                    std::int64_t past_feature);
@@ -73,6 +77,9 @@ extern const QuantizedRowKernels kQuantizedRowKernels;
 }
 namespace neon {
 extern const QuantizedKernels kQuantizedKernels;
+extern const QuantizedRowKernels kQuantizedRowKernels;
+}
+namespace avx512_bf16 {
 extern const QuantizedRowKernels kQuantizedRowKernels;
 }
 

@@ -113,7 +113,7 @@ const QuantizedRowKernels& row_kernels(int isa) {
     case Isa::avx2:
       return avx2::kQuantizedRowKernels;
     case Isa::avx512:
-      return avx512::kQuantizedRowKernels;
+      return has_avx512_bf16() ? avx512_bf16::kQuantizedRowKernels : avx512::kQuantizedRowKernels;
 #endif
 #if defined(FK_HAS_NEON)
     case Isa::neon:
@@ -180,12 +180,12 @@ void few_rows_(const nb::ndarray<>& y, const nb::ndarray<>& x, const Matrix& mat
   const nb::gil_scoped_release unlocked;
   input.rows = rows;
   input.stride = parts(columns, 16) * 16;
-  input.split = kernel.splits(view);
+  input.layout = kernel.layout(view, input.bfloat16);
   std::vector<float> memory(static_cast<std::size_t>(rows * input.stride + 16));
   // From a cache line's start on: a register's load that crosses lines takes twice as long.
   const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
   float* arranged = memory.data() + (64 - address % 64) % 64 / sizeof(float);
-  kernel.arrange(from, input.bfloat16, rows, columns, input.stride, input.split, arranged);
+  kernel.arrange(from, input.bfloat16, rows, columns, input.stride, input.layout, arranged);
   input.x = arranged;
   const i64 grain = parts(parts(kGrain, columns), 8) * 8;
   parallel_for(view.rows, grain, threads,

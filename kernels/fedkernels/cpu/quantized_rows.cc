@@ -92,7 +92,7 @@ inline void expand_and_multiply(const QuantizedMatrix& matrix, const FewRows& in
       if (known > 0) expand(matrix, start, start + known, row);
       for (i64 k = known; k < padded; ++k) row[k] = 0.0f;
     }
-    const float* x = input.x + column;
+    const float* x = static_cast<const float*>(input.x) + column;
     i64 i = 0;
     for (; i + kMostRows <= input.rows; i += kMostRows) {
       multiply_tile<kMostRows>(x + i * input.stride, input.stride, weights, padded, sums + i);
@@ -114,24 +114,86 @@ inline void expand_and_multiply(const QuantizedMatrix& matrix, const FewRows& in
 constexpr i64 kStretch = 1024;  // columns at once: eight rows of x in the first-level cache
 constexpr i64 kMostBlocks = kStretch / kGroup;
 
-bool splits(const QuantizedMatrix& matrix) {
-  return matrix.table && matrix.block % kGroup == 0 && matrix.columns % matrix.block == 0;
+InputLayout layout(const QuantizedMatrix& matrix, bool bfloat16) {
+  const bool whole = matrix.block % kGroup == 0 && matrix.columns % matrix.block == 0;
+  if (!matrix.table || !whole) return InputLayout::float32;
+#if defined(__AVX512BF16__)
+  if (bfloat16) return InputLayout::split_bfloat16;
+#endif
+  (void)bfloat16;
+  return InputLayout::split_float32;
+}
+
+// One group of 32 columns: the weights of a feature, and their product with a row of x.
+struct Float32Group {
+  using Input = float;
+  Lanes even, odd;
+  void set(Lanes even_weights, Lanes odd_weights) {
+    even = even_weights;
+    odd = odd_weights;
+  }
+  Lanes add_product(const float* x, Lanes sum) const {
+    return multiply_add(load(x + kGroup / 2), odd, multiply_add(load(x), even, sum));
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct Bfloat16Group {
+  using Input = std::uint16_t;
+  __m512bh weights;
+  void set(Lanes even_weights, Lanes odd_weights) {
+    weights = _mm512_cvtne2ps_pbh(odd_weights, even_weights);
+  }
+  Lanes add_product(const std::uint16_t* x, Lanes sum) const {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(x), weights);
+  }
+};
+#endif
+
+// Scales and minimums of blocks first .. past, sixteen at a time; room for 15 more is needed.
+void decode_scales(const QuantizedMatrix& matrix, i64 first, i64 past, float* scale, float* minimum) {
+  const auto* halves = static_cast<const std::uint16_t*>(matrix.scales);
+  const auto* bytes = static_cast<const std::uint8_t*>(matrix.scales);
+  for (i64 b = first; b < past;) {
+    i64 count = past - b < 16 ? past - b : 16;
+    const auto present = static_cast<__mmask16>((1u << count) - 1);
+    if (matrix.scale_type == ScaleType::nested) {
+      const i64 nested = b / matrix.nested_block;
+      const i64 left = (nested + 1) * matrix.nested_block - b;
+      count = count < left ? count : left;
+      const __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(present, bytes + b));
+      const Lanes values = _mm512_i32gather_ps(codes, matrix.nested_code, sizeof(float));
+      const Lanes products = _mm512_mul_ps(values, _mm512_set1_ps(matrix.nested_scales[nested]));
+      const Lanes sums = _mm512_add_ps(products, _mm512_set1_ps(*matrix.nested_offset));
+      _mm512_storeu_ps(scale + (b - first), sums);
+    } else if (matrix.scale_type == ScaleType::float16) {
+      const __m256i some = _mm256_maskz_loadu_epi16(present, halves + b);
+      _mm512_storeu_ps(scale + (b - first), _mm512_cvtph_ps(some));
+    } else {
+      const auto* floats = static_cast<const float*>(matrix.scales);
+      _mm512_storeu_ps(scale + (b - first), _mm512_maskz_loadu_ps(present, floats + b));
+    }
+    if (matrix.minimums) {
+      const __m256i some = _mm256_maskz_loadu_epi16(present, matrix.minimums + b);
+      _mm512_storeu_ps(minimum + (b - first), _mm512_cvtph_ps(some));
+    }
+    b += count;
+  }
 }
 
 // A tile of kRows rows of x and kWide features, over blocks first .. past of each feature's row.
-template <int kRows, int kWide, bool kMinimums>
-void decode_and_multiply(const QuantizedMatrix& matrix, const float* x, i64 stride, i64 feature,
-                         i64 features, i64 first, i64 past, Lanes (*sums)[kFeatures]) {
+template <typename Group, int kRows, int kWide, bool kMinimums>
+void decode_and_multiply(const QuantizedMatrix& matrix, const typename Group::Input* x, i64 stride,
+                         i64 feature, i64 features, i64 first, i64 past, Lanes (*sums)[kFeatures]) {
   const Table table(matrix.table);
   const i64 blocks = matrix.columns / matrix.block, row_bytes = matrix.columns / 2;
   const std::uint8_t* codes[kWide];
-  float scale[kWide][kMostBlocks], minimum[kWide][kMostBlocks];
+  float scale[kWide][kMostBlocks + 16], minimum[kWide][kMostBlocks + 16];
   for (int j = 0; j < kWide; ++j) {
     // A tile beyond the last feature repeats that one, and nobody looks at the result.
     const i64 row = feature + (j < features ? j : features - 1);
     codes[j] = matrix.codes + row * row_bytes + first * matrix.block / 2;
-    Scales scales(matrix, row * blocks + first);
-    for (i64 b = first; b < past; ++b) scales.next(&scale[j][b - first], &minimum[j][b - first]);
+    decode_scales(matrix, row * blocks + first, row * blocks + past, scale[j], minimum[j]);
   }
   Lanes tile[kRows][kWide];
   for (int i = 0; i < kRows; ++i) {
@@ -144,25 +206,22 @@ void decode_and_multiply(const QuantizedMatrix& matrix, const float* x, i64 stri
       _mm_prefetch(reinterpret_cast<const char*>(codes[j] + kWide * row_bytes), _MM_HINT_T0);
     }
     for (i64 column = 0; column < matrix.block; column += kGroup, x += kGroup) {
-      Lanes even[kWide], odd[kWide];
+      Group groups[kWide];
       for (int j = 0; j < kWide; ++j) {
-        look_up_pairs(table, codes[j], &even[j], &odd[j]);
+        Lanes even, odd;
+        look_up_pairs(table, codes[j], &even, &odd);
         codes[j] += kGroup / 2;
         const Lanes scales = _mm512_set1_ps(scale[j][b]);
-        even[j] = _mm512_mul_ps(even[j], scales);
-        odd[j] = _mm512_mul_ps(odd[j], scales);
+        even = _mm512_mul_ps(even, scales);
+        odd = _mm512_mul_ps(odd, scales);
         if (kMinimums) {
-          even[j] = _mm512_add_ps(even[j], _mm512_set1_ps(minimum[j][b]));
-          odd[j] = _mm512_add_ps(odd[j], _mm512_set1_ps(minimum[j][b]));
+          even = _mm512_add_ps(even, _mm512_set1_ps(minimum[j][b]));
+          odd = _mm512_add_ps(odd, _mm512_set1_ps(minimum[j][b]));
         }
+        groups[j].set(even, odd);
       }
       for (int i = 0; i < kRows; ++i) {
-        const Lanes even_input = load(x + i * stride);
-        const Lanes odd_input = load(x + i * stride + kGroup / 2);
-        for (int j = 0; j < kWide; ++j) {
-          tile[i][j] = multiply_add(even_input, even[j], tile[i][j]);
-          tile[i][j] = multiply_add(odd_input, odd[j], tile[i][j]);
-        }
+        for (int j = 0; j < kWide; ++j) tile[i][j] = groups[j].add_product(x + i * stride, tile[i][j]);
       }
     }
   }
@@ -171,41 +230,41 @@ void decode_and_multiply(const QuantizedMatrix& matrix, const float* x, i64 stri
   }
 }
 
-template <int kRows, int kWide>
+template <typename Group, int kRows, int kWide>
 inline void decode_stretch(const QuantizedMatrix& matrix, const FewRows& input, i64 row, i64 feature,
                            i64 features, i64 first, i64 past, Lanes (*sums)[kFeatures]) {
-  const float* x = input.x + row * input.stride;
+  const auto* x = static_cast<const typename Group::Input*>(input.x) + row * input.stride;
   for (i64 j = 0; j < features; j += kWide) {
     const i64 left = features - j < kWide ? features - j : kWide;
     Lanes(*tile)[kFeatures] = reinterpret_cast<Lanes(*)[kFeatures]>(&sums[row][j]);
-    const auto function = matrix.minimums ? decode_and_multiply<kRows, kWide, true>
-                                          : decode_and_multiply<kRows, kWide, false>;
+    const auto function = matrix.minimums ? decode_and_multiply<Group, kRows, kWide, true>
+                                          : decode_and_multiply<Group, kRows, kWide, false>;
     function(matrix, x, input.stride, feature + j, left, first, past, tile);
   }
 }
 
-inline void decode_and_multiply_all(const QuantizedMatrix& matrix, const FewRows& input, i64 feature,
-                                    i64 features, Lanes (*sums)[kFeatures]) {
+template <typename Group>
+void decode_and_multiply_all(const QuantizedMatrix& matrix, const FewRows& input, i64 feature,
+                             i64 features, Lanes (*sums)[kFeatures]) {
   const i64 blocks = matrix.columns / matrix.block;
   const i64 at_once = matrix.block < kStretch ? kStretch / matrix.block : 1;
   for (i64 first = 0; first < blocks; first += at_once) {
     const i64 past = first + at_once < blocks ? first + at_once : blocks;
     for (i64 row = 0; row < input.rows; row += 8) {
       switch (input.rows - row) {
-#define FK_ROWS(rows, wide)                                                                  \
-  case rows:                                                                                 \
-    decode_stretch<rows, wide>(matrix, input, row, feature, features, first, past, sums);    \
-    break;
-        FK_ROWS(1, 4)
-        FK_ROWS(2, 4)
-        FK_ROWS(3, 4)
-        FK_ROWS(4, 4)
-        FK_ROWS(5, 2)
-        FK_ROWS(6, 2)
-        FK_ROWS(7, 2)
+#define FK_ROWS(label, rows, wide)                                                            \
+  label:                                                                                      \
+  decode_stretch<Group, rows, wide>(matrix, input, row, feature, features, first, past, sums); \
+  break;
+        FK_ROWS(case 1, 1, 4)
+        FK_ROWS(case 2, 2, 4)
+        FK_ROWS(case 3, 3, 4)
+        FK_ROWS(case 4, 4, 4)
+        FK_ROWS(case 5, 5, 2)
+        FK_ROWS(case 6, 6, 2)
+        FK_ROWS(case 7, 7, 2)
+        FK_ROWS(default, 8, 2)
 #undef FK_ROWS
-        default:
-          decode_stretch<8, 2>(matrix, input, row, feature, features, first, past, sums);
       }
     }
   }
@@ -213,25 +272,27 @@ inline void decode_and_multiply_all(const QuantizedMatrix& matrix, const FewRows
 
 #else
 
-bool splits(const QuantizedMatrix&) { return false; }
-
-inline void decode_and_multiply_all(const QuantizedMatrix&, const FewRows&, i64, i64,
-                                    Lanes (*)[kFeatures]) {}
+InputLayout layout(const QuantizedMatrix&, bool) { return InputLayout::float32; }
 
 #endif
 
-void arrange(const void* x, bool bfloat16, i64 rows, i64 columns, i64 stride, bool split,
-             float* out) {
-  for (i64 i = 0; i < rows; ++i, out += stride) {
-    for (i64 k = columns; k < stride; ++k) out[k] = 0.0f;
-    for (i64 k = 0; k < columns; ++k) {
-      const i64 at = split ? k / 32 * 32 + k % 2 * 16 + k % 32 / 2 : k;
-      if (bfloat16) {
-        const std::uint32_t half = static_cast<const std::uint16_t*>(x)[i * columns + k];
-        const std::uint32_t bits = half << 16;
-        memcpy(out + at, &bits, sizeof bits);
+void arrange(const void* x, bool bfloat16, i64 rows, i64 columns, i64 stride, InputLayout layout,
+             void* out) {
+  for (i64 i = 0; i < rows; ++i) {
+    for (i64 k = 0; k < stride; ++k) {
+      const bool split = layout != InputLayout::float32;
+      const i64 to = i * stride + (split ? k / 32 * 32 + k % 2 * 16 + k % 32 / 2 : k);
+      const i64 from = i * columns + k;
+      const bool padding = k >= columns;
+      if (layout == InputLayout::split_bfloat16) {
+        const auto* halves = static_cast<const std::uint16_t*>(x);
+        static_cast<std::uint16_t*>(out)[to] = padding ? std::uint16_t{0} : halves[from];
+      } else if (bfloat16) {
+        const std::uint32_t bits =
+            padding ? 0u : std::uint32_t{static_cast<const std::uint16_t*>(x)[from]} << 16;
+        memcpy(static_cast<float*>(out) + to, &bits, sizeof bits);
       } else {
-        out[at] = static_cast<const float*>(x)[i * columns + k];
+        static_cast<float*>(out)[to] = padding ? 0.0f : static_cast<const float*>(x)[from];
       }
     }
   }
@@ -240,17 +301,26 @@ void arrange(const void* x, bool bfloat16, i64 rows, i64 columns, i64 stride, bo
 void multiply(const QuantizedMatrix& matrix, const FewRows& input, i64 first_feature,
               i64 past_feature) {
   alignas(64) Sums sums;
-  const i64 at_once = input.split ? kFeatures : kTile;
+  const i64 at_once = input.layout == InputLayout::float32 ? kTile : kFeatures;
   for (i64 feature = first_feature; feature < past_feature; feature += at_once) {
     const i64 left = past_feature - feature;
     const i64 features = left < at_once ? left : at_once;
     for (i64 i = 0; i < input.rows; ++i) {
       for (int j = 0; j < kFeatures; ++j) sums[i][j] = zero();
     }
-    if (input.split) {
-      decode_and_multiply_all(matrix, input, feature, features, sums);
-    } else {
-      expand_and_multiply(matrix, input, feature, features, sums);
+    switch (input.layout) {
+#if defined(__AVX512BF16__)
+      case InputLayout::split_bfloat16:
+        decode_and_multiply_all<Bfloat16Group>(matrix, input, feature, features, sums);
+        break;
+#endif
+#if defined(__AVX512F__)
+      case InputLayout::split_float32:
+        decode_and_multiply_all<Float32Group>(matrix, input, feature, features, sums);
+        break;
+#endif
+      default:
+        expand_and_multiply(matrix, input, feature, features, sums);
     }
     for (i64 i = 0; i < input.rows; ++i) {
       for (i64 j = 0; j < features; ++j) {
@@ -271,7 +341,7 @@ void multiply(const QuantizedMatrix& matrix, const FewRows& input, i64 first_fea
 }  // namespace
 
 extern const QuantizedRowKernels kQuantizedRowKernels;
-const QuantizedRowKernels kQuantizedRowKernels = {splits, arrange, multiply};
+const QuantizedRowKernels kQuantizedRowKernels = {layout, arrange, multiply};
 
 }  // namespace FK_ISA
 }  // namespace fedkernels
