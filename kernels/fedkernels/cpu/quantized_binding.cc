@@ -17,6 +17,8 @@ using Optional = std::optional<nb::ndarray<>>;
 
 constexpr i64 kGrain = 1 << 14;  // weights of the smallest piece of work for a thread
 
+constexpr i64 kRowsAhead = 4;
+
 // torch's bfloat16 and float16, which C++17 has no types for.
 constexpr nb::dlpack::dtype kBfloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
 constexpr nb::dlpack::dtype kFloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
@@ -124,6 +126,16 @@ const QuantizedRowKernels& row_kernels(int isa) {
   }
 }
 
+// Asks for the codes of a piece of a row that will be needed soon. Pieces of a panel of columns are
+// too short and too far apart for the processor to foresee: without this they take four times as long.
+void prefetch_codes(const QuantizedMatrix& matrix, i64 first, i64 count) {
+#if defined(__GNUC__)
+  const i64 per_byte = matrix.table ? 2 : 1;
+  const std::uint8_t* codes = matrix.codes + first / per_byte;
+  for (i64 byte = 0; byte < count / per_byte; byte += 64) __builtin_prefetch(codes + byte);
+#endif
+}
+
 void dequantize_(const nb::ndarray<>& out, const Matrix& matrix, i64 first_row, i64 first_column,
                  int isa, int threads) {
   const QuantizedKernels& kernel = kernels(isa);
@@ -147,6 +159,8 @@ void dequantize_(const nb::ndarray<>& out, const Matrix& matrix, i64 first_row, 
     for (i64 row = begin; row < end; row += at_once) {
       const i64 first = (first_row + row) * view.columns + first_column;
       const i64 past = first + at_once * columns;
+      const i64 ahead = row + kRowsAhead < end ? kRowsAhead * view.columns : 0;
+      if (at_once == 1 && ahead > 0) prefetch_codes(view, first + ahead, columns);
       if (bfloat16) {
         kernel.to_bfloat16(view, first, past, halves_out + row * columns);
       } else {
