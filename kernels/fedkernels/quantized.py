@@ -39,9 +39,10 @@ def quantize(weight: torch.Tensor, fmt: str) -> QuantizedTensor:
             f"weight must be a matrix of floating point, not {weight.dtype} of {tuple(weight.shape)}"
         )
     values = weight.detach().float().contiguous()
-    if not values.isfinite().all():
+    low, high = values.aminmax()  # NaN if there is one anywhere
+    if not (low.isfinite() and high.isfinite()):
         raise ValueError("weight has values that are not finite in float32")
-    if fmt == "int4" and values.abs().max() > LARGEST_HALF:
+    if fmt == "int4" and max(-low, high) > LARGEST_HALF:
         raise ValueError(f"weight has values beyond {LARGEST_HALF}, the largest minimum of int4")
     return product.quantize(values, fmt)
 

@@ -13,14 +13,29 @@ void to_bfloat16(const QuantizedMatrix& matrix, i64 first, i64 past, std::uint16
   expand(matrix, first, past, out);
 }
 
+// Sixteen smallest and largest side by side, for the compiler may not reorder a single chain of them.
 void range(const float* values, i64 count, float* low, float* high) {
-  float least = values[0], most = values[0];
-  for (i64 i = 1; i < count; ++i) {
-    least = values[i] < least ? values[i] : least;
-    most = values[i] > most ? values[i] : most;
+  constexpr int kChains = 16;
+  float least[kChains], most[kChains];
+  for (int j = 0; j < kChains; ++j) least[j] = most[j] = values[0];
+  i64 i = 0;
+  for (; i + kChains <= count; i += kChains) {
+    for (int j = 0; j < kChains; ++j) {
+      const float value = values[i + j];
+      least[j] = value < least[j] ? value : least[j];
+      most[j] = value > most[j] ? value : most[j];
+    }
   }
-  *low = least;
-  *high = most;
+  for (; i < count; ++i) {
+    least[0] = values[i] < least[0] ? values[i] : least[0];
+    most[0] = values[i] > most[0] ? values[i] : most[0];
+  }
+  for (int j = 1; j < kChains; ++j) {
+    least[0] = least[j] < least[0] ? least[j] : least[0];
+    most[0] = most[j] > most[0] ? most[j] : most[0];
+  }
+  *low = least[0];
+  *high = most[0];
 }
 
 // To the nearest integer, ties to even, for values below 2**22: the sum has no room for a fraction.
