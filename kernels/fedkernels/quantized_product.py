@@ -29,6 +29,9 @@ FEW_ROWS = {torch.float32: 32, torch.bfloat16: 16}
 # Elements of a panel: small beside the matrix of a large layer, large beside the cost of a call.
 PANEL = 1 << 22
 
+# Of a panel of a very tall matrix: narrower pieces of rows would cost more to find than to decode.
+LEAST_COLUMNS = 256
+
 _compiled_matrices: WeakKeyDictionary[QuantizedTensor, _cpu.QuantizedMatrix] = WeakKeyDictionary()
 _scratch = threading.local()
 
@@ -176,7 +179,7 @@ def _column_panels(
     A product over columns is complete, while one over rows would be rounded once for each panel.
     """
     rows, columns = tensor.shape
-    at_once = max(PANEL // rows // 64, 1) * 64
+    at_once = max(PANEL // rows, LEAST_COLUMNS)
     whole = None if _is_compiled(tensor) else reference.dequantize(tensor).to(dtype)
     for first in range(0, columns, at_once):
         past = min(first + at_once, columns)

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import fedkernels as fk
+from fedkernels import quantized_product as product
 from fedkernels.reference import quantized as reference
 
 FORMATS = ("nf4", "int4", "int8", "q4_0", "q4_1", "q8_0")
@@ -105,15 +106,18 @@ def test_bytes_of_a_large_matrix():
 @given(
     fmt=st.sampled_from(FORMATS),
     seed=SEEDS,
-    rows=st.one_of(st.integers(1, 12), st.sampled_from([40, 130])),
+    rows=st.one_of(st.integers(1, 12), st.sampled_from([17, 32, 40, 130])),
     out_features=SIZES,
-    in_features=SIZES,
+    in_features=st.one_of(SIZES, st.sampled_from([64, 128, 320])),  # whole blocks, or not
     dtype=st.sampled_from(list(RELATIVE_ERROR)),
     with_bias=st.booleans(),
 )
 @example("nf4", 1, 1, 64, 2048, torch.float32, False)
 @example("nf4", 1, 8, 33, 576, torch.bfloat16, True)
 @example("int8", 1, 8, 33, 577, torch.bfloat16, True)
+@example("int4", 1, 7, 21, 1152, torch.bfloat16, True)
+@example("int4", 1, 6, 21, 1152, torch.float32, False)
+@example("nf4", 1, 32, 9, 64 * 257, torch.float32, False)  # nested blocks end inside a row
 def test_product_and_gradients_are_those_of_the_dense_layer(
     backend, fmt, seed, rows, out_features, in_features, dtype, with_bias
 ):
@@ -171,6 +175,41 @@ def test_adapter_and_its_gradients_are_those_of_the_dense_layer(
     ):
         assert gradient.dtype == argument.dtype
         assert relative_error(gradient, dense_gradient) <= RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "int8", "q4_1"])
+def test_panels_join_without_a_seam(backend, fmt, monkeypatch):
+    tensor = quantized(fmt, 1, 200, 96)
+    x, dy = random(2, 40, 96), random(3, 40, 200)
+    y, dx = product.linear(x, tensor, None), product.linear_backward(dy, tensor)
+    monkeypatch.setattr(product, "PANEL", 1000)
+    monkeypatch.setattr(product, "LEAST_COLUMNS", 10)
+    assert torch.allclose(product.linear(x, tensor, None), y, atol=1e-4)
+    assert torch.allclose(product.linear_backward(dy, tensor), dx, atol=1e-4)
+
+
+def test_a_nan_in_the_input_reaches_its_row_and_no_other(backend):
+    tensor = quantized("nf4", 1, 30, 64)
+    for dtype in RELATIVE_ERROR:
+        x = random(2, 3, 64).to(dtype)
+        x[1, 7] = torch.nan
+        y = fk.linear(x, tensor)
+        assert y[1].isnan().all()
+        assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_does_not_matter(backend, threads):
+    tensor = quantized("nf4", 1, 512, 320)
+    x = random(2, 5, 320)
+    expected = fk.linear(x, tensor)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.allclose(fk.linear(x, tensor), expected, rtol=1e-6)
+        assert torch.equal(tensor.dequantize(), reference.dequantize(tensor))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_leading_dimensions_and_strides_of_the_input_do_not_matter(backend):
