@@ -1,4 +1,9 @@
-"""Quantised linears: against bitsandbytes where it is installed, dense torch, and reading the codes."""
+"""Quantised linears: against bitsandbytes where it is installed, dense torch, and reading the codes.
+
+bitsandbytes brings an OpenMP runtime of its own beside torch's. Where the threads of both wait by
+turning and other programs want the processors too, its times grow many-fold; `make` sets
+OMP_WAIT_POLICY=passive, with which it shows what it can do. Say which of the two a figure is from.
+"""
 
 from __future__ import annotations
 
