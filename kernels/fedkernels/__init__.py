@@ -9,16 +9,26 @@ from __future__ import annotations
 from fedkernels import pruning
 from fedkernels.backends import backend, backends, use_backend
 from fedkernels.probes import PROBES, derive_seed, noise
+from fedkernels.quantized import dequantize, linear, lora_linear, quantize
+from fedkernels.quantized_linear import QuantizedLinear, quantize_linears
+from fedkernels.quantized_tensor import QuantizedTensor
 from fedkernels.stack_svd import METHODS, stack_svd
 
 __all__ = [
     "METHODS",
     "PROBES",
+    "QuantizedLinear",
+    "QuantizedTensor",
     "backend",
     "backends",
+    "dequantize",
     "derive_seed",
+    "linear",
+    "lora_linear",
     "noise",
     "pruning",
+    "quantize",
+    "quantize_linears",
     "stack_svd",
     "use_backend",
 ]

@@ -8,7 +8,7 @@ import pytest
 
 import fedkernels as fk
 
-collect_ignore = [] if "portable" in fk.backends() else ["test_compiled.py"]
+collect_ignore_glob = [] if "portable" in fk.backends() else ["test_compiled*.py"]
 
 
 @pytest.fixture(params=fk.backends())
