@@ -146,7 +146,7 @@ class Notice:
 
 @dataclasses.dataclass(frozen=True)
 class RunFinished:
-    """The last event. Paths are empty where nothing was written."""
+    """The last event. Paths are empty where nothing was written. Bytes: of all messages of the run."""
 
     before: Evaluation | None
     after: Evaluation | None
@@ -154,6 +154,8 @@ class RunFinished:
     head: str
     report: str
     adapter: str
+    bytes_up: int | None = None
+    bytes_down: int | None = None
 
 
 Event: TypeAlias = (

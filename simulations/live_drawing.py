@@ -194,8 +194,8 @@ def summary_rows(progress: RunProgress, finished: events.RunFinished) -> list[tu
     rows.append(
         (
             "network",
-            f"{quantities.bytes_text(progress.bytes_up)} up,"
-            f" {quantities.bytes_text(progress.bytes_down)} down",
+            f"{quantities.bytes_text(_known(finished.bytes_up, progress.bytes_up))} up,"
+            f" {quantities.bytes_text(_known(finished.bytes_down, progress.bytes_down))} down",
         )
     )
     rows.append(("replies", f"{progress.accepted} accepted, {progress.refused} refused"))
@@ -285,6 +285,11 @@ def _time_line(progress: RunProgress, now: float) -> RenderableType:
         Text(left),
     )
     return grid
+
+
+def _known(total: int | None, seen: int) -> int:
+    """The run's total, else what this process saw of it."""
+    return seen if total is None else total
 
 
 def _new_rows(before: events.Evaluation | None, after: events.Evaluation) -> list[tuple[str, str]]:

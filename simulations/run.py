@@ -76,6 +76,8 @@ def simulate(
             head=summary["head"],
             report=str(report),
             adapter=str(adapter or ""),
+            bytes_up=summary["bytes_up"],
+            bytes_down=summary["bytes_down"],
         )
     )
     return summary
