@@ -99,7 +99,9 @@ def test_it_equals_the_dense_product(backend, dtype, sizes, with_y):
     expected = x.double() @ dense(adapter).T + (y.double() if with_y else 0)
     found = adapter(x, y if with_y else None)
     assert (found.dtype, found.shape) == (dtype, (rows, out))
-    assert error(found, expected) < EXACT[dtype]
+    # relative to the norm that random signs give on average, for a few numbers may cancel
+    average = x.norm() * adapter.coefficients.norm() * out**0.5 + (y.norm() if with_y else 0)
+    assert (found - expected).norm() < EXACT[dtype] * average
 
 
 @DTYPES
@@ -120,10 +122,10 @@ def test_gradients_equal_those_of_the_dense_product(backend, dtype, sizes):
     assert x.grad is not None
     assert x.grad.dtype == dtype
     assert a.grad is not None
-    assert error(x.grad, (q * a.detach()) @ v) < EXACT[dtype]
-    # relative to the summands, for they may cancel
-    summands = (x.detach().double() @ v.T) * q
-    assert (a.grad - summands.sum(0)).norm() < EXACT[dtype] * summands.norm()
+    average = direction.norm() * a.norm() * inner**0.5
+    assert (x.grad - (q * a) @ v).norm() < EXACT[dtype] * average
+    average = (x.norm(dim=1) * direction.norm(dim=1)).norm() * count**0.5
+    assert (a.grad - (x.double() @ v.T * q).sum(0)).norm() < EXACT[dtype] * average
     assert torch.equal(y.grad, direction)
 
 
@@ -147,7 +149,8 @@ def test_it_is_linear_in_the_coefficients(backend, sizes, exponent):
     adapter = from_seeds(count, first, out, inner)
     a, b = adapter(x), replace(adapter, coefficients=second)(x)
     both = replace(adapter, coefficients=first + second)(x)
-    assert (both - a - b).norm() <= 1e-5 * (a.norm() + b.norm())
+    average = x.norm() * (first.norm() + second.norm()) * out**0.5
+    assert (both - a - b).norm() <= 1e-5 * average
     # a power of two rounds nothing
     scaled = replace(adapter, coefficients=torch.ldexp(first, torch.tensor(exponent)))(x)
     assert torch.equal(scaled, a * 2.0**exponent)

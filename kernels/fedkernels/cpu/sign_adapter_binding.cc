@@ -71,8 +71,8 @@ void sign_product_(const nb::ndarray<>& out, const nb::ndarray<>& x, const nb::n
                    const std::optional<nb::ndarray<>>& scale,
                    const std::optional<nb::ndarray<>>& add, bool coarse, int isa, int threads) {
   const SignKernels chosen = kernels(checked_isa(isa), coarse);
-  if (x.ndim() != 2) refuse("x", "must have two dimensions");
-  if (out.ndim() != 2) refuse("out", "must have two dimensions");
+  if (x.ndim() != 2 || x.size() == 0) refuse("x", "must have two dimensions and not be empty");
+  if (out.ndim() != 2 || out.size() == 0) refuse("out", "must have two dimensions and not be empty");
   SignProduct p{};
   p.rows = static_cast<std::int64_t>(x.shape(0));
   p.inner = static_cast<std::int64_t>(x.shape(1));
@@ -99,7 +99,7 @@ void sign_product_(const nb::ndarray<>& out, const nb::ndarray<>& x, const nb::n
   const nb::gil_scoped_release unlocked;
   // As many columns a task as there may be, for each task makes its tables; fewer if rows are few.
   const std::int64_t row_tasks = divide_up(p.rows, kSignRows);
-  const std::int64_t wanted = divide_up(2 * std::int64_t{std::max(threads, 1)}, std::max<std::int64_t>(row_tasks, 1));
+  const std::int64_t wanted = divide_up(2 * std::int64_t{std::max(threads, 1)}, row_tasks);
   const std::int64_t even = 128 * divide_up(divide_up(p.columns, wanted), 128);
   const std::int64_t width = threads > 1 ? std::min(even, kSignColumns) : kSignColumns;
   const std::int64_t column_tasks = divide_up(p.columns, width);
