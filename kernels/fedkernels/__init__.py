@@ -12,6 +12,7 @@ from fedkernels.probes import PROBES, derive_seed, noise
 from fedkernels.quantized import dequantize, linear, lora_linear, quantize
 from fedkernels.quantized_linear import QuantizedLinear, quantize_linears
 from fedkernels.quantized_tensor import QuantizedTensor
+from fedkernels.sign_adapter import SignAdapter, sign_linear
 from fedkernels.stack_svd import METHODS, stack_svd
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "PROBES",
     "QuantizedLinear",
     "QuantizedTensor",
+    "SignAdapter",
     "backend",
     "backends",
     "dequantize",
@@ -29,6 +31,7 @@ __all__ = [
     "pruning",
     "quantize",
     "quantize_linears",
+    "sign_linear",
     "stack_svd",
     "use_backend",
 ]

@@ -80,3 +80,34 @@ def quantize_codes_(
     With `borders` [15]: how many lie below it. With `minimums`: how many steps above its block's
     minimum it is, 0 .. 15. Both packed into uint8. With neither: the nearest int8.
     """
+
+def sign_product_(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor | None,
+    add: torch.Tensor | None,
+    coarse: bool,
+    isa: int,
+    threads: int,
+) -> None:
+    """Write x S * scale + add into `out`, for the sign matrix S [inner, columns] of `words`.
+
+    out [rows, columns], x [rows, inner], add [rows, columns]: float32 or bfloat16, `add` as `out`;
+    words: int32 (reference/sign_adapter.py); scale: float32 [columns]. All contiguous, on the CPU;
+    else ValueError. `coarse` allows 16-bit fixed point.
+    """
+
+def sign_transpose_(out: torch.Tensor, words: torch.Tensor, isa: int, threads: int) -> None:
+    """Write the words of a sign matrix's transpose into `out`."""
+
+def sign_factors_(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    seeds: torch.Tensor,
+    tensor_id: int,
+    left_size: int,
+    right_size: int,
+    threads: int,
+) -> None:
+    """Write the words of U [K, left_size] and V transposed [right_size, K]; seeds: int64 [K]."""

@@ -59,3 +59,50 @@ def test_what_is_not_contiguous_float32_is_refused_untouched(out):
 def test_a_stretch_beyond_the_last_element_is_refused():
     with pytest.raises(ValueError, match="first_element"):
         _cpu.rademacher_(torch.zeros(3), 1, 2, 2**64 - 2)
+
+
+WORDS = torch.zeros(2, 64, dtype=torch.int32)  # of signs [40, 50]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"out": torch.zeros(3, 0)}, "out"),
+        ({"out": torch.zeros(4, 50)}, "out must be"),
+        ({"out": torch.zeros(3, 50).double()}, "out must be float32"),
+        ({"x": torch.zeros(0, 40)}, "x must"),
+        ({"x": torch.zeros(3, 40).half()}, "x must be float32"),
+        ({"x": torch.zeros(40, 3).T}, "x must be contiguous"),
+        ({"x": torch.zeros(3, 70)}, "words must be"),
+        ({"words": WORDS.long()}, "words must be int32"),
+        ({"words": WORDS[:, :50]}, "words must be contiguous"),
+        ({"scale": torch.zeros(49)}, "scale"),
+        ({"scale": torch.zeros(50).double()}, "scale"),
+        ({"add": torch.zeros(3, 49)}, "add must be"),
+        ({"add": torch.zeros(3, 50).bfloat16()}, "add must have"),
+        ({"isa": 9}, "isa"),
+    ],
+)
+def test_no_bad_argument_reaches_a_sign_product(changed, named):
+    arguments = {
+        "out": torch.zeros(3, 50),
+        "x": torch.zeros(3, 40),
+        "words": WORDS,
+        "scale": None,
+        "add": None,
+        "coarse": False,
+        "isa": 0,
+        "threads": 2,
+    }
+    _cpu.sign_product_(**arguments)
+    with pytest.raises(ValueError, match=named):
+        _cpu.sign_product_(**(arguments | changed))
+
+
+def test_no_bad_argument_reaches_the_packing_of_signs():
+    with pytest.raises(ValueError, match="out must be"):
+        _cpu.sign_transpose_(WORDS[:1], WORDS, 0, 1)
+    seeds, left = torch.zeros(40, dtype=torch.int64), torch.zeros(2, 32, dtype=torch.int32)
+    for sizes, named in (((33, 50), "left"), ((32, 70), "right"), ((0, 50), "shape")):
+        with pytest.raises(ValueError, match=named):
+            _cpu.sign_factors_(left, WORDS, seeds, 1, *sizes, 1)
