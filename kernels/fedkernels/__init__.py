@@ -7,16 +7,23 @@ bit for bit. `stack_svd` is the one decomposition that the server needs.
 from __future__ import annotations
 
 from fedkernels.backends import backend, backends, use_backend
+from fedkernels.part import Part
 from fedkernels.probes import PROBES, derive_seed, noise
+from fedkernels.replay import perturb_, perturbed, project, replay_
 from fedkernels.stack_svd import METHODS, stack_svd
 
 __all__ = [
     "METHODS",
     "PROBES",
+    "Part",
     "backend",
     "backends",
     "derive_seed",
     "noise",
+    "perturb_",
+    "perturbed",
+    "project",
+    "replay_",
     "stack_svd",
     "use_backend",
 ]
