@@ -83,7 +83,7 @@ def noise(
         float32 [count], exact: to be multiplied by `UNITS[probe]` for unit variance.
     """
     define = DEFINITIONS["rademacher" if probe == "rank1" and len(shape) < 2 else probe]
-    chunks = elements.split(ELEMENTS_AT_ONCE)
+    chunks = torch.split(elements, ELEMENTS_AT_ONCE)
     return torch.cat([define(seed, tensor_id, shape, chunk) for chunk in chunks])
 
 
