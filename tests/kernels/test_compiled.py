@@ -1,17 +1,17 @@
-"""The compiled module: the same bits as the reference, and no bad argument reaches its pointers."""
+"""The compiled module: the generator's bits, and no bad argument reaches its pointers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedkernels import _cpu
 from fedkernels.reference import probes as reference
 
 WORD = st.integers(0, 2**32 - 1)
-SEED = st.integers(0, 2**64 - 1)
+WHOLE = torch.tensor([[0, 0, 4]])
 
 
 @given(st.tuples(WORD, WORD, WORD, WORD), st.tuples(WORD, WORD))
@@ -19,25 +19,8 @@ def test_generator_equals_the_reference(counter, key):
     assert tuple(_cpu.philox4x32(counter, key)) == reference.philox4x32(counter, key)
 
 
-@given(
-    seed=SEED,
-    tensor_id=SEED,
-    first=st.integers(0, 2**64 - 1 - 300),
-    count=st.integers(0, 300),
-)
-@example(seed=1, tensor_id=2, first=128 * 2**32 - 5, count=200)  # the block index outgrows a word
-def test_any_stretch_of_a_probe_equals_its_definition(seed, tensor_id, first, count):
-    out = torch.full((count,), torch.nan)
-    _cpu.rademacher_(out, seed, tensor_id, first)
-    assert out.tolist() == [element(seed, tensor_id, first + i) for i in range(count)]
-
-
-def element(seed: int, tensor_id: int, index: int) -> float:
-    """Return one element of a probe straight from the definition."""
-    block = index // 128
-    halves = [value >> shift & 0xFFFFFFFF for value in (block, tensor_id) for shift in (0, 32)]
-    words = reference.philox4x32(tuple(halves), (seed & 0xFFFFFFFF, seed >> 32))
-    return 1.0 - 2.0 * (words[index // 32 % 4] >> index % 32 & 1)
+def perturb(out, weight=None, pieces=WHOLE, gather=None, width=1, probe=0, isa=0):
+    _cpu.perturb(out, weight, pieces, gather, width, 1, 2, probe, 1.0, isa, 1)
 
 
 @pytest.mark.parametrize(
@@ -50,15 +33,10 @@ def element(seed: int, tensor_id: int, index: int) -> float:
         torch.zeros(1).expand(4),
     ],
 )
-def test_what_is_not_contiguous_float32_is_refused_untouched(out):
+def test_what_is_not_contiguous_weights_is_refused_untouched(out):
     with pytest.raises(ValueError, match="out must be"):
-        _cpu.rademacher_(out, 1, 2, 0)
+        perturb(out)
     assert not out.any()
-
-
-def test_a_stretch_beyond_the_last_element_is_refused():
-    with pytest.raises(ValueError, match="first_element"):
-        _cpu.rademacher_(torch.zeros(3), 1, 2, 2**64 - 2)
 
 
 WORDS = torch.zeros(2, 64, dtype=torch.int32)  # of signs [40, 50]
@@ -106,3 +84,42 @@ def test_no_bad_argument_reaches_the_packing_of_signs():
     for sizes, named in (((33, 50), "left"), ((32, 70), "right"), ((0, 50), "shape")):
         with pytest.raises(ValueError, match=named):
             _cpu.sign_factors_(left, WORDS, seeds, 1, *sizes, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"weight": torch.zeros(5)}, "weight"),
+        ({"weight": torch.zeros(4, dtype=torch.float16)}, "weight"),
+        ({"pieces": torch.tensor([[0, 0, 5]])}, "pieces"),
+        ({"pieces": torch.tensor([[1, 0, 4]])}, "pieces"),
+        ({"pieces": torch.tensor([[-1, 0, 4]])}, "pieces"),
+        ({"pieces": torch.tensor([[0, -1, 4]])}, "pieces"),
+        ({"pieces": torch.tensor([[0, 2**62, 4]])}, "pieces"),
+        ({"pieces": torch.tensor([[0, 0, -4]])}, "pieces"),
+        ({"pieces": torch.tensor([0, 0, 4])}, "pieces"),
+        ({"pieces": WHOLE.int()}, "pieces"),
+        ({"gather": torch.tensor([0, 4])}, "pieces"),
+        ({"gather": torch.tensor([1, 1])}, "gather"),
+        ({"gather": torch.tensor([-1, 1])}, "gather"),
+        ({"width": 0}, "width"),
+        ({"probe": 4}, "probe"),
+        ({"isa": 9}, "isa"),
+    ],
+)
+def test_arguments_that_leave_the_weight_are_refused(arguments, named):
+    out = torch.zeros(4)
+    with pytest.raises(ValueError, match=named):
+        perturb(out, **arguments)
+    assert not out.any()
+
+
+def test_replay_and_project_check_their_sizes():
+    two, three = torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="coefficients"):
+        _cpu.replay(torch.zeros(4), WHOLE, None, 1, two, three, 1.0, 0, 0, 0, 1)
+    with pytest.raises(ValueError, match="seeds"):
+        _cpu.replay(torch.zeros(4), WHOLE, None, 1, two[:0], three[:0], 1.0, 0, 0, 0, 1)
+    out = torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="out"):
+        _cpu.project(out, torch.zeros(4), WHOLE, None, 1, two, 0, 0, 0, 1)
