@@ -14,14 +14,14 @@ WITHOUT_EXTENSION = """
 import sys
 sys.modules["fedkernels._cpu"] = None  # what an import meets where there is no such file
 import fedkernels as fk
-assert fk.backends() == [fk.backend()] == ["reference"]
+assert fk.backend() == "reference" and set(fk.backends()) <= {"reference", "triton"}
 assert fk.noise(1, 2, (3, 4)).shape == fk.noise(1, 2, (3, 4)).shape == (3, 4)
 """
 
 
 def test_the_fastest_backend_is_the_default_and_the_reference_is_always_there():
     assert fk.backends()[0] == "reference"
-    assert fk.backend() == fk.backends()[-1]
+    assert fk.backend() == [name for name in fk.backends() if name != "triton"][-1]
 
 
 def test_a_machine_with_a_compiler_has_the_compiled_backend():
