@@ -1,125 +1,131 @@
 """Probes on a GPU: `noise`, `perturb_`, `replay_` and `project`, with the noise in registers.
 
-Element i of a tensor (row-major) lies in counter i // WIDTH, so a program takes BLOCKS consecutive
-counters. A stretch of a tensor that begins at element `first` begins `skip` = first % WIDTH
-elements before its first counter's end: local index = counter * WIDTH + column - skip.
-
 Weights are read and written once, whatever the number of seeds. Replay sums integers, in 32 bits
 where the coefficients cannot overflow them, and converts to float64 once. Projection keeps a
-partial sum a tile and seed, added up in a fixed order: no atomics, so the same bits in every run.
+partial sum for each tile and seed, added up in a fixed order: no atomics, the same bits in every run.
+
+The caller (`fedkernels/probes.py`, `fedkernels/replay.py`) has checked all arguments: tensors are
+contiguous, and on one device. `rank1` probes are matrices, and have kernels of their own.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from fedkernels.gpu.philox import POPCOUNT, RADEMACHER, integers_times
+from fedkernels.gpu import rank1
+from fedkernels.gpu.distributions import scaled_probe
+from fedkernels.gpu.placement import Placement, placement, signed, tile
 from fedkernels.gpu.rounding import (
-    INTERPRETED,
     as_pointer,
     fused_multiply_add,
     load_float,
     store_float,
 )
+from fedkernels.gpu.sums import float64_bits, partial_sums, seed_tensor, sum_type
+from fedkernels.part import Part
+from fedkernels.reference.probes import LARGEST, UNITS
 
-PROBES = {"rademacher": RADEMACHER, "popcount": POPCOUNT}
-WIDTHS = {"rademacher": 128, "popcount": 4}  # elements of one counter
-UNIT = {"rademacher": 1.0, "popcount": 1 / math.sqrt(8)}  # what makes the variance one
-LARGEST = {"rademacher": 1, "popcount": 16}  # of the probe's integers
-
-# Elements of a program's tile. The interpreter's cost is per program and operation, not per element.
-TILE = 8192
-# Partial sums of a projection, float64: at most 64 MiB of them at once.
-PARTIALS = 1 << 23
+_UNSPECIALIZED = ["seed", "seeds_count", "factor_bits", "tensor_id", "first_block", "skip"]
 
 
-@triton.jit
-def _tile(first_block, skip, count, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return this program's counters [BLOCKS], its local indices and mask [BLOCKS, WIDTH]."""
-    row = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    local = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :] - skip
-    return first_block.to(tl.int64) + row, local, (local >= 0) & (local < count)
-
-
-@triton.jit(do_not_specialize=["seed", "tensor_id", "first_block", "skip"])
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def noise_kernel(
     out,
     seed: tl.int64,
+    unit,
     tensor_id: tl.int64,
     first_block: tl.int64,
     skip,
     count: tl.int64,
-    unit,
+    rows,
+    columns,
+    held: tl.int64,
+    width: tl.int64,
     PROBE: tl.constexpr,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
+    ELEMENTS: tl.constexpr,
 ):
-    """out = unit * q; out: float32 or int8 [count]."""
-    block, local, inside = _tile(first_block, skip, count, BLOCKS, WIDTH)
-    value = integers_times(tl.to_tensor(unit), seed, tensor_id, block, PROBE, BLOCKS)
+    """out = unit * q; out: float32 [count]."""
+    place = tile(first_block, skip, count, rows, columns, held, width, BLOCKS, WIDTH, ELEMENTS)
+    block, position, local, inside = place
+    unit = tl.to_tensor(unit)
+    value = scaled_probe(unit, seed, tensor_id, block, position, PROBE, BLOCKS, WIDTH)
     tl.store(out + local, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed", "tensor_id", "first_block", "skip"])
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def perturb_kernel(
     weight,
     seed: tl.int64,
-    scale,
+    step,
     tensor_id: tl.int64,
     first_block: tl.int64,
     skip,
     count: tl.int64,
+    rows,
+    columns,
+    held: tl.int64,
+    width: tl.int64,
     PROBE: tl.constexpr,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
+    ELEMENTS: tl.constexpr,
 ):
-    """weight = fma(q, scale, weight) in float32; weight: float32, float16 or int16 view [count]."""
-    block, local, inside = _tile(first_block, skip, count, BLOCKS, WIDTH)
+    """weight = fma(q, step, weight) in float32, rounded once to the weight's type; weight: [count]."""
+    place = tile(first_block, skip, count, rows, columns, held, width, BLOCKS, WIDTH, ELEMENTS)
+    block, position, local, inside = place
     old = load_float(weight + local, inside)
-    one = tl.full([], 1.0, tl.float32)
-    integers = integers_times(one, seed, tensor_id, block, PROBE, BLOCKS)
-    store_float(weight + local, fused_multiply_add(integers, scale + tl.zeros_like(old), old), inside)
+    one = tl.to_tensor(1.0)
+    probe = scaled_probe(one, seed, tensor_id, block, position, PROBE, BLOCKS, WIDTH)
+    moved = fused_multiply_add(probe, tl.zeros_like(old) + step, old)
+    store_float(weight + local, moved, inside)
 
 
-@triton.jit(do_not_specialize=["seeds_count", "scale_bits", "tensor_id", "first_block", "skip"])
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def replay_kernel(
     weight,
     seeds,
     coefficients,
     seeds_count,
-    scale_bits: tl.int64,
+    factor_bits: tl.int64,
     tensor_id: tl.int64,
     first_block: tl.int64,
     skip,
     count: tl.int64,
+    rows,
+    columns,
+    held: tl.int64,
+    width: tl.int64,
     PROBE: tl.constexpr,
+    SUM: tl.constexpr,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
-    SUM: tl.constexpr,
+    ELEMENTS: tl.constexpr,
 ):
-    """weight = round(weight + scale * sum_k coefficients[k] q_k); the sum in integers of type SUM.
+    """weight = round(weight + factor * sum_k coefficients[k] q_k), the sum in numbers of type SUM.
 
-    seeds: int64 [K] (bits of uint64); coefficients: int32 [K]; scale_bits: the bits of a float64,
-    for a kernel's floating-point arguments are float32. Launch without contraction: the product is
-    rounded before it is added.
+    seeds: int64 [K] (bits of uint64); coefficients: int32 [K]; factor_bits: the bits of a float64,
+    for a kernel's own floating-point arguments are float32.
     """
-    block, local, inside = _tile(first_block, skip, count, BLOCKS, WIDTH)
+    place = tile(first_block, skip, count, rows, columns, held, width, BLOCKS, WIDTH, ELEMENTS)
+    block, position, local, inside = place
     total = tl.zeros([BLOCKS, WIDTH], dtype=SUM)
     for k in range(seeds_count):
         seed = tl.load(seeds + k)
         coefficient = tl.load(coefficients + k).to(SUM)
-        total += integers_times(coefficient, seed, tensor_id, block, PROBE, BLOCKS)
-    scale = scale_bits.to(tl.int64).to(tl.float64, bitcast=True)
+        total += scaled_probe(coefficient, seed, tensor_id, block, position, PROBE, BLOCKS, WIDTH)
+    factor = factor_bits.to(tl.int64).to(tl.float64, bitcast=True)
     old = load_float(weight + local, inside).to(tl.float64)
-    store_float(weight + local, (old + total.to(tl.float64) * scale).to(tl.float32), inside)
+    store_float(weight + local, (old + total.to(tl.float64) * factor).to(tl.float32), inside)
 
 
-@triton.jit(do_not_specialize=["seeds_count", "tensor_id", "first_block", "skip"])
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def project_kernel(
     delta,
     seeds,
@@ -129,116 +135,104 @@ def project_kernel(
     first_block: tl.int64,
     skip,
     count: tl.int64,
+    rows,
+    columns,
+    held: tl.int64,
+    width: tl.int64,
     PROBE: tl.constexpr,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
+    ELEMENTS: tl.constexpr,
 ):
     """partials[tile, k] = sum over the tile of delta * q_k; partials: float64 [tiles, K]."""
-    block, local, inside = _tile(first_block, skip, count, BLOCKS, WIDTH)
+    place = tile(first_block, skip, count, rows, columns, held, width, BLOCKS, WIDTH, ELEMENTS)
+    block, position, local, inside = place
     # In float64 throughout: a sum of random signs cancels, and what remains must be right to 1e-6.
     change = load_float(delta + local, inside).to(tl.float64)
     row = partials + tl.program_id(0).to(tl.int64) * seeds_count
     for k in range(seeds_count):
         seed = tl.load(seeds + k)
-        product = integers_times(change, seed, tensor_id, block, PROBE, BLOCKS)
+        product = scaled_probe(change, seed, tensor_id, block, position, PROBE, BLOCKS, WIDTH)
         tl.store(row + k, tl.sum(tl.sum(product, axis=0), axis=0))
 
 
-def noise_(out: torch.Tensor, seed: int, tensor_id: int, probe: str, first: int = 0) -> None:
-    """Write elements first, first + 1, ... of a probe into `out`, float32 and contiguous."""
-    unit = float(torch.tensor(UNIT[probe], dtype=torch.float32))
-    constants, place = _placement(out.numel(), probe, first)
-    if out.numel():
-        arguments = (_signed(seed), _signed(tensor_id), *place, unit)
-        noise_kernel[_grid(place, constants)](out, *arguments, **constants)
+def noise_(out: torch.Tensor, seed: int, tensor_id: int, probe: str, part: Part) -> None:
+    """Write c * q at the elements of `part` into `out`: float32, contiguous."""
+    probe = _effective(probe, part)
+    if probe == "rank1":
+        rank1.noise_(out, seed, tensor_id, part)
+        return
+    place = placement(part, out.numel(), probe, out.device)
+    unit = float(torch.tensor(UNITS[probe], dtype=torch.float32))
+    _launch(noise_kernel, place, out, signed(seed), unit, signed(tensor_id))
 
 
 def perturb_(
-    weight: torch.Tensor, seed: int, scale: float, tensor_id: int, probe: str, first: int = 0
+    weight: torch.Tensor, seed: int, step: float, tensor_id: int, probe: str, part: Part
 ) -> None:
-    """Add scale * z to `weight`, elements first, first + 1, ... of its tensor, in place."""
-    constants, place = _placement(weight.numel(), probe, first)
-    if weight.numel():
-        single = float(torch.tensor(scale * UNIT[probe], dtype=torch.float32))
-        arguments = (_signed(seed), single, _signed(tensor_id), *place)
-        perturb_kernel[_grid(place, constants)](as_pointer(weight), *arguments, **constants)
+    """weight = fma(q, step, weight) in place; `step` is a float32 number, the scale times c."""
+    probe = _effective(probe, part)
+    if probe == "rank1":
+        rank1.perturb_(weight, seed, step, tensor_id, part)
+        return
+    place = placement(part, weight.numel(), probe, weight.device)
+    _launch(perturb_kernel, place, as_pointer(weight), signed(seed), step, signed(tensor_id))
 
 
 def replay_(
     weight: torch.Tensor,
     seeds: Sequence[int],
     coefficients: torch.Tensor,
-    exponent: int,
+    factor: float,
     tensor_id: int,
     probe: str,
-    first: int = 0,
+    part: Part,
 ) -> None:
-    """Add 2**exponent * sum_k coefficients[k] * z_k to `weight` in place, with one rounding.
+    """weight = round(weight + factor * sum_k coefficients[k] q_k) in place.
 
-    coefficients: int32 [K].
+    coefficients: int32 [K]; factor: 2**exponent * c, a float64.
     """
-    constants, place = _placement(weight.numel(), probe, first)
-    if not weight.numel():
+    probe = _effective(probe, part)
+    if probe == "rank1":
+        rank1.replay_(weight, seeds, coefficients, factor, tensor_id, part)
         return
-    device = weight.device
-    kernel_sum = sum_type(coefficients, LARGEST[probe])
-    scale = torch.tensor(math.ldexp(1.0, exponent) * UNIT[probe], dtype=torch.float64)
-    replay_kernel[_grid(place, constants)](
+    place = placement(part, weight.numel(), probe, weight.device)
+    _launch(
+        replay_kernel,
+        place,
         as_pointer(weight),
-        seed_tensor(seeds, device),
-        coefficients.to(device),
+        seed_tensor(seeds, weight.device),
+        coefficients.to(weight.device),
         len(seeds),
-        int(scale.view(torch.int64)),
-        _signed(tensor_id),
-        *place,
-        **constants,
-        SUM=kernel_sum,
-        enable_fp_fusion=False,
+        float64_bits(factor),
+        signed(tensor_id),
+        SUM=tl.float64 if probe == "gaussian" else sum_type(coefficients, LARGEST[probe]),
     )
 
 
 def project(
-    delta: torch.Tensor, seeds: Sequence[int], tensor_id: int, probe: str, first: int = 0
+    delta: torch.Tensor, seeds: Sequence[int], tensor_id: int, probe: str, part: Part
 ) -> torch.Tensor:
-    """Return <delta, z_k> for every seed: float64 [K], on delta's device."""
-    constants, place = _placement(delta.numel(), probe, first)
-    (tiles,) = _grid(place, constants)
-    result = torch.zeros(len(seeds), dtype=torch.float64, device=delta.device)
-    at_once = max(1, PARTIALS // max(1, tiles))
-    for start in range(0, len(seeds) if delta.numel() else 0, at_once):
-        some = seed_tensor(seeds[start : start + at_once], delta.device)
-        partials = torch.empty(tiles, len(some), dtype=torch.float64, device=delta.device)
-        arguments = (len(some), _signed(tensor_id), *place)
-        project_kernel[(tiles,)](as_pointer(delta), some, partials, *arguments, **constants)
-        result[start : start + at_once] = partials.sum(dim=0)
-    return result * UNIT[probe]
+    """Return <delta, c q_k> for every seed: float64 [K], on delta's device."""
+    probe = _effective(probe, part)
+    if probe == "rank1":
+        return rank1.project(delta, seeds, tensor_id, part)
+    place = placement(part, delta.numel(), probe, delta.device)
+
+    def fill(some: torch.Tensor, partials: torch.Tensor) -> None:
+        arguments = (as_pointer(delta), some, partials, len(some), signed(tensor_id))
+        _launch(project_kernel, place, *arguments)
+
+    return UNITS[probe] * partial_sums(seeds, place.tiles, delta.device, fill)
 
 
-def sum_type(coefficients: torch.Tensor, largest: int) -> tl.dtype:
-    """Return the integer type that holds every sum of coefficients times -largest .. largest."""
-    bound = int(coefficients.to(torch.int64).abs().sum()) * largest
-    return tl.int32 if bound < 2**31 else tl.int64
+def _effective(probe: str, part: Part) -> str:
+    """Return the probe of a tensor: a vector's rank1 probe is its Rademacher probe."""
+    return "rademacher" if probe == "rank1" and len(part.shape) < 2 else probe
 
 
-def seed_tensor(seeds: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Return seeds in [0, 2**64) as the int64 tensor with their bits."""
-    return torch.tensor([_signed(seed) for seed in seeds], dtype=torch.int64).to(device)
-
-
-def _signed(value: int) -> int:
-    """Return the signed 64-bit integer with the bits of `value`."""
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _placement(count: int, probe: str, first: int) -> tuple[dict[str, int], tuple[int, int, int]]:
-    """Return a launch's constants, and (first counter, elements to skip in it, elements)."""
-    width = WIDTHS[probe]
-    # Small tensors get small tiles: one tile of 8,192 for a norm's 64 weights is mostly mask.
-    blocks = min(TILE, triton.next_power_of_2(count + width)) // width
-    constants = {"PROBE": PROBES[probe].value, "BLOCKS": max(blocks, 16), "WIDTH": width}
-    return constants, (_signed(first // width), first % width, count)
-
-
-def _grid(place: tuple[int, int, int], constants: dict[str, int]) -> tuple[int]:
-    _, skip, count = place
-    return (triton.cdiv(skip + count, constants["BLOCKS"] * constants["WIDTH"]),)
+def _launch(kernel: Any, place: Placement, *arguments: Any, **constants: Any) -> None:
+    if place.tiles:
+        # No contraction: where the law has two roundings, a fused multiply-add would have one.
+        options = place.constants | constants | {"enable_fp_fusion": False}
+        kernel[(place.tiles,)](*arguments, *place.arguments, **options)
