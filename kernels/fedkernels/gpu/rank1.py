@@ -28,6 +28,7 @@ from fedkernels.part import Part
 ROW_STREAM = -(2**63)  # first counters of the streams, as signed integers
 COLUMN_STREAM = -(2**62)
 ROWS, COLUMNS, SEEDS = 64, 64, 64  # of a tile
+PROJECTED_SEEDS = 16
 # Balanced digits of a coefficient, -64 .. 64: times a sign, each fits a byte.
 DIGIT_BITS = tl.constexpr(7)
 # A digit's sum over this many seeds stays below 2**31.
@@ -250,7 +251,7 @@ def project(
 
     def fill(some: torch.Tensor, partials: torch.Tensor) -> None:
         signs = _signs(held, some, tensor_id)
-        _launch(project_kernel, held, as_pointer(delta), *signs, partials, len(some), SEEDS=16)
+        _launch(project_kernel, held, as_pointer(delta), *signs, partials, len(some), SEEDS=PROJECTED_SEEDS)
 
     return partial_sums(seeds, held.grid[0] * held.grid[1], delta.device, fill)
 

@@ -63,3 +63,20 @@ def fused_multiply_add(x, y, z):
         return odd.to(tl.float64, bitcast=True).to(tl.float32)
     else:
         return tl.fma(x, y, z)
+
+
+def as_operand(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a kernel with a matrix product is given: only interpreted, bfloat16 as bits."""
+    return as_pointer(tensor) if INTERPRETED.value else tensor
+
+
+@triton.jit
+def load_operand(pointers, mask, COARSE: tl.constexpr):
+    """Load a tile for `tl.dot`, zero outside the mask: as bfloat16 where COARSE, else float32.
+
+    The interpreter multiplies no bfloat16: there the tile has its values in float32.
+    """
+    tile = load_float(pointers, mask)
+    if COARSE and not INTERPRETED:
+        tile = tile.to(tl.bfloat16)
+    return tile
