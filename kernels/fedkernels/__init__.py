@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from fedkernels.backends import backend, backends, use_backend
 from fedkernels.probes import PROBES, derive_seed, noise
+from fedkernels.sign_adapter import SignAdapter, sign_linear
 from fedkernels.stack_svd import METHODS, stack_svd
 
 __all__ = [
     "METHODS",
     "PROBES",
+    "SignAdapter",
     "backend",
     "backends",
     "derive_seed",
     "noise",
+    "sign_linear",
     "stack_svd",
     "use_backend",
 ]
