@@ -8,17 +8,27 @@ from __future__ import annotations
 
 from fedkernels.backends import backend, backends, use_backend
 from fedkernels.probes import PROBES, derive_seed, noise
+from fedkernels.quantized import dequantize, linear, lora_linear, quantize
+from fedkernels.quantized_linear import QuantizedLinear, quantize_linears
+from fedkernels.quantized_tensor import QuantizedTensor
 from fedkernels.sign_adapter import SignAdapter, sign_linear
 from fedkernels.stack_svd import METHODS, stack_svd
 
 __all__ = [
     "METHODS",
     "PROBES",
+    "QuantizedLinear",
+    "QuantizedTensor",
     "SignAdapter",
     "backend",
     "backends",
+    "dequantize",
     "derive_seed",
+    "linear",
+    "lora_linear",
     "noise",
+    "quantize",
+    "quantize_linears",
     "sign_linear",
     "stack_svd",
     "use_backend",

@@ -41,3 +41,72 @@ def sign_factors_(
     threads: int,
 ) -> None:
     """Write the words of U [K, left_size] and V transposed [right_size, K]; seeds: int64 [K]."""
+class QuantizedMatrix:
+    """The parts of a `QuantizedTensor` on the CPU, checked; it shares their memory."""
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        minimums: torch.Tensor | None,
+        nested_scales: torch.Tensor | None,
+        nested_code: torch.Tensor | None,
+        nested_offset: torch.Tensor | None,
+        table: torch.Tensor | None,
+        rows: int,
+        columns: int,
+        block: int,
+        nested_block: int,
+    ) -> None: ...
+
+def dequantize_(
+    out: torch.Tensor,
+    matrix: QuantizedMatrix,
+    first_row: int,
+    first_column: int,
+    isa: int,
+    threads: int,
+) -> None:
+    """Write the part of `matrix` that begins at (first_row, first_column) into `out`.
+
+    `out` is a contiguous float32 or bfloat16 matrix; else ValueError.
+    """
+
+def quantized_few_rows_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    matrix: QuantizedMatrix,
+    bias: torch.Tensor | None,
+    isa: int,
+    threads: int,
+) -> None:
+    """Write x Wᵀ + bias into `y` (float32 or bfloat16), for 1 to 32 rows.
+
+    `x` and `bias` are float32; the rows of `x` are padded with zeros to a multiple of 16 columns.
+    """
+
+def block_ranges_(
+    values: torch.Tensor,
+    block: int,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    isa: int,
+    threads: int,
+) -> None:
+    """Write the smallest and the largest value of each block; all tensors are float32."""
+
+def quantize_codes_(
+    values: torch.Tensor,
+    block: int,
+    inverse: torch.Tensor,
+    borders: torch.Tensor | None,
+    minimums: torch.Tensor | None,
+    codes: torch.Tensor,
+    isa: int,
+    threads: int,
+) -> None:
+    """Write the code of each value, which is first multiplied by its block's `inverse` scale.
+
+    With `borders` [15]: how many lie below it. With `minimums`: how many steps above its block's
+    minimum it is, 0 .. 15. Both packed into uint8. With neither: the nearest int8.
+    """

@@ -13,4 +13,5 @@ NB_MODULE(_cpu, m) {
   }, nb::arg("isa"), "Whether kernels of this instruction set (isa.h) were built and can run here.");
   fedkernels::bind_probes(m);
   fedkernels::bind_sign_adapter(m);
+  fedkernels::bind_quantized(m);
 }

@@ -1,0 +1,58 @@
+// Matrices of four or eight bits a weight (fedkernels/quantized_tensor.py says what the codes mean).
+#pragma once
+
+#include <cstdint>
+
+namespace fedkernels {
+
+enum class ScaleType { float32, float16, nested };
+
+// Rows of weights follow each other without a gap; the weights of a block share a scale, and a block
+// may begin and end inside a row. value = table[code] * scale + minimum, each step rounded.
+struct QuantizedMatrix {
+  const std::uint8_t* codes;     // two to a byte, the first in the high bits; int8 without a table
+  const float* table;            // [16], or null
+  const void* scales;            // [blocks], of the type below
+  const std::uint16_t* minimums;  // float16 [blocks], or null
+  const float* nested_scales;    // [blocks / nested_block]
+  const float* nested_code;      // [256]
+  const float* nested_offset;    // [1]
+  std::int64_t rows, columns, block, nested_block;
+  ScaleType scale_type;
+};
+
+// x [rows, columns of the matrix] in float32, its rows padded with zeros to a multiple of 16.
+struct FewRows {
+  const float* x;
+  std::int64_t rows, stride;
+  const float* bias;  // [rows of the matrix], or null
+  void* y;            // [rows, rows of the matrix], float32 or bfloat16
+  bool bfloat16;
+};
+
+// `first` and `past` count weights from the start of the matrix, row by row, unless named otherwise.
+struct QuantizedKernels {
+  void (*to_float32)(const QuantizedMatrix& matrix, std::int64_t first, std::int64_t past, float* out);
+  void (*to_bfloat16)(const QuantizedMatrix& matrix, std::int64_t first, std::int64_t past,
+                      std::uint16_t* out);
+  // y[:, first_feature .. past_feature), for at most kFewRows rows.
+  void (*few_rows)(const QuantizedMatrix& matrix, const FewRows& input, std::int64_t first_feature,
+                   std::int64_t past_feature);
+  // Smallest and largest of each block.
+  void (*range)(const float* values, std::int64_t count, float* low, float* high);
+  // Codes of one block, from what torch made of its range; `count` values, `inverse` of the scale.
+  void (*encode_table)(const float* values, std::int64_t count, const float* borders, float inverse,
+                       std::uint8_t* codes);
+  void (*encode_steps)(const float* values, std::int64_t count, float minimum, float inverse,
+                       std::uint8_t* codes);
+  void (*encode_int8)(const float* values, std::int64_t count, float inverse, std::int8_t* codes);
+};
+
+constexpr std::int64_t kFewRows = 32;
+
+namespace portable { extern const QuantizedKernels kQuantizedKernels; }
+namespace avx2 { extern const QuantizedKernels kQuantizedKernels; }
+namespace avx512 { extern const QuantizedKernels kQuantizedKernels; }
+namespace neon { extern const QuantizedKernels kQuantizedKernels; }
+
+}  // namespace fedkernels
