@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fedkernels.gpu import probes, rank1
+from fedkernels.gpu import probes, quantized, rank1, sign_adapter
 from fedkernels.gpu.placement import placement
 from fedkernels.part import Part
 
@@ -28,11 +28,10 @@ Case = tuple[str, Any, dict[str, str], dict[str, Any]]
 
 # Argument types by name; a kernel's other arguments are pointers and constants of the case.
 SCALARS = {
-    **dict.fromkeys(
-        ("seed", "tensor_id", "first_block", "count", "held", "width", "lead", "stream"), "i64"
-    ),
-    **dict.fromkeys(("factor_bits",), "i64"),
-    **dict.fromkeys(("skip", "seeds_count"), "i32"),
+    **dict.fromkeys(("seed", "tensor_id", "first_block", "count", "held", "width", "lead"), "i64"),
+    **dict.fromkeys(("stream", "out_padded", "size", "factor_bits"), "i64"),
+    **dict.fromkeys(("skip", "seeds_count", "groups", "out_groups"), "i32"),
+    **dict.fromkeys(("inner", "columns", "out_features", "in_features"), "i32"),
     **dict.fromkeys(("unit", "step"), "fp32"),
     "seeds": "*i64",
     "coefficients": "*i32",
@@ -79,6 +78,41 @@ def matrices() -> Iterator[Case]:
     yield "project rank1", rank1.project_kernel, {"delta": "*fp32"} | indices, project
 
 
+def sign_adapters() -> Iterator[Case]:
+    words = {"words": "*i32", "padded": "i64"}
+    yield "sign stream", sign_adapter.stream_kernel, words, {"GROUPS": sign_adapter.GROUPS}
+    yield "sign transpose", sign_adapter.transpose_kernel, words | {"out": "*i32"}, {}
+    shape = {"rows": "i32", "columns": "i32", "padded": "i32", "scale": "*fp32"}
+    for kind, coarse in (("*fp32", False), ("*bf16", True)):
+        for few in (False, True):
+            tile = sign_adapter.tile(1 if few else 1000)
+            types = words | shape | dict.fromkeys(("x", "add", "out"), kind)
+            name = f"sign product {kind} {'few' if few else 'many'} rows"
+            yield name, sign_adapter.product_kernel, types, tile | {"COARSE": coarse}
+
+
+def quantized_matrices() -> Iterator[Case]:
+    nested = {"scales": "*u8", "nested_code": "*fp32", "nested_offset": "*fp32"}
+    formats = {
+        "nf4": {"codes": "*u8", "table": "*fp32", "nested_scales": "*fp32"} | nested,
+        "int4": {"codes": "*u8", "table": "*fp32", "scales": "*fp16", "minimums": "*fp16"},
+        "int8": {"codes": "*i8", "scales": "*fp32"},
+    }
+    for name, parts in formats.items():
+        blocks = {"BLOCK": 0 if name == "int8" else 64, "NESTED_BLOCK": 256}
+        for kind in ("*fp32", "*i16", "*fp16"):
+            out = {"out": kind}
+            constants = {"TILE": quantized.TILE} | blocks | {"BLOCK": 64}
+            yield f"dequantize {name} {kind}", quantized.dequantize_kernel, parts | out, constants
+        for kind, coarse in (("*fp32", False), ("*bf16", True)):
+            for backward in (False, True):
+                for rows in (1, 40):
+                    types = parts | {"rows": "i32"} | dict.fromkeys(("x", "out", "bias"), kind)
+                    constants = {"COARSE": coarse, "BACKWARD": backward} | quantized.tile(rows) | blocks
+                    label = f"product {name} {kind} {'backward' if backward else 'forward'} {rows}"
+                    yield label, quantized.product_kernel, types, constants
+
+
 def compile_case(case: Case, capability: int) -> tuple[int, int]:
     """Compile and assemble one kernel; return its registers and the bytes of stack that it spills."""
     _, kernel, types, constants = case
@@ -104,8 +138,16 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def all_cases() -> Iterator[Case]:
+    yield from elementwise()
+    yield from matrices()
+    yield from sign_adapters()
+    yield from quantized_matrices()
+
+
 if __name__ == "__main__":
-    for capability in (int(number) for number in sys.argv[1:]):
-        for case in (*elementwise(), *matrices()):
+    wanted, *capabilities = sys.argv[1:]
+    for capability in map(int, capabilities):
+        for case in (case for case in all_cases() if re.search(wanted, case[0])):
             registers, spilled = compile_case(case, capability)
             print(f"sm_{capability} {case[0]}: {registers} registers, {spilled} bytes spilled")

@@ -20,8 +20,7 @@ from fedkernels.gpu.rounding import as_operand, load_operand, store_float
 from fedkernels.gpu.sums import seed_tensor
 
 BITS = 32  # of a word
-TILE = 128  # words that a program makes or moves at once
-ROWS, COLUMNS, INNER = 64, 64, 64  # of a product's tile
+GROUPS = 32  # words of each of 32 seeds that a program makes
 
 
 @triton.jit(do_not_specialize=["tensor_id"])
@@ -33,16 +32,20 @@ def stream_kernel(
     size: tl.int64,
     tensor_id: tl.int64,
     stream: tl.int64,
-    TILE: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
-    """words[i // 32, k] = 32 signs of seed k's stream, zero bits beyond `size`; [.., padded]."""
-    k = tl.program_id(0)
-    group = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    """words[i // 32, k] = 32 signs of seed k's stream, zero bits beyond `size`; [.., padded].
+
+    A program makes GROUPS words of 32 seeds, which lie beside each other.
+    """
+    k = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)[None, :]
+    group = tl.program_id(1).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]
     seed = tl.load(seeds + k, mask=k < seeds_count, other=0)
+    group, seed = tl.broadcast(group, seed)
     block = stream.to(tl.int64) + group // 4
     word = one_word(seed, tensor_id, block, (group % 4).to(tl.int32))
     left = tl.minimum(tl.maximum(size - group * 32, 0), 32)  # bits of this word that are signs
-    known = ((tl.full([TILE], 1, tl.int64) << left) - 1).to(tl.uint32)
+    known = ((tl.full([GROUPS, 32], 1, tl.int64) << left) - 1).to(tl.uint32)
     word = tl.where(k < seeds_count, word & known, 0)
     tl.store(words + group * padded + k, word.to(tl.int32, bitcast=True), mask=group * 32 < size)
 
@@ -72,10 +75,10 @@ def product_kernel(
     words,
     scale,
     add,
-    rows: tl.int64,
-    inner: tl.int64,
-    columns: tl.int64,
-    padded: tl.int64,
+    rows,
+    inner,
+    columns,
+    padded,
     COARSE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -85,24 +88,24 @@ def product_kernel(
 
     Sums are float32. COARSE multiplies bfloat16, which signs are exactly.
     """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     shift = tl.arange(0, 32).to(tl.uint32)
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for start in range(0, inner, INNER):
         i = start + tl.arange(0, INNER)
         group = start // 32 + tl.arange(0, INNER // 32)
         known = (row < rows)[:, None] & (i < inner)[None, :]
-        left = load_operand(x + row[:, None] * inner + i[None, :], known, COARSE)
+        left = load_operand(x + row.to(tl.int64)[:, None] * inner + i[None, :], known, COARSE)
         stored = (group * 32 < inner)[:, None] & (column < columns)[None, :]
-        word = tl.load(words + group[:, None] * padded + column[None, :], mask=stored, other=0)
+        word = tl.load(words + group.to(tl.int64)[:, None] * padded + column[None, :], mask=stored, other=0)
         bits = (word.to(tl.uint32, bitcast=True)[:, None, :] >> shift[None, :, None]) & 1
         sign = 1 - 2 * tl.reshape(bits, [INNER, COLUMNS]).to(tl.int32)
         # tf32x3: float32 as three terms of which tensor cores lose nothing that float32 keeps
         total = tl.dot(left, sign.to(left.dtype), total, input_precision="tf32x3")
     if scale is not None:
         total = total * tl.load(scale + column, mask=column < columns, other=0)[None, :]
-    where = row[:, None] * columns + column[None, :]
+    where = row.to(tl.int64)[:, None] * columns + column[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     if add is not None:
         total = total + load_operand(add + where, inside, False)
@@ -145,9 +148,9 @@ def product(
     """
     rows, inner = x.shape
     out = torch.empty(rows, columns, dtype=dtype, device=x.device)
-    # Few rows, as in decoding: the tile that tensor cores take at least, and more programs.
-    height, width = (16, 32) if rows <= 16 else (ROWS, COLUMNS)
-    product_kernel[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
+    sizes = tile(rows)
+    grid = (triton.cdiv(rows, sizes["ROWS"]), triton.cdiv(columns, sizes["COLUMNS"]))
+    product_kernel[grid](
         as_operand(out),
         as_operand(x),
         words,
@@ -158,18 +161,23 @@ def product(
         columns,
         words.shape[1],
         COARSE=coarse,
-        ROWS=height,
-        COLUMNS=width,
-        INNER=INNER,
+        **sizes,
     )
     return out
+
+
+def tile(rows: int) -> dict[str, int]:
+    """Return the sizes of a product's tile; for few rows the least that tensor cores take."""
+    if rows <= 16:
+        return {"ROWS": 16, "COLUMNS": 32, "INNER": 64}
+    return {"ROWS": 64, "COLUMNS": 64, "INNER": 32}
 
 
 def _stream(keys: torch.Tensor, tensor_id: int, stream: int, size: int) -> torch.Tensor:
     """Return the words of the streams' first `size` signs, transposed: [size, K]."""
     groups, padded = -(-size // BITS), -(-len(keys) // BITS) * BITS
     words = torch.empty(groups, padded, dtype=torch.int32, device=keys.device)
-    grid = (padded, triton.cdiv(groups, TILE))
+    grid = (padded // BITS, triton.cdiv(groups, GROUPS))
     arguments = (len(keys), padded, size, signed(tensor_id), stream)
-    stream_kernel[grid](words, keys, *arguments, TILE=TILE)
+    stream_kernel[grid](words, keys, *arguments, GROUPS=GROUPS)
     return words
