@@ -20,7 +20,7 @@ help:
 	@echo "make demo       fine-tune a language model across six unlike devices, and report"
 	@echo "make test       lint, types and tests, with coverage"
 	@echo "make lint       ruff and mypy alone          make format     apply ruff's fixes and format"
-	@echo "make bench      recompression, bytes          make docs       build the documentation"
+	@echo "make bench      recompression, bytes, kernels make docs       build the documentation"
 	@echo "make gpu-check  which GPU kernels work here  make clean      remove what builds left behind"
 
 venv: $(STAMP)
@@ -54,6 +54,7 @@ test: lint
 bench: venv
 	$(BIN)/python -m simulations.benchmarks.recompression
 	$(BIN)/python -m simulations.benchmarks.downlink
+	$(BIN)/fedbraid bench kernels
 
 docs: venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from simulations.bench_command import bench_app
+
 # Busy-waiting OpenMP threads collapse when a machine is shared; this must precede torch's import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,6 +28,7 @@ app = typer.Typer(
 )
 export_app = typer.Typer(help="Write a run's model for other programs.", no_args_is_help=True)
 app.add_typer(export_app, name="export")
+app.add_typer(bench_app, name="bench")
 
 Scenario = Annotated[
     str, typer.Argument(help="A TOML file, or the name of a scenario that comes with fedbraid.")

@@ -10,7 +10,6 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list
     """Return the four words of Philox4x32-10 at `counter` under `key`."""
 
 def available(isa: int) -> bool: ...
-
 def sign_product_(
     out: torch.Tensor,
     x: torch.Tensor,
