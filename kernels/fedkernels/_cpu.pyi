@@ -79,9 +79,9 @@ def quantized_few_rows_(
     isa: int,
     threads: int,
 ) -> None:
-    """Write x Wᵀ + bias into `y` (float32 or bfloat16), for 1 to 32 rows.
+    """Write x Wᵀ + bias into `y`, for 1 to 32 rows.
 
-    `x` and `bias` are float32; the rows of `x` are padded with zeros to a multiple of 16 columns.
+    `x` and `y` are both float32 or both bfloat16, `bias` is float32.
     """
 
 def block_ranges_(

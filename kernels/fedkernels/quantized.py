@@ -77,6 +77,8 @@ def linear(
         ValueError: an argument has the wrong type, shape or device, or `x` is empty.
     """
     _check_input(x, tensor, bias)
+    if not torch.is_grad_enabled():
+        return product.linear(_rows(x), tensor, bias).reshape(*x.shape[:-1], tensor.shape[0])
     y: torch.Tensor = _Linear.apply(x, tensor, bias)  # type: ignore[no-untyped-call]
     return y
 

@@ -144,13 +144,9 @@ def lora_linear_backward(
 def _few_rows(x: torch.Tensor, tensor: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
     from fedkernels import _cpu
 
-    rows, columns = x.shape
-    padded = x.float()
-    if columns % 16:
-        padded = torch.nn.functional.pad(padded, (0, -columns % 16))
-    y = x.new_empty(rows, tensor.shape[0])
+    y = x.new_empty(x.shape[0], tensor.shape[0])
     bias = None if bias is None else bias.float().contiguous()
-    _cpu.quantized_few_rows_(y, padded, _compiled(tensor), bias, _isa(), threads())
+    _cpu.quantized_few_rows_(y, x, _compiled(tensor), bias, _isa(), threads())
     return y
 
 

@@ -21,23 +21,11 @@ struct QuantizedMatrix {
   ScaleType scale_type;
 };
 
-// x [rows, columns of the matrix] in float32, its rows padded with zeros to a multiple of 16.
-struct FewRows {
-  const float* x;
-  std::int64_t rows, stride;
-  const float* bias;  // [rows of the matrix], or null
-  void* y;            // [rows, rows of the matrix], float32 or bfloat16
-  bool bfloat16;
-};
-
 // `first` and `past` count weights from the start of the matrix, row by row, unless named otherwise.
 struct QuantizedKernels {
   void (*to_float32)(const QuantizedMatrix& matrix, std::int64_t first, std::int64_t past, float* out);
   void (*to_bfloat16)(const QuantizedMatrix& matrix, std::int64_t first, std::int64_t past,
                       std::uint16_t* out);
-  // y[:, first_feature .. past_feature), for at most kFewRows rows.
-  void (*few_rows)(const QuantizedMatrix& matrix, const FewRows& input, std::int64_t first_feature,
-                   std::int64_t past_feature);
   // Smallest and largest of each block.
   void (*range)(const float* values, std::int64_t count, float* low, float* high);
   // Codes of one block, from what torch made of its range; `count` values, `inverse` of the scale.
@@ -48,11 +36,44 @@ struct QuantizedKernels {
   void (*encode_int8)(const float* values, std::int64_t count, float inverse, std::int8_t* codes);
 };
 
-constexpr std::int64_t kFewRows = 32;
+constexpr std::int64_t kFewRows = 32;  // what fits beside the weights in the first-level cache
 
-namespace portable { extern const QuantizedKernels kQuantizedKernels; }
-namespace avx2 { extern const QuantizedKernels kQuantizedKernels; }
-namespace avx512 { extern const QuantizedKernels kQuantizedKernels; }
-namespace neon { extern const QuantizedKernels kQuantizedKernels; }
+struct FewRows {
+  const float* x;  // [rows, stride], as `arrange` made it
+  std::int64_t rows, stride;
+  bool split;
+  const float* bias;  // [rows of the matrix], or null
+  void* y;            // [rows, rows of the matrix], float32 or bfloat16
+  bool bfloat16;
+};
+
+struct QuantizedRowKernels {
+  // Whether `multiply` can take the weights of a byte from two registers: it then wants x split.
+  bool (*splits)(const QuantizedMatrix& matrix);
+  // x [rows, columns] in float32 or bfloat16 to float32, rows padded with zeros to the stride, a
+  // multiple of 16; split: of each 32 columns the 16 even ones first, then the odd ones.
+  void (*arrange)(const void* x, bool bfloat16, std::int64_t rows, std::int64_t columns,
+                  std::int64_t stride, bool split, float* out);
+  // y[:, first_feature .. past_feature), for at most kFewRows rows.
+  void (*multiply)(const QuantizedMatrix& matrix, const FewRows& input, std::int64_t first_feature,
+                   std::int64_t past_feature);
+};
+
+namespace portable {
+extern const QuantizedKernels kQuantizedKernels;
+extern const QuantizedRowKernels kQuantizedRowKernels;
+}
+namespace avx2 {
+extern const QuantizedKernels kQuantizedKernels;
+extern const QuantizedRowKernels kQuantizedRowKernels;
+}
+namespace avx512 {
+extern const QuantizedKernels kQuantizedKernels;
+extern const QuantizedRowKernels kQuantizedRowKernels;
+}
+namespace neon {
+extern const QuantizedKernels kQuantizedKernels;
+extern const QuantizedRowKernels kQuantizedRowKernels;
+}
 
 }  // namespace fedkernels

@@ -107,6 +107,23 @@ const QuantizedKernels& kernels(int isa) {
   }
 }
 
+const QuantizedRowKernels& row_kernels(int isa) {
+  switch (checked_isa(isa)) {
+#if defined(FK_HAS_X86)
+    case Isa::avx2:
+      return avx2::kQuantizedRowKernels;
+    case Isa::avx512:
+      return avx512::kQuantizedRowKernels;
+#endif
+#if defined(FK_HAS_NEON)
+    case Isa::neon:
+      return neon::kQuantizedRowKernels;
+#endif
+    default:
+      return portable::kQuantizedRowKernels;
+  }
+}
+
 void dequantize_(const nb::ndarray<>& out, const Matrix& matrix, i64 first_row, i64 first_column,
                  int isa, int threads) {
   const QuantizedKernels& kernel = kernels(isa);
@@ -141,26 +158,38 @@ void dequantize_(const nb::ndarray<>& out, const Matrix& matrix, i64 first_row, 
 
 void few_rows_(const nb::ndarray<>& y, const nb::ndarray<>& x, const Matrix& matrix,
                const Optional& bias, int isa, int threads) {
-  const QuantizedKernels& kernel = kernels(isa);
+  const QuantizedRowKernels& kernel = row_kernels(isa);
   const QuantizedMatrix& view = matrix.view;
   if (x.ndim() != 2 || x.shape(0) < 1 || static_cast<i64>(x.shape(0)) > kFewRows) {
     refuse("x", "must have from 1 to " + std::to_string(kFewRows) + " rows");
   }
-  const i64 rows = static_cast<i64>(x.shape(0)), stride = static_cast<i64>(x.shape(1));
-  if (stride != parts(view.columns, 16) * 16) refuse("x", "must be padded to a multiple of 16");
+  const i64 rows = static_cast<i64>(x.shape(0)), columns = view.columns;
+  check_size(x, "x", rows * columns);
   check_size(y, "y", rows * view.rows);
-  FewRows input{elements<float>(x, "x", "float32"), rows, stride, nullptr, nullptr, false};
+  if (x.dtype() != y.dtype()) refuse("y", "must have the type of x");
+  FewRows input{};
+  input.bfloat16 = x.dtype() == kBfloat16;
+  const void* from = input.bfloat16 ? halves(x, "x", kBfloat16)
+                                    : elements<float>(x, "x", "float32 or bfloat16");
+  input.y = input.bfloat16 ? const_cast<void*>(halves(y, "y", kBfloat16))
+                           : elements<float>(y, "y", "float32");
   if (bias) {
     check_size(*bias, "bias", view.rows);
     input.bias = elements<float>(*bias, "bias", "float32");
   }
-  input.bfloat16 = y.dtype() == kBfloat16;
-  input.y = input.bfloat16 ? const_cast<void*>(halves(y, "y", kBfloat16))
-                           : elements<float>(y, "y", "float32 or bfloat16");
   const nb::gil_scoped_release unlocked;
-  const i64 grain = parts(parts(kGrain, view.columns), 8) * 8;
+  input.rows = rows;
+  input.stride = parts(columns, 16) * 16;
+  input.split = kernel.splits(view);
+  std::vector<float> memory(static_cast<std::size_t>(rows * input.stride + 16));
+  // From a cache line's start on: a register's load that crosses lines takes twice as long.
+  const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
+  float* arranged = memory.data() + (64 - address % 64) % 64 / sizeof(float);
+  kernel.arrange(from, input.bfloat16, rows, columns, input.stride, input.split, arranged);
+  input.x = arranged;
+  const i64 grain = parts(parts(kGrain, columns), 8) * 8;
   parallel_for(view.rows, grain, threads,
-               [&](i64 begin, i64 end) { kernel.few_rows(view, input, begin, end); });
+               [&](i64 begin, i64 end) { kernel.multiply(view, input, begin, end); });
 }
 
 // Calls body(block, its first value, how many it has) for all blocks of `count` values.
@@ -243,7 +272,7 @@ void bind_quantized(nb::module_& m) {
         "Write a part of a quantised matrix into a float32 or bfloat16 one.");
   m.def("quantized_few_rows_", &few_rows_, nb::arg("y").noconvert(), nb::arg("x").noconvert(),
         nb::arg("matrix"), nb::arg("bias").none(), nb::arg("isa"), nb::arg("threads"),
-        "Write x Wᵀ + bias into y, for a few rows x in float32.");
+        "Write x Wᵀ + bias into y, for a few rows x.");
   m.def("block_ranges_", &block_ranges_, nb::arg("values").noconvert(), nb::arg("block"),
         nb::arg("low").noconvert(), nb::arg("high").noconvert(), nb::arg("isa"), nb::arg("threads"),
         "Write the smallest and largest value of each block.");
