@@ -247,7 +247,7 @@ X, Y = torch.ones(3, 6), torch.ones(3, 4)
     ("arguments", "named"),
     [
         ((X.double(),), "x must be float32"),
-        ((X.to("meta"),), "x must be on the CPU"),
+        ((X.to("meta"),), "x must be on cpu"),
         ((torch.ones(3, 5),), "x must be"),
         ((torch.ones(()),), "x must be"),
         ((torch.ones(0, 6),), "x must not be empty"),

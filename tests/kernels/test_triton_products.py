@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fedkernels as fk
 from fedkernels.gpu import quantized as gpu_quantized
 from fedkernels.gpu import sign_adapter as gpu_signs
 from fedkernels.quantized_tensor import QuantizedTensor
@@ -87,3 +89,47 @@ def test_quantised_products_are_those_of_the_dequantised_matrix(matrix, rows, dt
     assert y.dtype == dx.dtype == dtype
     assert relative_error(y, expected) < TOLERANCE[dtype]
     assert relative_error(dx, dy.double() @ dense) < TOLERANCE[dtype]
+
+
+@pytest.fixture
+def triton():
+    """The backend in use, so that the public functions take tensors on the CPU to it."""
+    before = fk.backend()
+    fk.use_backend("triton")
+    yield
+    fk.use_backend(before)
+
+
+def test_the_sign_adapter_is_differentiable(triton):
+    coefficients = values(5).to(DEVICE).requires_grad_()
+    adapter = fk.SignAdapter.from_seeds([3, 1, 4, 1, 5], coefficients, 7, (33, 40))
+    u, v = (factor.to(DEVICE) for factor in adapter.factors())
+    x = values(6, 40).to(DEVICE).requires_grad_()
+    y = values(6, 33).to(DEVICE).requires_grad_()
+    expected = y + ((x @ v.T) * coefficients) @ u
+    given = fk.sign_linear(x, adapter, y)
+    torch.testing.assert_close(given, expected)
+    direction = values(6, 33).to(DEVICE)
+    for mine, theirs in zip(
+        torch.autograd.grad(given, (x, coefficients, y), direction),
+        torch.autograd.grad(expected, (x, coefficients, y), direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "int4", "int8"])
+def test_a_quantised_layer_with_its_adapter_is_differentiable(triton, fmt):
+    matrix = fk.quantize(values(48, 64).to(DEVICE), fmt)
+    leaves = [values(*shape).to(DEVICE).requires_grad_() for shape in ((9, 64), (4, 64), (48, 4))]
+    x, a, b = leaves
+    given = fk.lora_linear(x, matrix, a, b, 0.5)
+    expected = x @ (matrix.dequantize() + 0.5 * b @ a).T
+    torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-5)
+    direction = values(9, 48).to(DEVICE)
+    for mine, theirs in zip(
+        torch.autograd.grad(given, leaves, direction),
+        torch.autograd.grad(expected, leaves, direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-5)
