@@ -2,46 +2,64 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
-from fedkernels.backends import instruction_set
-from fedkernels.reference import probes as reference
-from fedkernels.reference.probes import MASK, philox4x32
+from fedkernels.backends import instruction_set, threads
+from fedkernels.part import Part
+from fedkernels.reference import replay as reference
+from fedkernels.reference.probes import MASK, UNITS, philox4x32
 
-PROBES = ("rademacher",)
+PROBES = tuple(UNITS)
 
 # No tensor has this id, so the stream of derived seeds never meets the stream of a probe.
 SEED_STREAM = (0xFFFFFFFF, 0xFFFFFFFF)
 
 
 def noise(
-    seed: int, tensor_id: int, shape: Sequence[int], probe: str = "rademacher"
+    seed: int,
+    tensor_id: int,
+    shape: Sequence[int],
+    probe: str = "rademacher",
+    part: Part | None = None,
 ) -> torch.Tensor:
     """Return the probe of one tensor: float32 of `shape`, mean zero, unit variance.
 
     The value of an element depends on the seed, the tensor id and the element's row-major index
-    alone. Hence the probe of the first rows of a matrix is the first rows of its probe.
+    alone (rank1: its row and column). Hence the probe of the first rows of a matrix is the first
+    rows of its probe. `fedkernels.reference.probes` defines the values.
 
     Args:
         seed: in [0, 2**64).
         tensor_id: position of the tensor in its layout, in [0, 2**64 - 1).
-        shape: sizes of the tensor; () is a scalar.
+        shape: sizes of the result; () is a scalar.
         probe: one of `PROBES`.
+        part: what the result holds of a larger tensor; None: `shape` is the whole.
 
     Raises:
         ValueError: an argument is out of its range, or the probe is unknown.
     """
-    if probe not in PROBES:
-        raise ValueError(f"unknown probe {probe!r}; available: {', '.join(PROBES)}")
-    _check_range("seed", seed, 2**64)
-    _check_range("tensor_id", tensor_id, 2**64 - 1)
+    check_probe(seed, tensor_id, probe)
     sizes = tuple(shape)
     if any(size < 0 for size in sizes):
         raise ValueError(f"a shape has no negative sizes, and this one is {sizes}")
-    return _rademacher(seed, tensor_id, math.prod(sizes)).reshape(sizes)
+    part = part_of(sizes, part, "shape")
+    values = torch.zeros(sizes, dtype=torch.float32)
+    if values.numel() == 0:
+        return values
+    step = float32(UNITS[probe])
+    isa = instruction_set()
+    if isa is None:
+        elements = part.elements(values.numel())
+        return reference.perturbed(values, seed, step, tensor_id, probe, part.shape, elements)
+    from fedkernels import _cpu
+
+    _cpu.perturb(
+        values, None, *part.pieces(values.numel()), part.width, seed, tensor_id,
+        kernel_probe(probe, part), step, isa, threads(),
+    )  # fmt: skip
+    return values
 
 
 def derive_seed(master_seed: int, index: int) -> int:
@@ -52,23 +70,40 @@ def derive_seed(master_seed: int, index: int) -> int:
     Raises:
         ValueError: `master_seed` or `index` is outside [0, 2**64).
     """
-    _check_range("master_seed", master_seed, 2**64)
-    _check_range("index", index, 2**64)
+    check_range("master_seed", master_seed, 2**64)
+    check_range("index", index, 2**64)
     counter = (index & MASK, index >> 32, *SEED_STREAM)
     low, high, _, _ = philox4x32(counter, (master_seed & MASK, master_seed >> 32))
     return (high << 32 | low) & (2**63 - 1)
 
 
-def _rademacher(seed: int, tensor_id: int, count: int) -> torch.Tensor:
-    if instruction_set() is None:
-        return reference.rademacher(seed, tensor_id, count)
-    from fedkernels import _cpu
-
-    values = torch.empty(count, dtype=torch.float32)
-    _cpu.rademacher_(values, seed, tensor_id, 0)
-    return values
+def check_probe(seed: int, tensor_id: int, probe: str) -> None:
+    """Raise ValueError unless these name the probe of a tensor."""
+    if probe not in PROBES:
+        raise ValueError(f"unknown probe {probe!r}; available: {', '.join(PROBES)}")
+    check_range("seed", seed, 2**64)
+    check_range("tensor_id", tensor_id, 2**64 - 1)
 
 
-def _check_range(name: str, value: int, end: int) -> None:
+def check_range(name: str, value: int, end: int) -> None:
+    """Raise ValueError unless `value` is in [0, end)."""
     if not 0 <= value < end:
         raise ValueError(f"{name} must be in [0, {end}), and it is {value}")
+
+
+def part_of(shape: tuple[int, ...], part: Part | None, name: str) -> Part:
+    """Return `part`, or the whole of `shape`; ValueError if `name` of this shape cannot hold it."""
+    if part is None:
+        return Part(shape)
+    part.check_holds(name, shape)
+    return part
+
+
+def kernel_probe(probe: str, part: Part) -> int:
+    """Return the number that compiled kernels know a probe by (cpu/probes.h)."""
+    return PROBES.index("rademacher" if probe == "rank1" and len(part.shape) < 2 else probe)
+
+
+def float32(value: float) -> float:
+    """Return `value` rounded to float32."""
+    return torch.tensor(value, dtype=torch.float64).float().item()

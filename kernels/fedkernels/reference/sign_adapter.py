@@ -16,11 +16,12 @@ from collections.abc import Sequence
 
 import torch
 
-from fedkernels.reference.probes import ELEMENTS_PER_BLOCK, MASK, philox4x32
+from fedkernels.reference.probes import MASK, philox4x32
 
 LEFT_BLOCK = 2**63
 RIGHT_BLOCK = 2**63 + 2**62
 BITS = 32  # of a word
+ELEMENTS_PER_BLOCK = 128  # four words
 
 
 def factor_bits(seed: int, tensor_id: int, first_block: int, count: int) -> torch.Tensor:

@@ -1,0 +1,241 @@
+"""Move weights along probes, and measure a change along them, without ever storing a probe.
+
+`perturb_` and `perturbed` take one step along one probe, `replay_` takes the steps of many at once
+and rounds once, `project` returns the coordinates of a change. Weights are float32, bfloat16 or
+float16, and may be a `Part` of a larger tensor. `fedkernels.reference.replay` defines the results;
+all backends, thread counts and parts give the same bits for perturb and replay.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+
+import torch
+
+from fedkernels.backends import instruction_set, threads
+from fedkernels.part import Part
+from fedkernels.probes import check_probe, check_range, float32, kernel_probe, part_of
+from fedkernels.reference import replay as reference
+from fedkernels.reference.probes import UNITS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Powers of two beyond these would leave float64 with int32 coefficients, or are mistakes.
+LARGEST_EXPONENT = 512
+
+Integers = Sequence[int] | torch.Tensor
+
+
+def perturb_(
+    weight: torch.Tensor,
+    seed: int,
+    scale: float,
+    tensor_id: int,
+    probe: str = "rademacher",
+    part: Part | None = None,
+) -> torch.Tensor:
+    """Add scale * z to the weight in place, in one pass, and return it.
+
+    The sum is one fused multiply-add in float32, and one more rounding for narrower weights. It is
+    not undone by -scale: where a weight must come back exactly, use `perturbed`.
+
+    Args:
+        weight: contiguous float32, bfloat16 or float16 tensor on the CPU.
+        scale: finite.
+        seed, tensor_id, probe, part: as for `noise`.
+
+    Raises:
+        ValueError: an argument is outside its range, or the weight cannot hold the part.
+    """
+    return perturbed(weight, seed, scale, tensor_id, probe, out=weight, part=part)
+
+
+def perturbed(
+    weight: torch.Tensor,
+    seed: int,
+    scale: float,
+    tensor_id: int,
+    probe: str = "rademacher",
+    out: torch.Tensor | None = None,
+    part: Part | None = None,
+) -> torch.Tensor:
+    """Return weight + scale * z, leaving the weight as it is; one pass from weight to `out`.
+
+    `out` is scratch of the weight's dtype and shape (None: a new tensor), so that a model is
+    perturbed layer by layer in the memory of its largest layer, and there is nothing to restore.
+    Arguments and errors are those of `perturb_`.
+    """
+    check_probe(seed, tensor_id, probe)
+    source = _checked("weight", weight)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, and it is {scale}")
+    step = float32(scale * UNITS[probe])
+    if not math.isfinite(step):
+        raise ValueError(f"scale must fit float32, and it is {scale}")
+    result = torch.empty_like(weight) if out is None else out
+    target = _checked("out", result)
+    if target.dtype != source.dtype or target.shape != source.shape:
+        raise ValueError(
+            f"out is {target.dtype} {list(target.shape)}, and weight is {source.dtype} "
+            f"{list(source.shape)}"
+        )
+    if target.data_ptr() != source.data_ptr() and _overlap(target, source):
+        raise ValueError("out overlaps weight; it must be the weight itself or memory of its own")
+    part = part_of(tuple(source.shape), part, "weight")
+    isa = instruction_set()
+    if isa is None:
+        elements = part.elements(source.numel())
+        target.copy_(
+            reference.perturbed(source, seed, step, tensor_id, probe, part.shape, elements)
+        )
+        return result
+    from fedkernels import _cpu
+
+    _cpu.perturb(
+        target, source, *part.pieces(source.numel()), part.width, seed, tensor_id,
+        kernel_probe(probe, part), step, isa, threads(),
+    )  # fmt: skip
+    return result
+
+
+def replay_(
+    weight: torch.Tensor,
+    seeds: Integers,
+    coefficients: Integers,
+    exponent: int,
+    tensor_id: int,
+    probe: str = "rademacher",
+    part: Part | None = None,
+) -> torch.Tensor:
+    """Set weight to round(weight + 2**exponent * sum_k coefficients[k] z_k), and return it.
+
+    The weight is read and written once, whatever the number of seeds. For probes of integers the sum
+    is an exact integer, so the result does not depend on the order of the seeds; for "gaussian" it
+    is a float64 sum in their order.
+
+    Args:
+        weight: contiguous float32, bfloat16 or float16 tensor on the CPU.
+        seeds: K >= 1 integers in [0, 2**64).
+        coefficients: K integers in [-2**31, 2**31).
+        exponent: in [-512, 512].
+        tensor_id, probe, part: as for `noise`.
+
+    Raises:
+        ValueError: an argument is outside its range, or the weight cannot hold the part.
+    """
+    check_probe(0, tensor_id, probe)
+    target = _checked("weight", weight)
+    seed_list, coefficient_list = _integers("seeds", seeds), _integers("coefficients", coefficients)
+    _check_seeds(seed_list)
+    if len(coefficient_list) != len(seed_list):
+        raise ValueError(
+            f"{len(seed_list)} seeds need as many coefficients, not {len(coefficient_list)}"
+        )
+    if min(coefficient_list) < -(2**31) or max(coefficient_list) >= 2**31:
+        raise ValueError("coefficients must be in [-2**31, 2**31)")
+    if abs(exponent) > LARGEST_EXPONENT:
+        raise ValueError(f"exponent must be in [-512, 512], and it is {exponent}")
+    factor = 2.0**exponent * UNITS[probe]
+    part = part_of(tuple(target.shape), part, "weight")
+    isa = instruction_set()
+    if isa is None:
+        elements = part.elements(target.numel())
+        target.copy_(
+            reference.replayed(
+                target, seed_list, coefficient_list, factor, tensor_id, probe, part.shape, elements
+            )
+        )
+        return weight
+    from fedkernels import _cpu
+
+    _cpu.replay(
+        target, *part.pieces(target.numel()), part.width, _words(seed_list),
+        torch.tensor(coefficient_list, dtype=torch.int32), factor, tensor_id,
+        kernel_probe(probe, part), isa, threads(),
+    )  # fmt: skip
+    return weight
+
+
+def project(
+    delta: torch.Tensor,
+    seeds: Integers,
+    tensor_id: int,
+    probe: str = "rademacher",
+    part: Part | None = None,
+) -> torch.Tensor:
+    """Return the inner products <delta, z_k>: float64 [K].
+
+    They agree between backends within 1e-6 of their norm, and do not depend on the thread count.
+
+    Args:
+        delta: contiguous float32, bfloat16 or float16 tensor on the CPU.
+        seeds: K >= 1 integers in [0, 2**64).
+        tensor_id, probe, part: as for `noise`.
+
+    Raises:
+        ValueError: an argument is outside its range, or delta cannot hold the part.
+    """
+    check_probe(0, tensor_id, probe)
+    source = _checked("delta", delta)
+    seed_list = _integers("seeds", seeds)
+    _check_seeds(seed_list)
+    part = part_of(tuple(source.shape), part, "delta")
+    isa = instruction_set()
+    if isa is None:
+        elements = part.elements(source.numel())
+        return reference.projected(source, seed_list, tensor_id, probe, part.shape, elements)
+    from fedkernels import _cpu
+
+    result = torch.empty(len(seed_list), dtype=torch.float64)
+    _cpu.project(
+        result, source, *part.pieces(source.numel()), part.width, _words(seed_list), tensor_id,
+        kernel_probe(probe, part), isa, threads(),
+    )  # fmt: skip
+    return result.mul_(UNITS[probe])
+
+
+def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor without its graph; ValueError unless a kernel can work on it."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, not {tensor.dtype}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU, not on {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+    if tensor.numel() == 0:
+        raise ValueError(f"{name} must not be empty, and its shape is {list(tensor.shape)}")
+    return tensor.detach()
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    start, end = one.data_ptr(), one.data_ptr() + one.nbytes
+    return start < other.data_ptr() + other.nbytes and other.data_ptr() < end
+
+
+def _integers(name: str, values: Integers) -> list[int]:
+    """Return the values as Python integers; ValueError unless they are K >= 1 integers."""
+    if isinstance(values, torch.Tensor):
+        if values.dim() != 1 or values.is_floating_point() or values.is_complex():
+            raise ValueError(f"{name} must be a one-dimensional tensor of integers")
+        result: list[int] = values.tolist()
+    else:
+        result = list(values)
+        if not all(isinstance(value, int) for value in result):
+            raise ValueError(f"{name} must be integers")
+    if not result:
+        raise ValueError(f"{name} must not be empty")
+    return result
+
+
+def _check_seeds(seeds: list[int]) -> None:
+    check_range("seeds", min(seeds), 2**64)
+    check_range("seeds", max(seeds), 2**64)
+
+
+def _words(seeds: list[int]) -> torch.Tensor:
+    """Return int64 [K] with the bits of the seeds."""
+    return torch.frombuffer(array("Q", seeds), dtype=torch.int64)
