@@ -9,6 +9,8 @@ import pytest
 import fedkernels as fk
 
 collect_ignore = [] if "portable" in fk.backends() else ["test_compiled.py"]
+if "triton" not in fk.backends():
+    collect_ignore += ["test_triton.py", "test_triton_products.py", "test_triton_compiles.py"]
 
 
 @pytest.fixture(params=[name for name in fk.backends() if name != "triton"])

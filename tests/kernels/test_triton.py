@@ -5,20 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 
-import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fedkernels as fk
+from fedkernels.gpu import probes as gpu
 from fedkernels.part import Part
+from fedkernels.probes import float32
 from fedkernels.reference import probes as reference
 from fedkernels.reference import replay as truth
 
-if "triton" not in fk.backends():
-    pytest.skip("Triton is not installed", allow_module_level=True)
-
-from fedkernels.gpu import probes as gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEEDS = st.integers(0, 2**64 - 1)
@@ -28,14 +24,15 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 COEFFICIENTS = st.one_of(
     st.integers(-(2**31), 2**31 - 1), st.integers(-1000, 1000), st.sampled_from([-(2**31), 2**31 - 1])
 )
-# 100 shapes for each of perturb, replay and project
+# Random parts of random shapes: a hundred each where the law is about bits.
 hundred = settings(max_examples=100)
+few = settings(max_examples=30)
 
 
 @st.composite
 def parts(draw: st.DrawFn) -> tuple[Part, tuple[int, ...]]:
     """A part of a random tensor, and the shape of the weight that holds it."""
-    shape = tuple(draw(st.lists(st.integers(1, 40), max_size=3)))
+    shape = tuple(draw(st.lists(st.integers(1, 24), max_size=3)))
     kind = draw(st.sampled_from(["whole", "stretch", "rows and columns"]))
     if kind == "whole" or not shape:
         return Part(shape), shape
@@ -69,10 +66,11 @@ def test_noise_has_the_bits_of_the_reference(held, seed, tensor_id, probe):
     part, shape = held
     out = torch.empty(shape, device=DEVICE)
     gpu.noise_(out, seed, tensor_id, probe, part)
+    unit = float32(reference.UNITS[probe])
     elements = part.elements(math.prod(shape))
-    q = reference.noise(seed, tensor_id, probe, part.shape, elements).reshape(shape)
-    unit = torch.tensor(reference.UNITS[probe], dtype=torch.float32)
-    assert digest(out) == digest(q * unit)
+    zeros = torch.zeros(shape)
+    expected = truth.perturbed(zeros, seed, unit, tensor_id, probe, part.shape, elements)
+    assert digest(out) == digest(expected)
 
 
 @hundred
@@ -83,7 +81,7 @@ def test_perturb_has_the_bits_of_the_reference(held, dtype, seed, step, tensor_i
     elements = part.elements(weight.numel())
     expected = truth.perturbed(weight, seed, step, tensor_id, probe, part.shape, elements)
     moved = weight.to(DEVICE)
-    gpu.perturb_(moved, seed, step, tensor_id, probe, part)
+    gpu.perturb(moved, moved, seed, step, tensor_id, probe, part)
     assert digest(moved) == digest(expected)
 
 
@@ -91,7 +89,7 @@ def test_perturb_has_the_bits_of_the_reference(held, dtype, seed, step, tensor_i
 @given(
     parts(),
     DTYPES,
-    st.lists(st.tuples(SEEDS, COEFFICIENTS), min_size=1, max_size=4),
+    st.lists(st.tuples(SEEDS, COEFFICIENTS), min_size=1, max_size=3),
     st.integers(-40, -30),
     TENSOR_IDS,
     PROBES,
@@ -112,7 +110,7 @@ def test_replay_has_the_bits_of_the_reference(held, dtype, pairs, exponent, tens
     assert digest(moved) == digest(expected)
 
 
-@hundred
+@few
 @given(parts(), DTYPES, st.lists(SEEDS, min_size=1, max_size=4), TENSOR_IDS, PROBES)
 def test_projections_agree(held, dtype, seeds, tensor_id, probe):
     part, shape = held

@@ -1,4 +1,4 @@
-"""Probes on a GPU: `noise`, `perturb_`, `replay_` and `project`, with the noise in registers.
+"""Probes on a GPU: `noise`, `perturb`, `replay_` and `project`, with the noise in registers.
 
 Weights are read and written once, whatever the number of seeds. Replay sums integers, in 32 bits
 where the coefficients cannot overflow them, and converts to float64 once. Projection keeps a
@@ -51,16 +51,17 @@ def noise_kernel(
     WIDTH: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
-    """out = unit * q; out: float32 [count]."""
+    """out = unit * q + 0, which makes -0 of Gaussian probes a +0; out: float32 [count]."""
     place = tile(first_block, skip, count, rows, columns, held, width, BLOCKS, WIDTH, ELEMENTS)
     block, position, local, inside = place
     unit = tl.to_tensor(unit)
     value = scaled_probe(unit, seed, tensor_id, block, position, PROBE, BLOCKS, WIDTH)
-    tl.store(out + local, value, mask=inside)
+    tl.store(out + local, value + 0.0, mask=inside)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def perturb_kernel(
+    out,
     weight,
     seed: tl.int64,
     step,
@@ -77,14 +78,14 @@ def perturb_kernel(
     WIDTH: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
-    """weight = fma(q, step, weight) in float32, rounded once to the weight's type; weight: [count]."""
+    """out = fma(q, step, weight) in float32, rounded once more to the type of both; [count]."""
     place = tile(first_block, skip, count, rows, columns, held, width, BLOCKS, WIDTH, ELEMENTS)
     block, position, local, inside = place
     old = load_float(weight + local, inside)
     one = tl.to_tensor(1.0)
     probe = scaled_probe(one, seed, tensor_id, block, position, PROBE, BLOCKS, WIDTH)
     moved = fused_multiply_add(probe, tl.zeros_like(old) + step, old)
-    store_float(weight + local, moved, inside)
+    store_float(out + local, moved, inside)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -167,16 +168,26 @@ def noise_(out: torch.Tensor, seed: int, tensor_id: int, probe: str, part: Part)
     _launch(noise_kernel, place, out, signed(seed), unit, signed(tensor_id))
 
 
-def perturb_(
-    weight: torch.Tensor, seed: int, step: float, tensor_id: int, probe: str, part: Part
+def perturb(
+    out: torch.Tensor,
+    weight: torch.Tensor,
+    seed: int,
+    step: float,
+    tensor_id: int,
+    probe: str,
+    part: Part,
 ) -> None:
-    """weight = fma(q, step, weight) in place; `step` is a float32 number, the scale times c."""
+    """out = fma(q, step, weight); `step` is a float32 number, the scale times c.
+
+    `out` may be the weight itself; else it has the weight's type and size.
+    """
     probe = _effective(probe, part)
     if probe == "rank1":
-        rank1.perturb_(weight, seed, step, tensor_id, part)
+        rank1.perturb(out, weight, seed, step, tensor_id, part)
         return
     place = placement(part, weight.numel(), probe, weight.device)
-    _launch(perturb_kernel, place, as_pointer(weight), signed(seed), step, signed(tensor_id))
+    arguments = (as_pointer(out), as_pointer(weight), signed(seed), step, signed(tensor_id))
+    _launch(perturb_kernel, place, *arguments)
 
 
 def replay_(

@@ -111,6 +111,7 @@ def noise_kernel(
 
 @triton.jit
 def perturb_kernel(
+    out,
     weight,
     row_signs,
     column_signs,
@@ -122,13 +123,13 @@ def perturb_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """weight = fma(u v', step, weight) in float32; weight: [count]."""
+    """out = fma(u v', step, weight) in float32, rounded once more to the type of both; [count]."""
     row, column, local, inside = _matrix_tile(held, lead, count, ROWS, COLUMNS)
     u = tl.load(row_signs + row, mask=row < rows, other=0).to(tl.float32)
     v = tl.load(column_signs + column, mask=column < held, other=0).to(tl.float32)
     old = load_float(weight + local, inside)
     moved = fused_multiply_add(u[:, None] * v[None, :], tl.zeros_like(old) + step, old)
-    store_float(weight + local, moved, inside)
+    store_float(out + local, moved, inside)
 
 
 @triton.jit(do_not_specialize=["seeds_count", "factor_bits"])
@@ -218,11 +219,13 @@ def noise_(out: torch.Tensor, seed: int, tensor_id: int, part: Part) -> None:
     _launch(noise_kernel, held, out, *_signs(held, seed_tensor([seed], out.device), tensor_id))
 
 
-def perturb_(weight: torch.Tensor, seed: int, step: float, tensor_id: int, part: Part) -> None:
-    """weight = fma(u v', step, weight), in place."""
+def perturb(
+    out: torch.Tensor, weight: torch.Tensor, seed: int, step: float, tensor_id: int, part: Part
+) -> None:
+    """out = fma(u v', step, weight)."""
     held = matrix(part, weight.numel(), weight.device)
     signs = _signs(held, seed_tensor([seed], weight.device), tensor_id)
-    _launch(perturb_kernel, held, as_pointer(weight), *signs, step)
+    _launch(perturb_kernel, held, as_pointer(out), as_pointer(weight), *signs, step)
 
 
 def replay_(
