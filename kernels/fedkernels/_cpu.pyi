@@ -40,6 +40,7 @@ def sign_factors_(
     threads: int,
 ) -> None:
     """Write the words of U [K, left_size] and V transposed [right_size, K]; seeds: int64 [K]."""
+
 class QuantizedMatrix:
     """The parts of a `QuantizedTensor` on the CPU, checked; it shares their memory."""
 

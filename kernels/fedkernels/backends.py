@@ -30,7 +30,9 @@ INSTRUCTION_SETS: Final[dict[str, int]] = {"portable": 0, "neon": 3, "avx2": 1, 
 _log = logging.getLogger(__name__)
 _COMPILED = [name for name, isa in INSTRUCTION_SETS.items() if _compiled and _cpu.available(isa)]
 _ON_CPU: Final = ["reference", *_COMPILED]
-_INTERPRETER: Final = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+# As Triton itself reads it, when it is imported.
+_YES: Final = ("1", "true", "on", "yes", "y")
+_INTERPRETER: Final = os.environ.get("TRITON_INTERPRET", "").lower() in _YES
 
 
 class _Selection:

@@ -73,7 +73,12 @@ def matrices() -> Iterator[Case]:
     yield "perturb rank1", rank1.perturb_kernel, {"weight": "*i16", "out": "*i16"} | indices, tile
     for digits in (1, 5):
         constants = tile | {"SEEDS": rank1.SEEDS, "DIGITS": digits}
-        yield f"replay rank1 {digits}", rank1.replay_kernel, {"weight": "*fp32"} | indices, constants
+        yield (
+            f"replay rank1 {digits}",
+            rank1.replay_kernel,
+            {"weight": "*fp32"} | indices,
+            constants,
+        )
     project = tile | {"SEEDS": rank1.PROJECTED_SEEDS}
     yield "project rank1", rank1.project_kernel, {"delta": "*fp32"} | indices, project
 
@@ -108,7 +113,9 @@ def quantized_matrices() -> Iterator[Case]:
             for backward in (False, True):
                 for rows in (1, 40):
                     types = parts | {"rows": "i32"} | dict.fromkeys(("x", "out", "bias"), kind)
-                    constants = {"COARSE": coarse, "BACKWARD": backward} | quantized.tile(rows) | blocks
+                    constants = (
+                        {"COARSE": coarse, "BACKWARD": backward} | quantized.tile(rows) | blocks
+                    )
                     label = f"product {name} {kind} {'backward' if backward else 'forward'} {rows}"
                     yield label, quantized.product_kernel, types, constants
 
@@ -119,7 +126,9 @@ def compile_case(case: Case, capability: int) -> tuple[int, int]:
     kinds = SCALARS | types
     signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
-    absent = {n: None for n, kind in signature.items() if kind == "constexpr" and n not in constants}
+    absent = {
+        n: None for n, kind in signature.items() if kind == "constexpr" and n not in constants
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants | absent)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})

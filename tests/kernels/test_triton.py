@@ -15,14 +15,15 @@ from fedkernels.probes import float32
 from fedkernels.reference import probes as reference
 from fedkernels.reference import replay as truth
 
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEEDS = st.integers(0, 2**64 - 1)
 TENSOR_IDS = st.integers(0, 2**64 - 2)
 PROBES = st.sampled_from(["rademacher", "popcount", "gaussian", "rank1"])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 COEFFICIENTS = st.one_of(
-    st.integers(-(2**31), 2**31 - 1), st.integers(-1000, 1000), st.sampled_from([-(2**31), 2**31 - 1])
+    st.integers(-(2**31), 2**31 - 1),
+    st.integers(-1000, 1000),
+    st.sampled_from([-(2**31), 2**31 - 1]),
 )
 # Random parts of random shapes: a hundred each where the law is about bits.
 hundred = settings(max_examples=100)

@@ -27,7 +27,9 @@ def gaussian_pair(first, second):
     radius = tl.sqrt_rn(_minus_2_log(first))
     x = _signed_angle(second).to(tl.float32) * 2.0**-25
     square = x * x
-    cosine = _polynomial(square, COS, COS_DEGREE) * (1 - 2 * (second >> 31).to(tl.int32)).to(tl.float32)
+    cosine = _polynomial(square, COS, COS_DEGREE) * (1 - 2 * (second >> 31).to(tl.int32)).to(
+        tl.float32
+    )
     sine = x * _polynomial(square, SIN, SIN_DEGREE)
     swap = ((second >> 30) & 1) != 0
     return radius * tl.where(swap, sine, cosine), radius * tl.where(swap, cosine, sine)

@@ -99,10 +99,7 @@ def _weight_tile(
         known = (row < out_features)[:, None] & (column < in_features)[None, :]
         index = row.to(tl.int64)[:, None] * in_features + column[None, :]
         value = tl.load(codes + index, mask=known, other=0).to(tl.float32)
-        if BLOCK == 0:
-            at = tl.broadcast_to(row[:, None], [HEIGHT, WIDTH])
-        else:
-            at = index // BLOCK
+        at = tl.broadcast_to(row[:, None], [HEIGHT, WIDTH]) if BLOCK == 0 else index // BLOCK
         value = _scaled(value, at, known, scheme, NESTED_BLOCK)
     else:
         column = first_column + 2 * tl.arange(0, WIDTH // 2)

@@ -246,15 +246,21 @@ def replay_(
     _launch(replay_kernel, held, *arguments, DIGITS=len(digits), SEEDS=SEEDS)
 
 
-def project(
-    delta: torch.Tensor, seeds: Sequence[int], tensor_id: int, part: Part
-) -> torch.Tensor:
+def project(delta: torch.Tensor, seeds: Sequence[int], tensor_id: int, part: Part) -> torch.Tensor:
     """Return u_k' delta v_k for every seed: float64 [K]."""
     held = matrix(part, delta.numel(), delta.device)
 
     def fill(some: torch.Tensor, partials: torch.Tensor) -> None:
         signs = _signs(held, some, tensor_id)
-        _launch(project_kernel, held, as_pointer(delta), *signs, partials, len(some), SEEDS=PROJECTED_SEEDS)
+        _launch(
+            project_kernel,
+            held,
+            as_pointer(delta),
+            *signs,
+            partials,
+            len(some),
+            SEEDS=PROJECTED_SEEDS,
+        )
 
     return partial_sums(seeds, held.grid[0] * held.grid[1], delta.device, fill)
 
@@ -265,7 +271,7 @@ def balanced_digits(coefficients: torch.Tensor) -> torch.Tensor:
     As few digits as the largest needs; each is in -64 .. 64.
     """
     rest = coefficients.to("cpu", torch.int64)
-    digits = []
+    digits: list[torch.Tensor] = []
     while not digits or bool(rest.any()):
         digit = ((rest + 64) & 127) - 64
         digits.append(digit.to(torch.int8))

@@ -98,7 +98,9 @@ def product_kernel(
         known = (row < rows)[:, None] & (i < inner)[None, :]
         left = load_operand(x + row.to(tl.int64)[:, None] * inner + i[None, :], known, COARSE)
         stored = (group * 32 < inner)[:, None] & (column < columns)[None, :]
-        word = tl.load(words + group.to(tl.int64)[:, None] * padded + column[None, :], mask=stored, other=0)
+        word = tl.load(
+            words + group.to(tl.int64)[:, None] * padded + column[None, :], mask=stored, other=0
+        )
         bits = (word.to(tl.uint32, bitcast=True)[:, None, :] >> shift[None, :, None]) & 1
         sign = 1 - 2 * tl.reshape(bits, [INNER, COLUMNS]).to(tl.int32)
         # tf32x3: float32 as three terms of which tensor cores lose nothing that float32 keeps
