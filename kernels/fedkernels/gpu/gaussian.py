@@ -1,6 +1,6 @@
 """Normal values from words, operation by operation those of `reference/gaussian.py`.
 
-Launch what calls this without contraction (enable_fp_fusion=False): each operation rounds once.
+Each operation rounds once, which `launching.py` sees to.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from fedkernels.gpu import rank1
 from fedkernels.gpu.distributions import scaled_probe
+from fedkernels.gpu.launching import launch
 from fedkernels.gpu.placement import Placement, placement, signed, tile
 from fedkernels.gpu.rounding import (
     as_pointer,
@@ -243,7 +244,6 @@ def _effective(probe: str, part: Part) -> str:
 
 
 def _launch(kernel: Any, place: Placement, *arguments: Any, **constants: Any) -> None:
-    if place.tiles:
-        # No contraction: where the law has two roundings, a fused multiply-add would have one.
-        options = place.constants | constants | {"enable_fp_fusion": False}
-        kernel[(place.tiles,)](*arguments, *place.arguments, **options)
+    device = arguments[0].device
+    options = place.constants | constants
+    launch(kernel, (place.tiles,), device, *arguments, *place.arguments, **options)

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fedkernels.gpu.launching import launch
 from fedkernels.gpu.rounding import (
     as_operand,
     as_pointer,
@@ -182,8 +183,7 @@ def dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     grid = (triton.cdiv(out.numel(), TILE),)
     arguments = (*_parts(tensor), out.numel())
     constants = {"BLOCK": tensor.block, "NESTED_BLOCK": tensor.nested_block, "TILE": TILE}
-    # No contraction: the law has two roundings.
-    dequantize_kernel[grid](as_pointer(out), *arguments, **constants, enable_fp_fusion=False)
+    launch(dequantize_kernel, grid, out.device, as_pointer(out), *arguments, **constants)
     return out.to(dtype)
 
 
@@ -217,7 +217,10 @@ def _product(
     out = torch.empty(len(x), columns, dtype=x.dtype, device=x.device)
     sizes = tile(len(x))
     grid = (triton.cdiv(len(x), sizes["ROWS"]), triton.cdiv(columns, sizes["COLUMNS"]))
-    product_kernel[grid](
+    launch(
+        product_kernel,
+        grid,
+        x.device,
         as_operand(out),
         as_operand(x),
         None if bias is None else as_operand(bias),

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from fedkernels.gpu.distributions import RADEMACHER, scaled_probe
+from fedkernels.gpu.launching import launch
 from fedkernels.gpu.placement import held_columns, held_rows, signed
 from fedkernels.gpu.rounding import as_pointer, fused_multiply_add, load_float, store_float
 from fedkernels.gpu.sums import float64_bits, partial_sums, seed_tensor
@@ -291,13 +292,23 @@ def _stream(
 ) -> torch.Tensor:
     count, tile = len(indices), 1024
     out = torch.empty(len(seeds), count, dtype=torch.int8, device=indices.device)
-    if out.numel():
-        grid = (len(seeds), triton.cdiv(count, tile))
-        signs_kernel[grid](out, seeds, indices, count, signed(tensor_id), stream, TILE=tile)
+    grid = (len(seeds), triton.cdiv(count, tile))
+    launch(
+        signs_kernel,
+        grid,
+        out.device,
+        out,
+        seeds,
+        indices,
+        count,
+        signed(tensor_id),
+        stream,
+        TILE=tile,
+    )
     return out
 
 
 def _launch(kernel: Any, held: Matrix, *arguments: Any, **constants: Any) -> None:
-    if held.count:
-        tiles = {"ROWS": ROWS, "COLUMNS": COLUMNS, "enable_fp_fusion": False}
-        kernel[held.grid](*arguments, len(held.rows), *held.sizes, **constants, **tiles)
+    tiles = {"ROWS": ROWS, "COLUMNS": COLUMNS}
+    sizes = (len(held.rows), *held.sizes)
+    launch(kernel, held.grid, held.rows.device, *arguments, *sizes, **constants, **tiles)

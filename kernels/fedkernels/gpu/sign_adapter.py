@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fedkernels.gpu.launching import launch
 from fedkernels.gpu.philox import one_word
 from fedkernels.gpu.placement import signed
 from fedkernels.gpu.rank1 import COLUMN_STREAM, ROW_STREAM
@@ -130,7 +131,18 @@ def transpose(words: torch.Tensor, columns: int | None = None) -> torch.Tensor:
     out_groups = -(-(padded if columns is None else columns) // BITS)
     out = torch.empty(out_groups, groups * BITS, dtype=torch.int32, device=words.device)
     grid = (groups, out_groups)
-    transpose_kernel[grid](out, words, groups, padded, groups * BITS, out_groups, num_warps=1)
+    launch(
+        transpose_kernel,
+        grid,
+        out.device,
+        out,
+        words,
+        groups,
+        padded,
+        groups * BITS,
+        out_groups,
+        num_warps=1,
+    )
     return out
 
 
@@ -152,7 +164,10 @@ def product(
     out = torch.empty(rows, columns, dtype=dtype, device=x.device)
     sizes = tile(rows)
     grid = (triton.cdiv(rows, sizes["ROWS"]), triton.cdiv(columns, sizes["COLUMNS"]))
-    product_kernel[grid](
+    launch(
+        product_kernel,
+        grid,
+        x.device,
         as_operand(out),
         as_operand(x),
         words,
@@ -181,5 +196,5 @@ def _stream(keys: torch.Tensor, tensor_id: int, stream: int, size: int) -> torch
     words = torch.empty(groups, padded, dtype=torch.int32, device=keys.device)
     grid = (padded // BITS, triton.cdiv(groups, GROUPS))
     arguments = (len(keys), padded, size, signed(tensor_id), stream)
-    stream_kernel[grid](words, keys, *arguments, GROUPS=GROUPS)
+    launch(stream_kernel, grid, words.device, words, keys, *arguments, GROUPS=GROUPS)
     return words
