@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint format bench docs gpu-check clean
+.PHONY: help venv demo test lint format bench docs gpu-check neon-check sanitize clean
 
 help:
 	@echo "make demo       fine-tune a language model across six unlike devices, and report"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint       ruff and mypy alone          make format     apply ruff's fixes and format"
 	@echo "make bench      recompression, bytes, kernels make docs       build the documentation"
 	@echo "make gpu-check  check and time GPU kernels   make clean      remove what builds left behind"
+	@echo "make neon-check the kernels' bits on ARM     make sanitize   the kernels' tests under ASan, UBSan"
 
 venv: $(STAMP)
 
@@ -63,6 +64,13 @@ docs: venv
 
 gpu-check: venv
 	@$(BIN)/python -m simulations.benchmarks.gpu_check
+
+# Needs cmake, qemu-user and a cross-compiler, and says how to get what is missing.
+neon-check: venv
+	$(BIN)/python tests/kernels/native/neon_check.py
+
+sanitize: venv
+	$(BIN)/python tests/kernels/native/sanitize.py
 
 clean:
 	rm -rf build dist site htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
