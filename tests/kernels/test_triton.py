@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fedkernels as fk
 from fedkernels.gpu import probes as gpu
 from fedkernels.part import Part
 from fedkernels.probes import float32
@@ -121,3 +122,26 @@ def test_projections_agree(held, dtype, seeds, tensor_id, probe):
     measured = gpu.project(delta.to(DEVICE), seeds, tensor_id, probe, part).cpu()
     assert measured.dtype == torch.float64
     assert (measured - expected).abs().max() <= 1e-6 * delta.double().norm()
+
+
+def test_the_public_functions_use_it_where_it_is_chosen():
+    weight = weight_like((30, 20), torch.bfloat16, 3)
+    part = Part((40, 20), offset=21)
+    before = fk.backend()
+    results = {}
+    try:
+        for backend, device in (("reference", torch.device("cpu")), ("triton", DEVICE)):
+            fk.use_backend(backend)
+            moved = weight.to(device, copy=True)
+            results[backend] = [
+                fk.noise(5, 7, (30, 20), "gaussian", part, device=device),
+                fk.perturbed(moved, 5, 0.1, 7, "popcount", part=part),
+                fk.replay_(moved, [5, 6], [7, -8], -9, 7, "rank1", part),
+                fk.project(moved, [5, 6], 7, "rademacher", part),
+            ]
+    finally:
+        fk.use_backend(before)
+    *same, reference_sums = results["reference"]
+    *mine, sums = results["triton"]
+    assert [digest(tensor) for tensor in mine] == [digest(tensor) for tensor in same]
+    torch.testing.assert_close(sums.cpu(), reference_sums, rtol=1e-6, atol=1e-6)
