@@ -44,7 +44,12 @@ class _Selection:
 
 def backends() -> list[str]:
     """Return the names of the backends that work in this process: slowest first, then `triton`."""
-    return [*_ON_CPU, "triton"] if _triton_works() else list(_ON_CPU)
+    return [*cpu_backends(), "triton"] if _triton_works() else cpu_backends()
+
+
+def cpu_backends() -> list[str]:
+    """Return the names of those that are made for tensors on the CPU, slowest first."""
+    return list(_ON_CPU)
 
 
 def backend() -> str:

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 import fedkernels as fk
+from fedkernels.backends import cpu_backends
 
 collect_ignore = [] if "portable" in fk.backends() else ["test_compiled.py"]
 if "triton" not in fk.backends():
     collect_ignore += ["test_triton.py", "test_triton_products.py", "test_triton_compiles.py"]
 
 
-@pytest.fixture(params=[name for name in fk.backends() if name != "triton"])
+@pytest.fixture(params=cpu_backends())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend for the CPU in turn, in use during the test; Triton has tests of its own."""
     before = fk.backend()
