@@ -21,7 +21,7 @@ help:
 	@echo "make test       lint, types and tests, with coverage"
 	@echo "make lint       ruff and mypy alone          make format     apply ruff's fixes and format"
 	@echo "make bench      recompression, bytes, kernels make docs       build the documentation"
-	@echo "make gpu-check  which GPU kernels work here  make clean      remove what builds left behind"
+	@echo "make gpu-check  check and time GPU kernels   make clean      remove what builds left behind"
 	@echo "make neon-check the kernels' bits on ARM     make sanitize   the kernels' tests under ASan, UBSan"
 
 venv: $(STAMP)
@@ -63,8 +63,7 @@ docs: venv
 	$(BIN)/mkdocs build --strict
 
 gpu-check: venv
-	@$(BIN)/python -c "import fedkernels as fk; print('GPU kernels here:', \
-		'triton' if 'triton' in fk.backends() else 'none exist yet; all kernels run on the CPU')"
+	@$(BIN)/python -m simulations.benchmarks.gpu_check
 
 # Needs cmake, qemu-user and a cross-compiler, and says how to get what is missing.
 neon-check: venv

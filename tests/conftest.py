@@ -1,6 +1,8 @@
 """Shared fixtures: a tiny model of a real architecture with a tokenizer, and a small data file.
 
 Hypothesis runs without deadlines: a busy machine is slow, not wrong. In CI its examples are fixed.
+Without a GPU Triton's kernels run in its interpreter, which has to be said before Triton is imported,
+hence before any test file is.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile("fedbraid", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("fedbraid")

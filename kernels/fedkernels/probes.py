@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedkernels.backends import instruction_set, threads
+from fedkernels.backends import instruction_set, threads, uses_triton
 from fedkernels.part import Part
 from fedkernels.reference import replay as reference
 from fedkernels.reference.probes import MASK, UNITS, philox4x32
@@ -23,6 +23,7 @@ def noise(
     shape: Sequence[int],
     probe: str = "rademacher",
     part: Part | None = None,
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """Return the probe of one tensor: float32 of `shape`, mean zero, unit variance.
 
@@ -36,6 +37,7 @@ def noise(
         shape: sizes of the result; () is a scalar.
         probe: one of `PROBES`.
         part: what the result holds of a larger tensor; None: `shape` is the whole.
+        device: where the result is.
 
     Raises:
         ValueError: an argument is out of its range, or the probe is unknown.
@@ -45,8 +47,15 @@ def noise(
     if any(size < 0 for size in sizes):
         raise ValueError(f"a shape has no negative sizes, and this one is {sizes}")
     part = part_of(sizes, part, "shape")
-    values = torch.zeros(sizes, dtype=torch.float32)
+    if not uses_triton(torch.device(device)) and torch.device(device).type != "cpu":
+        return noise(seed, tensor_id, shape, probe, part).to(device)
+    values = torch.zeros(sizes, dtype=torch.float32, device=device)
     if values.numel() == 0:
+        return values
+    if uses_triton(values.device):
+        from fedkernels.gpu import probes as gpu
+
+        gpu.noise_(values, seed, tensor_id, probe, part)
         return values
     step = float32(UNITS[probe])
     isa = instruction_set()

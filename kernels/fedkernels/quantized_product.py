@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from fedkernels.backends import instruction_set, threads
+from fedkernels.backends import instruction_set, threads, uses_triton
 from fedkernels.quantized_tensor import QuantizedTensor
 from fedkernels.reference import quantized as reference
 
@@ -38,8 +38,10 @@ _scratch = threading.local()
 
 def quantize(weight: torch.Tensor, fmt: str) -> QuantizedTensor:
     """Return a contiguous float32 matrix in a format that `reference.quantize` knows."""
+    if weight.device.type != "cpu":
+        return quantize(weight.cpu(), fmt).to(weight.device)
     isa = instruction_set()
-    if isa is None or weight.device.type != "cpu":
+    if isa is None:
         return reference.quantize(weight, fmt)
     from fedkernels import _cpu
 
@@ -69,6 +71,10 @@ def quantize(weight: torch.Tensor, fmt: str) -> QuantizedTensor:
 
 def dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the matrix in `dtype`."""
+    if uses_triton(tensor.device):
+        from fedkernels.gpu import quantized as gpu
+
+        return gpu.dequantize(tensor, dtype)
     if not _is_compiled(tensor):
         return reference.dequantize(tensor).to(dtype)
     direct = dtype in (torch.float32, torch.bfloat16)
@@ -79,6 +85,10 @@ def dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
 
 def linear(x: torch.Tensor, tensor: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x Wᵀ + bias, [rows, out_features]."""
+    if uses_triton(x.device):
+        from fedkernels.gpu import quantized as gpu
+
+        return gpu.linear(x, tensor, bias)
     if instruction_set() is None:
         return reference.linear(x, tensor, bias)
     if x.shape[0] <= FEW_ROWS[x.dtype] and _is_compiled(tensor):
@@ -94,6 +104,10 @@ def linear(x: torch.Tensor, tensor: QuantizedTensor, bias: torch.Tensor | None) 
 
 def linear_backward(dy: torch.Tensor, tensor: QuantizedTensor) -> torch.Tensor:
     """Return dy W, [rows, in_features]."""
+    if uses_triton(dy.device):
+        from fedkernels.gpu import quantized as gpu
+
+        return gpu.linear_backward(dy, tensor)
     if instruction_set() is None:
         return reference.linear_backward(dy, tensor)
     dx = dy.new_empty(dy.shape[0], tensor.shape[1])
@@ -112,7 +126,7 @@ def lora_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return x (W + scale B A)ᵀ + bias, and x Aᵀ."""
     xa = x @ A.to(x.dtype).T
-    if instruction_set() is None:
+    if instruction_set() is None and not uses_triton(x.device):
         return reference.lora_linear(x, tensor, A, B, scale, bias), xa
     y = linear(x, tensor, bias)
     return y.addmm_(xa, B.to(x.dtype).T, alpha=scale), xa
@@ -129,7 +143,7 @@ def lora_linear_backward(
     needed: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Return the gradients to x, A and B, each where it is needed, else None."""
-    if instruction_set() is None:
+    if instruction_set() is None and not uses_triton(dy.device):
         return reference.lora_linear_backward(dy, x, tensor, A, B, scale)
     to_x, to_a, to_b = needed
     dx: torch.Tensor | None = None

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedkernels.backends import instruction_set, threads
+from fedkernels.backends import instruction_set, threads, uses_triton
 from fedkernels.part import Part
 from fedkernels.probes import check_probe, check_range, float32, kernel_probe, part_of
 from fedkernels.reference import replay as reference
@@ -42,7 +42,7 @@ def perturb_(
     not undone by -scale: where a weight must come back exactly, use `perturbed`.
 
     Args:
-        weight: contiguous float32, bfloat16 or float16 tensor on the CPU.
+        weight: contiguous float32, bfloat16 or float16 tensor, on the CPU or on a GPU with Triton.
         scale: finite.
         seed, tensor_id, probe, part: as for `noise`.
 
@@ -76,6 +76,8 @@ def perturbed(
         raise ValueError(f"scale must fit float32, and it is {scale}")
     result = torch.empty_like(weight) if out is None else out
     target = _checked("out", result)
+    if target.device != source.device:
+        raise ValueError(f"out is on {target.device}, and weight is on {source.device}")
     if target.dtype != source.dtype or target.shape != source.shape:
         raise ValueError(
             f"out is {target.dtype} {list(target.shape)}, and weight is {source.dtype} "
@@ -84,6 +86,11 @@ def perturbed(
     if target.data_ptr() != source.data_ptr() and _overlap(target, source):
         raise ValueError("out overlaps weight; it must be the weight itself or memory of its own")
     part = part_of(tuple(source.shape), part, "weight")
+    if uses_triton(source.device):
+        from fedkernels.gpu import probes as gpu
+
+        gpu.perturb(target, source, seed, step, tensor_id, probe, part)
+        return result
     isa = instruction_set()
     if isa is None:
         elements = part.elements(source.numel())
@@ -116,7 +123,7 @@ def replay_(
     is a float64 sum in their order.
 
     Args:
-        weight: contiguous float32, bfloat16 or float16 tensor on the CPU.
+        weight: contiguous float32, bfloat16 or float16 tensor, on the CPU or on a GPU with Triton.
         seeds: K >= 1 integers in [0, 2**64).
         coefficients: K integers in [-2**31, 2**31).
         exponent: in [-512, 512].
@@ -139,6 +146,12 @@ def replay_(
         raise ValueError(f"exponent must be in [-512, 512], and it is {exponent}")
     factor = 2.0**exponent * UNITS[probe]
     part = part_of(tuple(target.shape), part, "weight")
+    if uses_triton(target.device):
+        from fedkernels.gpu import probes as gpu
+
+        integers = torch.tensor(coefficient_list, dtype=torch.int32)
+        gpu.replay_(target, seed_list, integers, factor, tensor_id, probe, part)
+        return weight
     isa = instruction_set()
     if isa is None:
         elements = part.elements(target.numel())
@@ -170,7 +183,7 @@ def project(
     They agree between backends within 1e-6 of their norm, and do not depend on the thread count.
 
     Args:
-        delta: contiguous float32, bfloat16 or float16 tensor on the CPU.
+        delta: contiguous float32, bfloat16 or float16 tensor, on the CPU or on a GPU with Triton.
         seeds: K >= 1 integers in [0, 2**64).
         tensor_id, probe, part: as for `noise`.
 
@@ -182,6 +195,10 @@ def project(
     seed_list = _integers("seeds", seeds)
     _check_seeds(seed_list)
     part = part_of(tuple(source.shape), part, "delta")
+    if uses_triton(source.device):
+        from fedkernels.gpu import probes as gpu
+
+        return gpu.project(source, seed_list, tensor_id, probe, part)
     isa = instruction_set()
     if isa is None:
         elements = part.elements(source.numel())
@@ -202,8 +219,8 @@ def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, not {tensor.dtype}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} must be on the CPU, not on {tensor.device}")
+    if tensor.device.type != "cpu" and not (tensor.is_cuda and uses_triton(tensor.device)):
+        raise ValueError(f"{name} must be on the CPU, or a GPU with Triton, not on {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
     if tensor.numel() == 0:

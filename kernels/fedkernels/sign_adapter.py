@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fedkernels.backends import instruction_set, threads
+from fedkernels.backends import instruction_set, threads, uses_triton
 from fedkernels.reference import sign_adapter as reference
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -53,8 +53,9 @@ class SignAdapter:
 
         Args:
             seeds: K seeds in [0, 2**64), K > 0.
-            coefficients: float32 or int32 [K] on the CPU, finite. With exponent 0, float32
-                coefficients are kept as they are, so that a gradient reaches them.
+            coefficients: float32 or int32 [K], finite, on the CPU or the GPU on which the adapter
+                is to work. With exponent 0, float32 coefficients are kept as they are, so that a
+                gradient reaches them.
             tensor_id: position of the tensor in its layout, in [0, 2**64 - 1).
             shape: sizes of the weight, [out, ...]: two or more, all positive.
             exponent: of the power of two that multiplies the coefficients.
@@ -67,8 +68,14 @@ class SignAdapter:
         if not 0 <= tensor_id < 2**64 - 1:
             raise ValueError(f"tensor_id must be in [0, {2**64 - 1}), and it is {tensor_id}")
         scaled = _scaled(coefficients, exponent, len(seeds))
-        if instruction_set() is None:
-            left, right = reference.factors(seeds, tensor_id, out_features, in_features)
+        if uses_triton(scaled.device):
+            from fedkernels.gpu import sign_adapter as gpu
+
+            sizes = (out_features, in_features)
+            left, right = gpu.factors(seeds, tensor_id, *sizes, scaled.device)
+        elif instruction_set() is None or scaled.device.type != "cpu":
+            words = reference.factors(seeds, tensor_id, out_features, in_features)
+            left, right = (factor.to(scaled.device) for factor in words)
         else:
             from fedkernels import _cpu
 
@@ -110,16 +117,16 @@ def sign_linear(
     with VNNI sums in 16-bit fixed point (cpu/sign_adapter_vnni.cc), well within bfloat16's rounding.
 
     Args:
-        x: float32 or bfloat16 [..., in], contiguous, not empty, on the CPU.
+        x: float32 or bfloat16 [..., in], contiguous, not empty, on the adapter's device.
         adapter: the change of the layer's weight.
         y: what the change is added to, such as the layer's own output; dtype and rows of x.
 
     Raises:
         ValueError: x or y is none of these.
     """
-    _check_tensor("x", x, adapter.in_features)
+    _check_tensor("x", x, adapter.in_features, adapter.left.device)
     if y is not None:
-        _check_tensor("y", y, adapter.out_features)
+        _check_tensor("y", y, adapter.out_features, x.device)
         if y.dtype != x.dtype or y.shape[:-1] != x.shape[:-1]:
             raise ValueError(
                 f"y must have the dtype and the rows of x, {x.dtype} {tuple(x.shape[:-1])}, "
@@ -189,8 +196,12 @@ def _product(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Return x S * scale + add; `coarse` allows the precision that bfloat16 needs."""
+    if uses_triton(x.device):
+        from fedkernels.gpu import sign_adapter as gpu
+
+        return gpu.product(x, words, columns, scale, add, dtype, coarse)
     isa = instruction_set()
-    if isa is None:
+    if isa is None or x.device.type != "cpu":
         return reference.product(x, words, columns, scale, add, dtype)
     from fedkernels import _cpu
 
@@ -200,8 +211,12 @@ def _product(
 
 
 def _transposed(words: torch.Tensor) -> torch.Tensor:
+    if uses_triton(words.device):
+        from fedkernels.gpu import sign_adapter as gpu
+
+        return gpu.transpose(words)
     isa = instruction_set()
-    if isa is None:
+    if isa is None or words.device.type != "cpu":
         return reference.transpose(words)
     from fedkernels import _cpu
 
@@ -238,8 +253,8 @@ def _scaled(coefficients: torch.Tensor, exponent: int, count: int) -> torch.Tens
     """Return coefficients * 2**exponent, rounded once to float32."""
     if coefficients.dtype not in (torch.float32, torch.int32):
         raise ValueError(f"coefficients must be float32 or int32, not {coefficients.dtype}")
-    if coefficients.device.type != "cpu":
-        raise ValueError(f"coefficients must be on the CPU, not on {coefficients.device}")
+    if coefficients.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"coefficients must be on the CPU or a GPU, not on {coefficients.device}")
     if coefficients.shape != (count,):
         raise ValueError(
             f"coefficients must be [{count}], one a seed, and are {list(coefficients.shape)}"
@@ -257,11 +272,11 @@ def _scaled(coefficients: torch.Tensor, exponent: int, count: int) -> torch.Tens
     return scaled
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, features: int) -> None:
+def _check_tensor(name: str, tensor: torch.Tensor, features: int, device: torch.device) -> None:
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} must be float32 or bfloat16, not {tensor.dtype}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} must be on the CPU, not on {tensor.device}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, not on {tensor.device}")
     if tensor.dim() == 0 or tensor.shape[-1] != features:
         raise ValueError(f"{name} must be [..., {features}], and it is {list(tensor.shape)}")
     if tensor.numel() == 0:

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 import fedkernels as fk
+from fedkernels.backends import cpu_backends
 
 collect_ignore_glob = [] if "portable" in fk.backends() else ["test_compiled*.py"]
+if "triton" not in fk.backends():
+    collect_ignore_glob += ["test_triton*.py"]
 
 
-@pytest.fixture(params=fk.backends())
+@pytest.fixture(params=cpu_backends())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend in turn, in use during the test."""
+    """Each backend for the CPU in turn, in use during the test; Triton has tests of its own."""
     before = fk.backend()
     fk.use_backend(request.param)
     yield request.param
