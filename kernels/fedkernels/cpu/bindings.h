@@ -6,5 +6,6 @@
 namespace fedkernels {
 
 void bind_probes(nanobind::module_& m);
+void bind_training(nanobind::module_& m);
 
 }  // namespace fedkernels
