@@ -9,14 +9,32 @@ from __future__ import annotations
 from fedkernels.backends import backend, backends, use_backend
 from fedkernels.probes import PROBES, derive_seed, noise
 from fedkernels.stack_svd import METHODS, stack_svd
+from fedkernels.training.acceleration import Acceleration, accelerate, accelerated, restore
+from fedkernels.training.adapted_linear import AdaptedLinear, Factor, adapted_linears
+from fedkernels.training.attention import attention
+from fedkernels.training.loss import Loss, causal_loss, cross_entropy
+from fedkernels.training.rows import rms_norm, swiglu
 
 __all__ = [
     "METHODS",
     "PROBES",
+    "Acceleration",
+    "AdaptedLinear",
+    "Factor",
+    "Loss",
+    "accelerate",
+    "accelerated",
+    "adapted_linears",
+    "attention",
     "backend",
     "backends",
+    "causal_loss",
+    "cross_entropy",
     "derive_seed",
     "noise",
+    "restore",
+    "rms_norm",
     "stack_svd",
+    "swiglu",
     "use_backend",
 ]

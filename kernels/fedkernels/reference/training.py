@@ -74,9 +74,8 @@ def adapted_linear(
     """x weightᵀ + bias + sum of scale (x Aᵀ) Bᵀ over the factors (A, B, scale), as peft adds them."""
     result = functional.linear(x, weight, bias)
     for a, b, scale in factors:
-        change = functional.linear(functional.linear(x.to(a.dtype), a), b) * scale
-        result = (result + change).to(x.dtype)
-    return result
+        result = result + functional.linear(functional.linear(x.to(a.dtype), a), b) * scale
+    return result.to(x.dtype)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, int, int]:
