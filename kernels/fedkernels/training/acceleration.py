@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedkernels.training.modules import Forward, fused_forward, kind_of
+from fedkernels.training.modules import Forward, fused_forward, is_watched, kind_of
 
 # Relative distance of two answers that are the same function, rounded differently.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -61,9 +61,11 @@ def accelerate(model: nn.Module) -> Acceleration:
         fused = fused_forward(kind, module, plain)
         dtype = next(t.dtype for t in _tensors(module) if t.is_floating_point())
         key = (kind, type(module), dtype)
-        if key not in proven:
+        # The trial would set off the hooks on its parts.
+        watched = any(is_watched(part) for part in module.modules())
+        if not watched and key not in proven:
             proven[key] = _agree(kind, module, plain, fused)
-        if proven[key]:
+        if not watched and proven[key]:
             fused.fused = True  # type: ignore[attr-defined]
             module.__dict__["forward"] = fused
             accelerated[kind] += 1
@@ -90,14 +92,15 @@ def accelerated(model: nn.Module) -> Iterator[Acceleration]:
 
 
 def _outside(model: nn.Module) -> Counter[str]:
-    """Linears and norms that no accelerated module contains, by class."""
+    """Linears and norms of no known kind that no accelerated module contains, by class."""
     names: Counter[str] = Counter()
 
     def visit(module: nn.Module) -> None:
         if getattr(module.__dict__.get("forward"), "fused", False):
             return
         kind = type(module).__name__
-        if not list(module.children()) and ("Norm" in kind or "Linear" in kind or kind == "Conv1D"):
+        plain = "Norm" in kind or "Linear" in kind or kind == "Conv1D"
+        if plain and kind_of(module) is None and not list(module.children()):
             names[kind] += 1
         for child in module.children():
             visit(child)

@@ -44,7 +44,7 @@ def fused_forward(kind: str, module: Any, plain: Forward) -> Forward:
 
 def linear_of(module: nn.Module) -> AdaptedLinear | None:
     """Return the frozen linear and active adapters that a module stands for; None if it is more."""
-    if _is_watched(module):
+    if is_watched(module):
         return None
     if hasattr(module, "lora_A"):
         return _adapted(module)
@@ -65,7 +65,7 @@ def _adapted(module: Any) -> AdaptedLinear | None:
         a, b, dropout = (part[name] for part in (module.lora_A, module.lora_B, module.lora_dropout))
         drops = module.training and not isinstance(dropout, nn.Identity) and dropout.p > 0
         plain = type(a) is nn.Linear and type(b) is nn.Linear and a.bias is None and b.bias is None
-        if drops or not plain or name in module.lora_variant or _is_watched(a) or _is_watched(b):
+        if drops or not plain or name in module.lora_variant or is_watched(a) or is_watched(b):
             return None
         factors.append(Factor(a.weight, b.weight, float(module.scaling[name])))
     return AdaptedLinear(base.weight, base.bias, tuple(factors))
@@ -103,7 +103,7 @@ def _norm_forward(module: Any, plain: Forward) -> Forward:
 def _mlp_forward(module: Any, plain: Forward) -> Forward:
     def forward(x: Tensor) -> Tensor:
         linears = _linears(module.gate_proj, module.up_proj, module.down_proj)
-        if linears is None or _is_watched(module.act_fn) or x.dtype != linears[0].weight.dtype:
+        if linears is None or is_watched(module.act_fn) or x.dtype != linears[0].weight.dtype:
             result: Tensor = plain(x)
             return result
         gate, up = adapted_linears(x, linears[:2])
@@ -199,7 +199,7 @@ def _norm_epsilon(module: Any) -> float | None:
     return epsilon if isinstance(epsilon, float) else None
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether hooks expect this module to be called: then nobody may go around it."""
     hooks = (
         module._forward_hooks,
