@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from fedkernels.backends import backend, backends, use_backend
 from fedkernels.probes import PROBES, derive_seed, noise
+from fedkernels.quantized import dequantize, linear, lora_linear, quantize
+from fedkernels.quantized_linear import QuantizedLinear, quantize_linears
+from fedkernels.quantized_tensor import QuantizedTensor
 from fedkernels.stack_svd import METHODS, stack_svd
 from fedkernels.training.acceleration import Acceleration, accelerate, accelerated, restore
 from fedkernels.training.adapted_linear import AdaptedLinear, Factor, adapted_linears
@@ -22,6 +25,8 @@ __all__ = [
     "AdaptedLinear",
     "Factor",
     "Loss",
+    "QuantizedLinear",
+    "QuantizedTensor",
     "accelerate",
     "accelerated",
     "adapted_linears",
@@ -30,8 +35,13 @@ __all__ = [
     "backends",
     "causal_loss",
     "cross_entropy",
+    "dequantize",
     "derive_seed",
+    "linear",
+    "lora_linear",
     "noise",
+    "quantize",
+    "quantize_linears",
     "restore",
     "rms_norm",
     "stack_svd",

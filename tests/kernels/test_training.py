@@ -15,7 +15,7 @@ from fedkernels.reference import training as reference
 
 # The fixture only selects a backend: it carries nothing from one example to the next.
 every_backend = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12
 )
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.5e-2}

@@ -6,6 +6,7 @@
 namespace fedkernels {
 
 void bind_probes(nanobind::module_& m);
+void bind_quantized(nanobind::module_& m);
 void bind_training(nanobind::module_& m);
 
 }  // namespace fedkernels

@@ -12,5 +12,6 @@ NB_MODULE(_cpu, m) {
     return isa >= 0 && isa <= 3 && fedkernels::available(static_cast<fedkernels::Isa>(isa));
   }, nb::arg("isa"), "Whether kernels of this instruction set (isa.h) were built and can run here.");
   fedkernels::bind_probes(m);
+  fedkernels::bind_quantized(m);
   fedkernels::bind_training(m);
 }

@@ -14,8 +14,8 @@ struct Left {
 };
 
 // `Rows` x `Vectors` registers of the result, held while k runs.
-template <int Rows, int Vectors>
-static void tile(const Left& a, const float* b, std::int64_t ldb, float* c, std::int64_t ldc,
+template <int Rows, int Vectors, typename T>
+static void tile(const Left& a, const float* b, std::int64_t ldb, T* c, std::int64_t ldc,
                  std::int64_t depth, bool accumulate) {
   Floats sums[Rows][Vectors];
   for (int i = 0; i < Rows; ++i) {
@@ -36,14 +36,18 @@ static void tile(const Left& a, const float* b, std::int64_t ldb, float* c, std:
   }
 }
 
-template <int Rows, int Vectors>
-static void column_of_tiles(const Left& a, const float* b, std::int64_t ldb, float* c,
+template <int Rows, int Vectors, typename T>
+static void column_of_tiles(const Left& a, const float* b, std::int64_t ldb, T* c,
                             std::int64_t ldc, std::int64_t rows, std::int64_t depth,
                             bool accumulate) {
   std::int64_t i = 0;
   for (; i + Rows <= rows; i += Rows) {
     tile<Rows, Vectors>({a.data + i * a.row, a.row, a.column}, b, ldb, c + i * ldc, ldc, depth,
                         accumulate);
+  }
+  for (; i + 2 <= rows; i += 2) {
+    tile<2, Vectors>({a.data + i * a.row, a.row, a.column}, b, ldb, c + i * ldc, ldc, depth,
+                     accumulate);
   }
   for (; i < rows; ++i) {
     tile<1, Vectors>({a.data + i * a.row, a.row, a.column}, b, ldb, c + i * ldc, ldc, depth,
@@ -52,8 +56,9 @@ static void column_of_tiles(const Left& a, const float* b, std::int64_t ldb, flo
 }
 
 // c[rows, columns] = (accumulate ? c : 0) + a[rows, depth] b[depth, columns].
-// `columns` is a multiple of kLanes: callers pad with zeros.
-static void gemm(const Left& a, const float* b, std::int64_t ldb, float* c, std::int64_t ldc,
+// `columns` is a multiple of kLanes: callers pad with zeros. c may be bf16: rounded once, at the end.
+template <typename T>
+static void gemm(const Left& a, const float* b, std::int64_t ldb, T* c, std::int64_t ldc,
                  std::int64_t rows, std::int64_t columns, std::int64_t depth, bool accumulate) {
   std::int64_t j = 0;
 #if defined(__AVX512F__)

@@ -35,8 +35,8 @@ struct RowKernels {
 template <typename T>
 struct LowRankKernels {
   std::int64_t (*scratch_size)(std::int64_t rank, std::int64_t n);
-  // h[rows, rank] = x[rows, n] factor[rank, n]^T
-  void (*project)(float* h, const T* x, const float* factor, std::int64_t rows, std::int64_t rank,
+  // h[rows, rank] = x[rows, n] across[n, rank]
+  void (*project)(float* h, const T* x, const float* across, std::int64_t rows, std::int64_t rank,
                   std::int64_t n, float* scratch);
   // y[rows, n] += h[rows, rank] factor[rank, n], h with a row stride
   void (*expand)(T* y, const float* h, std::int64_t h_stride, const float* factor,

@@ -220,27 +220,27 @@ void cross_entropy_(const Array& logits, const Array& loss, const Array& best, c
   });
 }
 
-void low_rank_project(const Array& h, const Array& x, const Array& factor, int isa, int threads) {
+void low_rank_project(const Array& h, const Array& x, const Array& across, int isa, int threads) {
   check_matrix(x, "x");
-  check_matrix(factor, "factor");
-  const Size rows = size(x, 0), n = size(x, 1), rank = size(factor, 0);
-  check_shape(factor, "factor", {rank, n});
+  check_matrix(across, "across");
+  const Size rows = size(x, 0), n = size(x, 1), rank = size(across, 1);
+  check_shape(across, "across", {n, rank});
   check_shape(h, "h", {rows, rank});
   with_type(x, "x", [&](auto type) {
     using T = decltype(type);
     const auto kernels = Kernels<T>::low_rank(checked_isa(isa));
     float* to = values<float>(h, "h");
     const T* from = values<T>(x, "x");
-    const float* factors = values<float>(factor, "factor");
+    const float* transposed = values<float>(across, "across");
     const nb::gil_scoped_release unlocked;
     parallel_with_scratch(rows, 192, threads, kernels.scratch_size(rank, n),
                           [&](Size first, Size past, float* scratch) {
-      kernels.project(to + first * rank, from + first * n, factors, past - first, rank, n, scratch);
+      kernels.project(to + first * rank, from + first * n, transposed, past - first, rank, n, scratch);
     });
   });
 }
 
-// `first` is the column of h where the factor's part of it begins.
+// `first_column` of h is where the factor's part of it begins.
 void low_rank_expand_(const Array& y, const Array& h, Size first_column, const Array& factor,
                       int isa, int threads) {
   check_matrix(y, "y");
@@ -404,7 +404,7 @@ void bind_training(nb::module_& m) {
         arg("up"), arg("isa"), arg("threads"));
   m.def("cross_entropy_", &cross_entropy_, arg("logits"), arg("loss"), arg("best"), arg("labels"),
         arg("gradient"), arg("isa"), arg("threads"));
-  m.def("low_rank_project", &low_rank_project, arg("h"), arg("x"), arg("factor"), arg("isa"),
+  m.def("low_rank_project", &low_rank_project, arg("h"), arg("x"), arg("across"), arg("isa"),
         arg("threads"));
   m.def("low_rank_expand_", &low_rank_expand_, arg("y"), arg("h"), arg("first_column"),
         arg("factor"), arg("isa"), arg("threads"));

@@ -24,23 +24,19 @@ void widen_block(float* to, std::int64_t stride, const T* from, std::int64_t n, 
 }
 
 template <typename T>
-void project(float* h, const T* x, const float* factor, std::int64_t rows, std::int64_t rank,
+void project(float* h, const T* x, const float* across, std::int64_t rows, std::int64_t rank,
              std::int64_t n, float* scratch) {
   const std::int64_t wide = padded(rank);
   float* block = scratch;
   float* results = block + kBlockRows * kBlockColumns;
-  float* transposed = results + kBlockRows * wide;  // [n, wide]
-  for (std::int64_t k = 0; k < n; ++k) {
-    for (std::int64_t r = 0; r < wide; ++r) {
-      transposed[k * wide + r] = r < rank ? factor[r * n + k] : 0.0f;
-    }
-  }
+  float* right = results + kBlockRows * wide;  // [n, wide]
+  for (std::int64_t k = 0; k < n; ++k) widen_row(right + k * wide, across + k * rank, rank);
   for (std::int64_t row = 0; row < rows; row += kBlockRows) {
     const std::int64_t height = smaller(kBlockRows, rows - row);
     for (std::int64_t k = 0; k < n; k += kBlockColumns) {
       const std::int64_t depth = smaller(kBlockColumns, n - k);
       widen_block(block, kBlockColumns, x + row * n + k, n, height, depth);
-      gemm({block, kBlockColumns, 1}, transposed + k * wide, wide, results, wide, height, wide,
+      gemm({block, kBlockColumns, 1}, right + k * wide, wide, results, wide, height, wide,
            depth, k > 0);
     }
     for (std::int64_t i = 0; i < height; ++i) {
@@ -53,22 +49,23 @@ void project(float* h, const T* x, const float* factor, std::int64_t rows, std::
 template <typename T>
 void expand(T* y, const float* h, std::int64_t h_stride, const float* factor, std::int64_t rows,
             std::int64_t rank, std::int64_t n, float* scratch) {
-  float* block = scratch;
-  float* right = block + kBlockRows * kBlockColumns;  // a block of the factor, padded
-  for (std::int64_t j = 0; j < n; j += kBlockColumns) {
-    const std::int64_t width = smaller(kBlockColumns, n - j);
-    const std::int64_t wide = padded(width);
-    for (std::int64_t r = 0; r < rank; ++r) widen_row(right + r * wide, factor + r * n + j, width);
-    for (std::int64_t row = 0; row < rows; row += kBlockRows) {
-      const std::int64_t height = smaller(kBlockRows, rows - row);
-      widen_block(block, wide, y + row * n + j, n, height, width);
-      gemm({h + row * h_stride, h_stride, 1}, right, wide, block, wide, height, wide, rank, true);
-      for (std::int64_t i = 0; i < height; ++i) {
-        T* out = y + (row + i) * n + j;
-        std::int64_t c = 0;
-        for (; c + kLanes <= width; c += kLanes) store(out + c, load(block + i * wide + c));
-        if (c < width) store_some(out + c, load(block + i * wide + c), width - c);
-      }
+  const std::int64_t whole = n - n % kLanes;
+  for (std::int64_t row = 0; row < rows; row += kBlockRows) {
+    const std::int64_t height = smaller(kBlockRows, rows - row);
+    gemm({h + row * h_stride, h_stride, 1}, factor, n, y + row * n, n, height, whole, rank, true);
+  }
+  if (whole == n) return;
+  float* rest = scratch;  // what is left of each row, and of the factor, as one vector
+  float* right = rest + kBlockRows * kLanes;
+  for (std::int64_t r = 0; r < rank; ++r) {
+    widen_row(right + r * kLanes, factor + r * n + whole, n - whole);
+  }
+  for (std::int64_t row = 0; row < rows; row += kBlockRows) {
+    const std::int64_t height = smaller(kBlockRows, rows - row);
+    widen_block(rest, kLanes, y + row * n + whole, n, height, n - whole);
+    gemm({h + row * h_stride, h_stride, 1}, right, kLanes, rest, kLanes, height, kLanes, rank, true);
+    for (std::int64_t i = 0; i < height; ++i) {
+      store_some(y + (row + i) * n + whole, load(rest + i * kLanes), n - whole);
     }
   }
 }

@@ -72,7 +72,13 @@ def adapted_linear(
     factors: Sequence[tuple[Tensor, Tensor, float]],
 ) -> Tensor:
     """x weightᵀ + bias + sum of scale (x Aᵀ) Bᵀ over the factors (A, B, scale), as peft adds them."""
-    result = functional.linear(x, weight, bias)
+    return add_factors(functional.linear(x, weight, bias), x, factors)
+
+
+def add_factors(
+    result: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]
+) -> Tensor:
+    """result + sum of scale (x Aᵀ) Bᵀ, rounded once to the dtype of x."""
     for a, b, scale in factors:
         result = result + functional.linear(functional.linear(x.to(a.dtype), a), b) * scale
     return result.to(x.dtype)

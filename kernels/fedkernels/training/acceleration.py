@@ -147,10 +147,9 @@ def _probe(kind: str, module: Any) -> tuple[Tensor, dict[str, Any]] | None:
     if weight.dtype not in _TOLERANCES:
         return None
     random = torch.Generator().manual_seed(1)
-    like = {"device": weight.device, "dtype": weight.dtype}
-    x = torch.randn(2, _POSITIONS, width, generator=random).to(**like)
+    x = torch.randn(2, _POSITIONS, width, generator=random).to(weight)
     if kind != "attention":
         return x, {}
     angles = torch.rand(1, _POSITIONS, module.head_dim // 2, generator=random).repeat(1, 1, 2)
-    tables = (angles.cos().to(**like), angles.sin().to(**like))
+    tables = (angles.cos().to(weight), angles.sin().to(weight))
     return x, {"position_embeddings": tables, "attention_mask": None}

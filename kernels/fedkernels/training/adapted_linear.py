@@ -2,6 +2,7 @@
 
     y_i = x W_iᵀ + bias_i + sum_j scale_ij (x A_ijᵀ) B_ijᵀ
 
+with W dense or quantised.
 The factors are fp32 masters and are used as such: x is read in its own dtype, the thin products run
 in fp32, and no fp32 copy of x or y is ever made (peft makes one of x and two of y for every linear).
 All A of the siblings (q, k and v; gate and up) are one matrix, so x is read once for all. Kept for
@@ -19,7 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from fedkernels import quantized, quantized_product
 from fedkernels.backends import threads
+from fedkernels.quantized_tensor import QuantizedTensor
 from fedkernels.reference import training as reference
 from fedkernels.training.checks import check_alike, check_floating, check_shape, compiled_for
 
@@ -36,7 +39,7 @@ class Factor(NamedTuple):
 class AdaptedLinear:
     """A frozen weight [out, in], its bias, and the adapters on it."""
 
-    weight: Tensor
+    weight: Tensor | QuantizedTensor
     bias: Tensor | None = None
     factors: tuple[Factor, ...] = ()
 
@@ -55,24 +58,33 @@ def adapted_linears(x: Tensor, linears: Sequence[AdaptedLinear]) -> tuple[Tensor
         raise ValueError("linears is empty: there is nothing to compute")
     for linear in linears:
         _check(linear, x)
-    frozen = [t for linear in linears for t in (linear.weight, linear.bias) if t is not None]
+    frozen = [
+        t for linear in linears for t in (linear.weight, linear.bias) if isinstance(t, Tensor)
+    ]
     factors = [factor for linear in linears for factor in linear.factors]
     thin = all(t.dtype == torch.float32 for factor in factors for t in (factor.a, factor.b))
     isa = compiled_for(x, *frozen)
     if isa is None or not thin or any(t.requires_grad for t in frozen):
-        return tuple(
-            reference.adapted_linear(x, linear.weight, linear.bias, linear.factors)
-            for linear in linears
-        )
+        return tuple(_plain(x, linear) for linear in linears)
     flat = [t for factor in factors for t in (factor.a, factor.b)]
     return tuple(_AdaptedLinears.apply(x, tuple(linears), isa, *flat))  # type: ignore[no-untyped-call]
 
 
+def _plain(x: Tensor, linear: AdaptedLinear) -> Tensor:
+    weight = linear.weight
+    if isinstance(weight, Tensor):
+        return reference.adapted_linear(x, weight, linear.bias, linear.factors)
+    y = quantized.linear(x, weight, linear.bias)
+    return reference.add_factors(y, x, linear.factors)
+
+
 def _check(linear: AdaptedLinear, x: Tensor) -> None:
-    check_floating("weight", linear.weight, 2)
-    check_alike("weight", linear.weight, "x", x)
     rows, columns = linear.weight.shape
-    check_shape("weight", linear.weight, (rows, x.shape[-1]))
+    if isinstance(linear.weight, Tensor):
+        check_floating("weight", linear.weight, 2)
+        check_alike("weight", linear.weight, "x", x)
+    if columns != x.shape[-1]:
+        raise ValueError(f"weight has {columns} columns, and x the width {x.shape[-1]}")
     if linear.bias is not None:
         check_shape("bias", linear.bias, (rows,))
     for a, b, _ in linear.factors:
@@ -112,7 +124,7 @@ class _AdaptedLinears(torch.autograd.Function):
         h, across = _projected(rows, flat, places, len(linears), isa)
         ys = []
         for index, linear in enumerate(linears):
-            y = functional.linear(rows, linear.weight, linear.bias)
+            y = _product(rows, linear.weight, linear.bias)
             mine = [place for place in places if place.linear == index]
             if mine:
                 _cpu.low_rank_expand_(y, h, mine[0].first, across[index], isa, threads())
@@ -124,7 +136,7 @@ class _AdaptedLinears(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         from fedkernels import _cpu
 
@@ -160,7 +172,7 @@ def _projected(
         return rows.new_empty(0), across
     a = _stacked_a(flat)
     h = torch.empty(len(rows), len(a), dtype=torch.float32)
-    _cpu.low_rank_project(h, rows, a, isa, threads())
+    _cpu.low_rank_project(h, rows, a.T.contiguous(), isa, threads())
     for index in range(count):
         mine = [(i, place) for i, place in enumerate(places) if place.linear == index]
         parts = [flat[2 * i + 1].detach().T * place.scale for i, place in mine]
@@ -172,11 +184,27 @@ def _stacked_a(flat: Sequence[Tensor]) -> Tensor:
     return torch.cat([a.detach() for a in flat[::2]])
 
 
-def _through_weights(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """The sum of dy_i W_i, each added inside its product."""
-    dx = gradients[0] @ weights[0]
-    for dy, weight in zip(gradients[1:], weights[1:], strict=True):
-        dx.addmm_(dy, weight)
+def _product(rows: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, QuantizedTensor):
+        return quantized_product.linear(rows, weight, bias)
+    return functional.linear(rows, weight, bias)
+
+
+def _through_weights(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor | QuantizedTensor]
+) -> Tensor:
+    """The sum of dy_i W_i; where W_i is dense it is added inside its product."""
+    dx: Tensor | None = None
+    for dy, weight in zip(gradients, weights, strict=True):
+        if dx is not None and isinstance(weight, Tensor):
+            dx.addmm_(dy, weight)
+            continue
+        if isinstance(weight, Tensor):
+            part = dy @ weight
+        else:
+            part = quantized_product.linear_backward(dy, weight)
+        dx = part if dx is None else dx.add_(part)
+    assert dx is not None
     return dx
 
 
@@ -188,9 +216,9 @@ def _pulled_back(
 
     parts = []
     for i, place in enumerate(places):
-        factor = (flat[2 * i + 1].detach().T * place.scale).contiguous()
         part = torch.empty(len(gradients[0]), place.rank, dtype=torch.float32)
-        _cpu.low_rank_project(part, gradients[place.linear], factor, isa, threads())
+        b = flat[2 * i + 1].detach() * place.scale
+        _cpu.low_rank_project(part, gradients[place.linear], b, isa, threads())
         parts.append(part)
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
@@ -215,6 +243,6 @@ def _a_gradients(
             ranks = [place.rank for place in places[start:end]]
             da = torch.empty(sum(ranks), rows.shape[1], dtype=torch.float32)
             _cpu.low_rank_outer(da, g, places[start].first, rows, isa, threads())
-            for i, part in zip(range(start, end), da.split(ranks), strict=True):
+            for i, part in zip(range(start, end), torch.split(da, ranks), strict=True):
                 dflat[2 * i] = part
         start = end + 1

@@ -96,7 +96,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.double().sum().float(), hits
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dtotal: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         return ctx.drows * float(dtotal), None, None, None, None
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedkernels.quantized_linear import QuantizedLinear
 from fedkernels.training.adapted_linear import AdaptedLinear, Factor, adapted_linears
 from fedkernels.training.attention import attention
 from fedkernels.training.rows import rms_norm, swiglu
@@ -48,6 +49,8 @@ def linear_of(module: nn.Module) -> AdaptedLinear | None:
         return None
     if hasattr(module, "lora_A"):
         return _adapted(module)
+    if isinstance(module, QuantizedLinear):
+        return AdaptedLinear(module.quantized, module.bias)
     if type(module) is nn.Linear and not module.weight.requires_grad:
         return AdaptedLinear(module.weight, module.bias)
     return None
@@ -77,10 +80,17 @@ def _linears(*modules: nn.Module) -> list[AdaptedLinear] | None:
     return whole if len(whole) == len(found) else None
 
 
+def _multiplies(linear: AdaptedLinear, x: Tensor) -> bool:
+    """Whether the types go together; a quantised weight takes either of the two it knows."""
+    if isinstance(linear.weight, Tensor):
+        return linear.weight.dtype == x.dtype
+    return x.dtype in (torch.float32, torch.bfloat16)
+
+
 def _adapter_forward(module: Any, plain: Forward) -> Forward:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         linear = None if args or kwargs else linear_of(module)
-        if linear is None or x.dtype != linear.weight.dtype:
+        if linear is None or not _multiplies(linear, x):
             result: Tensor = plain(x, *args, **kwargs)
             return result
         return adapted_linears(x, [linear])[0]
@@ -103,7 +113,7 @@ def _norm_forward(module: Any, plain: Forward) -> Forward:
 def _mlp_forward(module: Any, plain: Forward) -> Forward:
     def forward(x: Tensor) -> Tensor:
         linears = _linears(module.gate_proj, module.up_proj, module.down_proj)
-        if linears is None or is_watched(module.act_fn) or x.dtype != linears[0].weight.dtype:
+        if linears is None or is_watched(module.act_fn) or not _multiplies(linears[0], x):
             result: Tensor = plain(x)
             return result
         gate, up = adapted_linears(x, linears[:2])
@@ -131,7 +141,7 @@ def _attention_forward(module: Any, plain: Forward) -> Forward:
             and module.config._attn_implementation in _ATTENTION_IMPLEMENTATIONS
             and not (module.training and module.attention_dropout > 0)
             and _are_tables(position_embeddings, hidden_states, module.head_dim)
-            and hidden_states.dtype == linears[0].weight.dtype
+            and _multiplies(linears[0], hidden_states)
         )
         if linears is None or not served:
             return plain(
@@ -142,7 +152,7 @@ def _attention_forward(module: Any, plain: Forward) -> Forward:
                 **kwargs,
             )
         q, k, v = (
-            y.unflatten(-1, (-1, module.head_dim))
+            y.view(*y.shape[:-1], -1, module.head_dim)
             for y in adapted_linears(hidden_states, linears[:3])
         )
         if hasattr(module, "q_norm"):

@@ -58,7 +58,7 @@ class _RmsNorm(torch.autograd.Function):
         return y.view_as(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from fedkernels import _cpu
 
@@ -84,7 +84,7 @@ class _SwiGlu(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from fedkernels import _cpu
 
