@@ -106,24 +106,31 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Tensor], chunk: int = CHUN
 
     batch: input_ids, attention_mask and labels, each int64 [batch, length]; labels are -100 where
     there is nothing to predict, and a label is predicted from the position before it. Where a model
-    does more than one frozen linear between its body and its logits, the logits are its own.
+    does more between its body and its logits than one linear, the logits are its own.
     """
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     targets = batch["labels"][:, 1:]
-    parts = body_and_head(model)
+    parts = _body_and_head(model)
     if parts is None:
         logits: Tensor = model(**inputs, use_cache=False).logits
-        chosen = targets != IGNORED
-        picked, wanted = logits[:, :-1][chosen].float(), targets[chosen]
-        total = functional.cross_entropy(picked, wanted, reduction="sum")
-        return Loss(total, int(wanted.numel()), int((picked.argmax(dim=-1) == wanted).sum()))
+        return _loss_of_logits(logits[:, :-1][targets != IGNORED], targets)
     body, head = parts
     hidden: Tensor = body(**inputs, use_cache=False).last_hidden_state
-    return cross_entropy(hidden[:, :-1], head.weight, targets, chunk)
+    if type(head) is nn.Linear and head.bias is None and head.weight.dtype == hidden.dtype:
+        return cross_entropy(hidden[:, :-1], head.weight, targets, chunk)
+    return _loss_of_logits(head(hidden[:, :-1][targets != IGNORED]), targets)
 
 
-def body_and_head(model: nn.Module) -> tuple[Any, nn.Linear] | None:
-    """The transformer body and the frozen linear head of a causal model; None if there is more."""
+def _loss_of_logits(logits: Tensor, targets: Tensor) -> Loss:
+    """logits [labelled, vocabulary] of the targets that are no -100."""
+    wanted = targets[targets != IGNORED]
+    total = functional.cross_entropy(logits.float(), wanted, reduction="sum")
+    correct = int((logits.detach().argmax(dim=-1) == wanted).sum())
+    return Loss(total, int(wanted.numel()), correct)
+
+
+def _body_and_head(model: nn.Module) -> tuple[Any, Any] | None:
+    """The transformer body and the head of a causal model, None where they are not enough."""
     causal: Any = model
     if hasattr(causal, "get_base_model"):
         # peft swaps modules in place, so the inner model already runs the adapters.
@@ -135,7 +142,5 @@ def body_and_head(model: nn.Module) -> tuple[Any, nn.Linear] | None:
     body = getattr(causal, getattr(causal, "base_model_prefix", "") or "model", None)
     # Whatever else stands before the logits (BERT's transform, for one) needs the model itself.
     if {id(part) for part in causal.children()} != {id(body), id(head)}:
-        return None
-    if type(head) is not nn.Linear or head.bias is not None:
         return None
     return body, head
