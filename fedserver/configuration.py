@@ -126,6 +126,9 @@ class RunConfiguration(_Strict):
         default=10_000_000, ge=1, description="weight that one node may claim"
     )
     threads: int = Field(default=2, ge=1, description="per node and server; part of the numbers")
+    accelerate: bool = Field(
+        default=True, description="nodes train with fused kernels; part of the numbers, by rounding"
+    )
 
     data: DataConfiguration = DataConfiguration()
     nodes: tuple[NodeConfiguration, ...] = Field(min_length=1)

@@ -101,6 +101,7 @@ def make_plan(
             "dtype": configuration.base_dtype,
             "wire_dtype": configuration.wire_dtype,
             "threads": configuration.threads,
+            "accelerate": configuration.accelerate,
             "evaluate": configuration.evaluate,
             "deadline_seconds": configuration.deadline_seconds,
             "max_norm": configuration.max_norm,

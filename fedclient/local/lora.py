@@ -50,6 +50,8 @@ def adapted(
 ) -> Iterator[PeftModel]:
     """Wrap ``model`` with the frozen view and a trainable adapter of the plan's rank.
 
+    With ``plan.accelerate`` its known modules run fused (`fk.accelerate`) until the block ends.
+
     ``view``: layout name -> (B [out, k], A [k, in], scale). With ``plan.start == "view"`` the view
     is the trainable adapter's start and nothing is frozen beside it. Raises AdapterError.
     """
@@ -82,8 +84,11 @@ def adapted(
                 # In the layout's coordinates a Conv1D's A is peft's B.
                 fixed = layer.lora_B if transposed[path] else layer.lora_A
                 fixed[LOCAL].weight.requires_grad_(False)
+        if plan.accelerate:
+            fk.accelerate(wrapped)
         yield wrapped
     finally:
+        fk.restore(model)
         _unwrap(model)
         model.train(training)
 
@@ -96,7 +101,12 @@ def train(
 ) -> TrainingResult:
     """AdamW over the local factors; one optimiser step a batch."""
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay)
+    optimiser = torch.optim.AdamW(
+        parameters,
+        lr=plan.learning_rate,
+        weight_decay=plan.weight_decay,
+        fused=plan.accelerate,
+    )
     losses: list[float] = []
     tokens = 0
     wrapped.train(plan.dropout > 0)

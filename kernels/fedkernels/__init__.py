@@ -16,16 +16,31 @@ from fedkernels.quantized_tensor import QuantizedTensor
 from fedkernels.replay import perturb_, perturbed, project, replay_
 from fedkernels.sign_adapter import SignAdapter, sign_linear
 from fedkernels.stack_svd import METHODS, stack_svd
+from fedkernels.training.acceleration import Acceleration, accelerate, accelerated, restore
+from fedkernels.training.adapted_linear import AdaptedLinear, Factor, adapted_linears
+from fedkernels.training.attention import attention
+from fedkernels.training.loss import Loss, causal_loss, cross_entropy
+from fedkernels.training.rows import rms_norm, swiglu
 
 __all__ = [
     "METHODS",
     "PROBES",
+    "Acceleration",
+    "AdaptedLinear",
+    "Factor",
+    "Loss",
     "Part",
     "QuantizedLinear",
     "QuantizedTensor",
     "SignAdapter",
+    "accelerate",
+    "accelerated",
+    "adapted_linears",
+    "attention",
     "backend",
     "backends",
+    "causal_loss",
+    "cross_entropy",
     "dequantize",
     "derive_seed",
     "linear",
@@ -38,7 +53,10 @@ __all__ = [
     "quantize",
     "quantize_linears",
     "replay_",
+    "restore",
+    "rms_norm",
     "sign_linear",
     "stack_svd",
+    "swiglu",
     "use_backend",
 ]

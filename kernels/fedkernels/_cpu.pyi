@@ -155,3 +155,107 @@ def sign_factors_(
     threads: int,
 ) -> None:
     """Write the words of U [K, left_size] and V transposed [right_size, K]; seeds: int64 [K]."""
+
+# The training step's kernels; see cpu/training.h. Tensors are contiguous, on the CPU, float32 or all
+# bfloat16 but for those named as float32; else ValueError. Results are written into the first ones.
+
+def rms_norm(
+    y: torch.Tensor,
+    rstd: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    isa: int,
+    threads: int,
+) -> None:
+    """x, y [rows, n]; rstd float32 [rows]."""
+
+def rms_norm_backward(
+    dx: torch.Tensor,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    isa: int,
+    threads: int,
+) -> None: ...
+def swiglu(
+    y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, isa: int, threads: int
+) -> None: ...
+def swiglu_backward(
+    dgate: torch.Tensor,
+    dup: torch.Tensor,
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    isa: int,
+    threads: int,
+) -> None: ...
+def cross_entropy_(
+    logits: torch.Tensor,
+    loss: torch.Tensor,
+    best: torch.Tensor,
+    labels: torch.Tensor,
+    gradient: bool,
+    isa: int,
+    threads: int,
+) -> None:
+    """logits [rows, n]: softmax - onehot afterwards if `gradient`; loss float32; best, labels int64."""
+
+def low_rank_project(
+    h: torch.Tensor, x: torch.Tensor, across: torch.Tensor, isa: int, threads: int
+) -> None:
+    """h = x across; h float32 [rows, rank], across float32 [n, rank]."""
+
+def low_rank_expand_(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    first_column: int,
+    factor: torch.Tensor,
+    isa: int,
+    threads: int,
+) -> None:
+    """y += h[:, first_column :] factor; h float32, factor float32 [rank, n]."""
+
+def low_rank_outer(
+    out: torch.Tensor,
+    h: torch.Tensor,
+    first_column: int,
+    x: torch.Tensor,
+    isa: int,
+    threads: int,
+) -> None:
+    """out = h[:, first_column :]ᵀ x; out float32 [rank, n], h float32."""
+
+def attention(
+    out: torch.Tensor,
+    log_sums: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cosine: torch.Tensor | None,
+    sine: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    isa: int,
+    threads: int,
+) -> None:
+    """log_sums float32 [batch, heads, length]; mask uint8 [batch or 1, length, length]."""
+
+def attention_backward(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    dout: torch.Tensor,
+    out: torch.Tensor,
+    log_sums: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cosine: torch.Tensor | None,
+    sine: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    isa: int,
+    threads: int,
+) -> None: ...

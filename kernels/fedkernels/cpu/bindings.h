@@ -8,5 +8,6 @@ namespace fedkernels {
 void bind_probes(nanobind::module_& m);
 void bind_quantized(nanobind::module_& m);
 void bind_sign_adapter(nanobind::module_& m);
+void bind_training(nanobind::module_& m);
 
 }  // namespace fedkernels

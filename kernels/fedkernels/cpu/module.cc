@@ -14,4 +14,5 @@ NB_MODULE(_cpu, m) {
   fedkernels::bind_probes(m);
   fedkernels::bind_quantized(m);
   fedkernels::bind_sign_adapter(m);
+  fedkernels::bind_training(m);
 }

@@ -50,7 +50,15 @@ class Pool {
     }
     wake_.notify_all();
     take();
-    while (working_.load(std::memory_order_acquire) > 0) relax();
+    // On a busy machine the others may wait for the very core that this thread would turn on.
+    for (int turns = 0; working_.load(std::memory_order_acquire) > 0; ++turns) {
+      if (turns < 1024) {
+        relax();
+      } else {
+        std::this_thread::yield();
+        turns = 0;
+      }
+    }
   }
 
  private:
