@@ -128,10 +128,23 @@ def _checked(
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(row)}"
             raise DataError(f"{where}: no column {key!r}{hint}")
         category = str(row[key]) if key is not None else str(row.get("category", ""))
-        examples.append(Example(_messages(where, row), category))
+        messages = _messages(where, row)
+        _encodable(where, messages)
+        examples.append(Example(messages, category))
     if not examples:
         raise DataError(f"{source}: holds no example")
     return examples
+
+
+def _encodable(where: str, messages: tuple[tuple[str, str], ...]) -> None:
+    """JSON can name half of a surrogate pair, which is no character: a tokenizer would fail on it."""
+    for _, text in messages:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+            ) from None
 
 
 def _messages(where: str, row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

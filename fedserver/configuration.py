@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -172,6 +173,11 @@ class RunConfiguration(_Strict):
             raise ValueError(f"data.partition is 'categories', but node {missing!r} lists none")
         if self.data.partition != "categories" and any(listed):
             raise ValueError("nodes list categories: set data.partition = 'categories'")
+        if self.server_learning_rate != 1.0 and PRESETS[self.preset].server == "average_factors":
+            raise ValueError(
+                f"server_learning_rate: preset {self.preset!r} averages factors, and a multiple of"
+                " both is no multiple of the change; leave it at 1"
+            )
         if self.lora_init == "carry" and not PRESETS[self.preset].train_a:
             raise ValueError(f"preset {self.preset!r} fixes A, so lora_init cannot be 'carry'")
         return self
@@ -266,6 +272,8 @@ def _override(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    if isinstance(value, float) and not math.isfinite(value):
+        value = text.strip()  # no key takes such a number, and nan is the name of a fault
     target: Any = values
     *parents, last = key.strip().split(".")
     for parent in parents:

@@ -64,7 +64,12 @@ class GlobalModel:
         return self.carry.head(rank, None)
 
     def common_view(self, preset: Preset, view_rank: int | None, energy: float | None) -> LowRank:
-        """The one view that is evaluated and exported: the same for every node."""
+        """The one view that is evaluated and exported: the same for every node.
+
+        Averaged factors are no larger than the largest node's, so nothing is cut off them.
+        """
+        if self.adapter is not None:
+            return self.adapter
         if preset.view == "whole":
             return self.carry.head(None, None)
         return self.carry.head(view_rank, energy)

@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS entries (
 """
 
 BLOBS, LOCK = "blobs", "ledger.lock"
+ROUNDS_TO_CLEAN = 8
 
 
 class LedgerError(Exception):
@@ -106,11 +107,11 @@ class Ledger:
 
     def entries(self, kind: str | None = None) -> Iterator[Entry]:
         """All entries in order, or those of one kind."""
-        rows = self._read(
-            "SELECT height, kind, round, content, previous, hash, wall FROM entries"
-            " WHERE ?1 IS NULL OR kind = ?1 ORDER BY height",
-            kind,
-        )
+        yield from self._entries("WHERE ?1 IS NULL OR kind = ?1 ORDER BY height", kind)
+
+    def _entries(self, which: str, *values: Any) -> Iterator[Entry]:
+        columns = "height, kind, round, content, previous, hash, wall"
+        rows = self._read(f"SELECT {columns} FROM entries {which}", *values)
         for height, name, number, content, previous, digest, wall in rows:
             try:
                 content, wall = json.loads(content), json.loads(wall)
@@ -123,7 +124,7 @@ class Ledger:
 
     def last(self, kind: str) -> Entry | None:
         """The newest entry of a kind."""
-        return max(self.entries(kind), key=lambda entry: entry.height, default=None)
+        return next(self._entries("WHERE kind = ? ORDER BY height DESC LIMIT 1", kind), None)
 
     def append(
         self, kind: str, round_number: int, content: dict[str, Any], wall: dict[str, Any]
@@ -194,10 +195,11 @@ class Ledger:
     def keep_states(self, wanted: set[str]) -> None:
         """Delete state blobs that later rounds made superfluous, and crashed writers' leftovers.
 
-        A state follows from the updates before it, so only the newest ones are kept.
+        A state follows from the updates before it, so only the newest ones are kept. Every round
+        cleans up, so that only the last few can have left something.
         """
-        states = {entry.content["state"] for entry in self.entries("round")}
-        for digest in states - wanted:
+        newest = self._entries("WHERE kind = 'round' ORDER BY height DESC LIMIT ?", ROUNDS_TO_CLEAN)
+        for digest in {entry.content["state"] for entry in newest} - wanted:
             self._path(digest).unlink(missing_ok=True)
         for leftover in self._blobs.glob("*/*.part"):
             leftover.unlink(missing_ok=True)

@@ -66,8 +66,9 @@ def make_plan(
     node = configuration.node(capabilities.node)
     settings = {} if node is None else node.model_dump(exclude_none=True)
     rank = min(settings.get("lora_r", configuration.lora_r), capabilities.rank_limit)
-    # A constant alpha / r keeps the nodes' step sizes alike whatever their ranks.
-    proportional = configuration.lora_alpha * rank / configuration.lora_r
+    # The scale is alpha / r, or alpha / sqrt(r) with rsLoRA, whose point is that alpha stays. Plain
+    # LoRA's alpha grows with the rank, so that all nodes have the scale of lora_alpha / lora_r.
+    growth = 1.0 if configuration.lora_rslora else rank / configuration.lora_r
     run = configuration.run_id()
     return Plan.model_validate(
         {
@@ -82,7 +83,7 @@ def make_plan(
             "action": action,
             "preset": preset.name,
             "rank": rank,
-            "alpha": settings.get("lora_alpha", proportional),
+            "alpha": settings.get("lora_alpha", configuration.lora_alpha * growth),
             "rslora": configuration.lora_rslora,
             "dropout": configuration.lora_dropout,
             "target_modules": configuration.lora_target_modules,

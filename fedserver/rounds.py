@@ -154,7 +154,7 @@ class Coordinator:
         wall = {
             "started": started,
             "seconds": time.monotonic() - monotonic,
-            "nodes": {o.plan.node: o.seconds for o in outcomes},
+            "nodes": _seconds(outcomes),
         }
         previous_state = _state_before(ledger)
         entry = ledger.append("round", number, content, wall)
@@ -189,7 +189,7 @@ class Coordinator:
         wall = {
             "started": started,
             "seconds": time.time() - started,
-            "nodes": {o.plan.node: o.seconds for o in outcomes},
+            "nodes": _seconds(outcomes),
         }
         ledger.append("evaluation", self._configuration.rounds, content, wall)
         self._emit_evaluation(self._configuration.rounds, entering)
@@ -292,6 +292,11 @@ class Coordinator:
                     tokens=scores["tokens"],
                 )
             )
+
+
+def _seconds(outcomes: list[Outcome]) -> dict[str, float | None]:
+    """By node; of a node that answered twice the first answer's, and the first is in the list first."""
+    return {outcome.plan.node: outcome.seconds for outcome in reversed(outcomes)}
 
 
 def _state_before(ledger: Ledger) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +48,13 @@ DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
 }  # fmt: skip
+
+
+INTERRUPTED = 130
+CONTINUED = {
+    "simulate": "; the same command with --resume goes on after the last committed round",
+    "compare": "; the same command goes on where this one was",
+}
 
 
 class Stop(Exception):
@@ -191,11 +200,23 @@ def main(arguments: list[str] | None = None) -> Any:
     debug = "--debug" in words
     if debug:
         words.remove("--debug")
+    interrupted = False
+
+    def interrupt(number: int, frame: Any) -> None:
+        # click turns the exception into a bare exit code, and the message would never be seen.
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)
     try:
         return app(args=words, prog_name="fedbraid", standalone_mode=True)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("\nstopped; continue with the same command and --resume")
-        sys.exit(130)
+    except SystemExit as ended:
+        if interrupted and ended.code == INTERRUPTED:
+            console = Console(stderr=True, highlight=False, soft_wrap=True)
+            console.print(f"\nstopped{CONTINUED.get(words[0] if words else '', '')}")
+        raise
     except Exception as error:
         # No space, no permission, no such place: a disk is a person's to mend, wherever it shows.
         disk = isinstance(error, OSError) and error.errno in DISK_ERRORS

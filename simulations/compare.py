@@ -39,6 +39,8 @@ def compare(
         for preset in presets
         for index in range(seeds)
     ]
+    if not all(configuration.evaluate for configuration in planned):
+        raise ConfigurationError("evaluate = false leaves nothing to compare; take it out")
     summaries: dict[str, list[Summary]] = {}
     runs: list[Path] = []
     for configuration in planned:

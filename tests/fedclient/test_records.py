@@ -151,6 +151,8 @@ BAD_LINES: dict[str, str | bytes] = {
     "null answer": '{"instruction": "a?", "output": null}',
     "blank answer": '{"instruction": "a?", "output": "  "}',
     "blank question": '{"instruction": " ", "output": "b"}',
+    "an answer that is no text": '{"instruction": "a?", "output": {"b": 1}}',
+    "half a surrogate pair": '{"instruction": "a?", "output": "\\ud800"}',
     "messages not a list": '{"messages": "hello"}',
     "no messages": '{"messages": []}',
     "unknown role": '{"messages": [{"role": "bot", "content": "x"}]}',

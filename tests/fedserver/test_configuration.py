@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aggregators.messages import Capabilities
 from fedserver.configuration import (
     SCENARIO_FOLDER,
     ConfigurationError,
@@ -18,6 +19,7 @@ from fedserver.configuration import (
     scenario_names,
     to_toml,
 )
+from fedserver.planner import make_plan
 
 MINIMAL: dict[str, Any] = {"nodes": [{"name": "a"}, {"name": "b"}]}
 
@@ -100,6 +102,25 @@ def test_overrides_reach_tables_and_nodes_by_name_and_index() -> None:
     assert changed.nodes[0].lora_r == 2
     assert changed.data.held_out_max == 7
     assert changed.base_model == "some/model"
+
+
+def test_words_that_toml_takes_for_numbers_are_words() -> None:
+    """No key takes a number that is not finite, and nan is the name of a fault."""
+    found = load("quickstart", ["nodes.0.fault=nan", "name=inf"])
+    assert found.nodes[0].fault == "nan"
+    assert found.name == "inf"
+
+
+def test_rslora_keeps_alpha_and_plain_lora_its_ratio_to_the_rank() -> None:
+    capabilities = Capabilities(
+        node="cafe", examples=1, held_out=1, rank_limit=64, base_digest="0" * 64,
+        layout_json="[]", threads=1, memory_bytes=1, device="cpu", versions={},
+    )  # fmt: skip
+    for rslora, alpha in ((False, 4.0), (True, 16.0)):
+        found = load("quickstart", [f"lora_rslora={str(rslora).lower()}", "nodes.cafe.lora_r=2"])
+        plan = make_plan(found, capabilities, round_number=1, layout="1" * 64, base_digest="0" * 64)
+        assert plan.alpha == alpha
+        assert plan.scale == pytest.approx(alpha / (2**0.5 if rslora else 2))
 
 
 @pytest.mark.parametrize("override", ["rounds", "nodes.nobody.lora_r=3", "rounds.x=1", "nodes=1"])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,6 +122,7 @@ def test_folders_are_never_mixed_up(
         (["--set", "data.source=/nowhere.jsonl"], "no such file"),
         (["--set", 'lora_target_modules=["nothing"]'], "match no 2-D weight"),
         (["--engine", "warp"], "unknown engine"),
+        (["--set", "preset=fedit", "--set", "server_learning_rate=0.5"], "averages factors"),
     ],
 )
 def test_mistakes_are_one_message_and_leave_nothing_behind(
@@ -169,3 +173,34 @@ def test_export_of_a_folder_that_is_no_run_says_so(
     assert "give the folder of a run" in " ".join(capsys.readouterr().err.split())
     assert run("ledger", "show", tmp_path) == 2
     assert "no ledger" in capsys.readouterr().err
+
+
+def test_a_comparison_without_evaluation_is_refused_before_it_runs(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--scenario", scenario, "--output", tmp_path / "c", "--set", "evaluate=false"]
+    assert run("compare", "braid", *words) == 2
+    assert "evaluate" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("command", ["simulate", "compare"])
+def test_an_interrupt_says_how_to_go_on(command: str, scenario: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the first round; afterwards the ledger is sound."""
+    words = ["simulate", str(scenario)]
+    if command == "compare":
+        words = ["compare", "braid", "--scenario", str(scenario), "--seeds", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simulations.command", *words, "--output", str(tmp_path / "run"),
+         "--set", "rounds=500", "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if '"RoundStarted"' in line or "round" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "stopped; the same command" in " ".join(errors.split())
+    assert "Traceback" not in errors
