@@ -11,6 +11,7 @@ from fedkernels.backends import backend, backends, use_backend
 from fedkernels.part import Part
 from fedkernels.probes import PROBES, derive_seed, noise
 from fedkernels.quantized import dequantize, linear, lora_linear, quantize
+from fedkernels.quantized_embedding import QuantizedEmbedding, quantize_embeddings
 from fedkernels.quantized_linear import QuantizedLinear, quantize_linears
 from fedkernels.quantized_tensor import QuantizedTensor
 from fedkernels.replay import perturb_, perturbed, project, replay_
@@ -30,6 +31,7 @@ __all__ = [
     "Factor",
     "Loss",
     "Part",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedTensor",
     "SignAdapter",
@@ -51,6 +53,7 @@ __all__ = [
     "project",
     "pruning",
     "quantize",
+    "quantize_embeddings",
     "quantize_linears",
     "replay_",
     "restore",

@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fedkernels.backends import threads
+from fedkernels.quantized_linear import QuantizedLinear
+from fedkernels.quantized_tensor import QuantizedTensor
 from fedkernels.reference import training as reference
 from fedkernels.reference.training import IGNORED
 from fedkernels.training.checks import check_alike, check_floating, check_shape, compiled_for
@@ -34,12 +36,15 @@ class Loss(NamedTuple):
     correct: int
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK) -> Loss:
+def cross_entropy(
+    hidden: Tensor, weight: Tensor | QuantizedTensor, labels: Tensor, chunk: int = CHUNK
+) -> Loss:
     """Return the loss of the logits hidden weightᵀ at the labelled rows.
 
     Args:
         hidden: [..., width], the states that the output head reads; differentiable.
-        weight: [vocabulary, width], the frozen head, in the dtype of `hidden`.
+        weight: [vocabulary, width], the frozen head, in the dtype of `hidden`, or quantised: then it
+            is in that dtype for as long as the loss is computed.
         labels: int64 [...], each an index of the vocabulary or -100 for none.
         chunk: rows of logits in memory at a time.
 
@@ -47,6 +52,8 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = C
         ValueError: shapes or dtypes that do not fit, a label outside the vocabulary.
     """
     check_floating("hidden", hidden)
+    if isinstance(weight, QuantizedTensor):
+        weight = weight.dequantize(hidden.dtype)
     check_floating("weight", weight, 2)
     check_alike("weight", weight, "hidden", hidden)
     check_shape("weight", weight, (weight.shape[0], hidden.shape[-1]))
@@ -116,6 +123,8 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Tensor], chunk: int = CHUN
         return _loss_of_logits(logits[:, :-1][targets != IGNORED], targets)
     body, head = parts
     hidden: Tensor = body(**inputs, use_cache=False).last_hidden_state
+    if type(head) is QuantizedLinear and head.bias is None:
+        return cross_entropy(hidden[:, :-1], head.quantized, targets, chunk)
     if type(head) is nn.Linear and head.bias is None and head.weight.dtype == hidden.dtype:
         return cross_entropy(hidden[:, :-1], head.weight, targets, chunk)
     return _loss_of_logits(head(hidden[:, :-1][targets != IGNORED]), targets)
