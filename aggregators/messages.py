@@ -74,7 +74,7 @@ class Plan(_Message):
     dtype: str
     wire_dtype: WireDtype | None
     threads: int | None = Field(ge=1)
-    accelerate: bool = True
+    accelerate: bool
     evaluate: bool
     deadline_seconds: float = Field(gt=0)
     max_norm: float | None = Field(gt=0)

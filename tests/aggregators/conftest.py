@@ -100,6 +100,7 @@ def make_plan(layout: Layout) -> Callable[..., Plan]:
             "deadline_seconds": 10.0,
             "max_norm": None,
             "rank_cap": None,
+            "accelerate": True,
             "data": {"source": "file", "nested": {"depth": 2}},
         }
         return Plan.model_validate(values | changes)

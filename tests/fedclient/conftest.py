@@ -70,6 +70,7 @@ def make_plan(tiny: base_model.LoadedModel, tiny_data_file: Path) -> Callable[..
             "deadline_seconds": 60.0,
             "max_norm": None,
             "rank_cap": 8,
+            "accelerate": True,
             "data": {"source": str(tiny_data_file), "nodes": 2, "held_out_max": 4},
         }
         return Plan.model_validate(standard | changes)

@@ -252,6 +252,7 @@ def test_the_embedded_model_learns(default_model_folder: Path) -> None:
             "deadline_seconds": 60.0,
             "max_norm": None,
             "rank_cap": None,
+            "accelerate": True,
             "data": {
                 "partition": "categories",
                 "categories": [["greetings"]],
