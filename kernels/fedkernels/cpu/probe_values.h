@@ -102,9 +102,10 @@ inline void set_places(std::uint32_t* places) {
   interleave(places, WordSet{load_words(places), load_words(places + kVector)});
 }
 
-// words[s]: of the elements from 4 * block on, kSetElements each.
-inline void group_words(const Schedule& schedule, std::uint64_t tensor_id, std::uint64_t block,
-                        WordSet* words) {
+// words[s]: of the elements from 4 * block on, kSetElements each. Not inlined: the constants of the
+// caller's own arithmetic would take the registers that the generator needs.
+[[gnu::noinline]] void group_words(const Schedule& schedule, std::uint64_t tensor_id,
+                                   std::uint64_t block, WordSet* words) {
   Blocks blocks[kSets];
   philox_sets<kSets>(schedule, tensor_id, block, blocks);
 #pragma GCC unroll 4
@@ -163,8 +164,7 @@ inline void gaussian_sets(const WordSet* words, FloatSet* z) {
   }
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s) {
-    const Words negative = both(words[s].odd, all_words(0x80000000u));
-    cosine[s] = floats_of(exclusive(words_of(cosine[s]), negative, all_words(0u)));
+    cosine[s] = floats_of(inverted(words_of(cosine[s]), words[s].odd, all_words(0x80000000u)));
     sine[s] = multiply(x[s], sine[s]);
     exchange(words[s].odd, &cosine[s], &sine[s]);
     const Floats radius = square_root(multiply_add(f[s], log[s], whole[s]));

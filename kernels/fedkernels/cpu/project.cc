@@ -114,14 +114,6 @@ void project_bits(double* sums, const float* delta, const Tile& tile, const Stre
 constexpr std::int64_t kSpan = 256;  // elements of a sum in float32, at most 32 of them a lane
 
 #if defined(FK_VECTORS)
-inline double sum_of(Floats a) {
-  alignas(64) float lanes[kVector];
-  store_floats(lanes, a);
-  double total = 0.0;
-  for (const float lane : lanes) total += lane;
-  return total;
-}
-
 void project_values(double* sums, const float* delta, const Tile& tile, const Stream& stream,
                     const std::uint64_t* seeds, std::int64_t count) {
   const std::int64_t begin = aligned(tile.first), made = tile.first + tile.count - begin;
@@ -134,7 +126,7 @@ void project_values(double* sums, const float* delta, const Tile& tile, const St
   for (std::int64_t k = 0; k < count; ++k) {
     Schedule schedule;
     schedule_keys(seeds[k], &schedule);
-    double total = 0.0;
+    alignas(64) double lanes[kVector] = {};
     for (std::int64_t from = 0; from < made; from += kSpan) {
       Floats even = all_floats(0.0f), odd = even;
       for (std::int64_t i = from; i < from + kSpan && i < made; i += kGroupElements) {
@@ -151,9 +143,10 @@ void project_values(double* sums, const float* delta, const Tile& tile, const St
           odd = multiply_add(q[s].odd, load_floats(d + kVector), odd);
         }
       }
-      total += sum_of(even) + sum_of(odd);
+      add_products(lanes, 1.0, even);
+      add_products(lanes, 1.0, odd);
     }
-    sums[k] += total;
+    for (const double lane : lanes) sums[k] += lane;
   }
 }
 #else

@@ -154,13 +154,19 @@ void gaussian_sums(double* sums, const Tile& tile, const Stream& stream, const s
     taken = schedule_some(schedules, seeds + k, count - k);
     for (std::int64_t i = 0; i < made; i += kGroupElements) {
       for (std::int64_t n = 0; n < taken; ++n) {
-        FloatSet z[kSets];
-        gaussian_group(schedules[n], stream.tensor_id, block + static_cast<std::uint64_t>(i / 4), z);
+        WordSet words[kSets];
+        group_words(schedules[n], stream.tensor_id, block + static_cast<std::uint64_t>(i / 4),
+                    words);
         const double c = coefficients[k + n];
-#pragma GCC unroll 4
-        for (int s = 0; s < kSets; ++s) {
-          add_products(mixed + i + s * kSetElements, c, z[s].even);
-          add_products(mixed + i + s * kSetElements + kVector, c, z[s].odd);
+#pragma GCC unroll 2
+        for (int s = 0; s < kSets; s += 2) {
+          FloatSet z[2];
+          gaussian_sets<2>(words + s, z);
+          for (int t = 0; t < 2; ++t) {
+            double* at = mixed + i + (s + t) * kSetElements;
+            add_products(at, c, z[t].even);
+            add_products(at + kVector, c, z[t].odd);
+          }
         }
       }
     }

@@ -30,6 +30,8 @@ inline Words either(Words a, Words b) { return _mm512_or_si512(a, b); }
 inline Words exclusive(Words a, Words b, Words c) {
   return _mm512_ternarylogic_epi32(a, b, c, 0x96);
 }
+// a, inverted where b and c are set
+inline Words inverted(Words a, Words b, Words c) { return _mm512_ternarylogic_epi32(a, b, c, 0x78); }
 template <int N> inline Words left(Words a) { return _mm512_slli_epi32(a, N); }
 template <int N> inline Words right(Words a) { return _mm512_srli_epi32(a, N); }
 template <int N> inline Words signed_right(Words a) { return _mm512_srai_epi32(a, N); }
@@ -93,6 +95,9 @@ inline Words both(Words a, Words b) { return _mm256_and_si256(a, b); }
 inline Words either(Words a, Words b) { return _mm256_or_si256(a, b); }
 inline Words exclusive(Words a, Words b, Words c) {
   return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
+}
+inline Words inverted(Words a, Words b, Words c) {
+  return _mm256_xor_si256(a, _mm256_and_si256(b, c));
 }
 template <int N> inline Words left(Words a) { return _mm256_slli_epi32(a, N); }
 template <int N> inline Words right(Words a) { return _mm256_srli_epi32(a, N); }
