@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from fractions import Fraction
 
@@ -28,16 +29,17 @@ PROBES = pytest.mark.parametrize("probe", fk.PROBES)
 
 
 @PROBES
-@every_backend
+@settings(max_examples=100)
 @given(seed=SEEDS, tensor_id=TENSOR_IDS, shape=SHAPES)
-def test_every_backend_has_the_bits_of_the_reference(backend, probe, seed, tensor_id, shape):
-    values = fk.noise(seed, tensor_id, shape, probe)
-    assert values.shape == shape
-    assert values.dtype == torch.float32
-    fk.use_backend("reference")
-    expected = fk.noise(seed, tensor_id, shape, probe)
-    fk.use_backend(backend)
-    assert torch.equal(values, expected)
+def test_every_backend_has_the_bits_of_the_reference(probe, seed, tensor_id, shape):
+    before, found = fk.backend(), {}
+    for backend in fk.backends():
+        fk.use_backend(backend)
+        values = fk.noise(seed, tensor_id, shape, probe)
+        assert (values.shape, values.dtype) == (shape, torch.float32)
+        found[backend] = hashlib.sha256(values.numpy().tobytes()).hexdigest()
+    fk.use_backend(before)
+    assert set(found.values()) == {found["reference"]}, found
 
 
 def words_at(seed: int, tensor_id: int, block: int) -> tuple[int, int, int, int]:
@@ -82,7 +84,7 @@ def test_elements_that_are_made_apart_join_without_a_seam(monkeypatch, probe):
 
 
 def test_gaussian_probes_are_normally_distributed(backend):
-    count = 1 << 20 if backend != "reference" else 1 << 16
+    count = 1 << 18 if backend != "reference" else 1 << 14
     z = fk.noise(11, 3, (count,), "gaussian").double()
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs((z**power).mean() - moment) < 5 * math.sqrt(variance / count)
@@ -127,7 +129,8 @@ def test_the_first_rows_do_not_depend_on_how_many_follow(
 
 
 def test_probes_are_balanced_and_unrelated(backend):
-    probes = torch.stack([fk.noise(s, t, (40_000,)) for s in (1, 2, 2**40) for t in (0, 1, 2**33)])
+    count = 40_000 if backend != "reference" else 5_000
+    probes = torch.stack([fk.noise(s, t, (count,)) for s in (1, 2, 2**40) for t in (0, 1, 2**33)])
     assert torch.equal(probes.abs(), torch.ones_like(probes))
     correlation = (probes.double() @ probes.double().T) / probes.shape[1]
     limit = 5 / math.sqrt(probes.shape[1])  # five standard deviations

@@ -89,6 +89,23 @@ def test_a_factor_is_the_stream_that_the_definition_names(backend):
     assert (u.shape, v.shape, adapter.dense().shape) == ((2, 200), (2, 300), (200, 300))
 
 
+@every_backend
+@given(
+    seeds=st.lists(SEEDS, min_size=1, max_size=5),
+    tensor_id=TENSOR_IDS,
+    out=st.integers(1, 40),
+    inner=st.integers(1, 150),
+)
+def test_it_is_the_sum_of_the_probes_that_its_seeds_name(backend, seeds, tensor_id, out, inner):
+    # integers, so that the sum is exact in any order
+    coefficients = torch.arange(3, 3 + len(seeds), dtype=torch.float32)
+    adapter = fk.SignAdapter.from_seeds(seeds, coefficients, tensor_id, (out, inner))
+    expected = torch.zeros(out, inner)
+    for seed, coefficient in zip(seeds, coefficients, strict=True):
+        expected += coefficient * fk.noise(seed, tensor_id, (out, inner), "rank1")
+    assert torch.equal(adapter.dense(), expected)
+
+
 @DTYPES
 @every_backend
 @given(sizes=SIZES, with_y=st.booleans())

@@ -38,4 +38,12 @@ bool has_avx512_vnni() {
 #endif
 }
 
+bool has_avx512_vpopcntdq() {
+#if defined(FK_HAS_X86)
+  return available(Isa::avx512) && __builtin_cpu_supports("avx512vpopcntdq");
+#else
+  return false;
+#endif
+}
+
 }  // namespace fedkernels

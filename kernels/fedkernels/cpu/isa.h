@@ -16,8 +16,9 @@ enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, neon = 3 };
 // Whether this build has kernels for the set and this processor, and its system, can run them.
 bool available(Isa isa);
 
-// avx512 with BF16 dot products and VNNI: a refinement inside the backend "avx512".
+// avx512 with BF16 dot products, VNNI and popcounts: a refinement inside the backend "avx512".
 bool has_avx512_bf16();
 bool has_avx512_vnni();
+bool has_avx512_vpopcntdq();
 
 }  // namespace fedkernels

@@ -1,5 +1,5 @@
 // weight + step * q in one pass (../reference/replay.py): a probe of bits is a choice of sign.
-#include "probe_tiles.h"
+#include "probe_values.h"
 
 namespace fedkernels {
 namespace FK_ISA {

@@ -1,16 +1,10 @@
 // Runs of consecutive blocks of Philox4x32-10, several counters at a time. Included by files that are
 // compiled once for each instruction set.
-//
-// Each vector lane is 64 bits wide: the multiplication reads its low half and fills all of it, so the
-// product's two halves are the next words after one shift, and what the high half holds otherwise is
-// never looked at.
 #pragma once
 
 #include <cstdint>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "word_vectors.h"
 
 namespace fedkernels {
 namespace FK_ISA {
@@ -25,60 +19,89 @@ constexpr int kPhiloxRounds = 10;
 // Blocks are made in runs of 8, so the caller's buffer has room for this many words more.
 constexpr int kPadding = 28;
 
+#if defined(FK_VECTORS)
+// The keys of all rounds of one seed.
+struct Schedule {
+  std::uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
+};
+
+inline void schedule_keys(std::uint64_t seed, Schedule* schedule) {
+  for (std::uint32_t r = 0; r < kPhiloxRounds; ++r) {
+    schedule->k0[r] = static_cast<std::uint32_t>(seed) + r * kPhiloxW0;
+    schedule->k1[r] = static_cast<std::uint32_t>(seed >> 32) + r * kPhiloxW1;
+  }
+}
+
+// Words of kVector / 2 blocks in `pair_order`: word i of each in the lower half of a pair of word[i].
+struct Blocks {
+  Words word[4];
+};
+
+// The words of S such sets of blocks: first, first + 1, ...
+//
+// The multiplication reads the lower half of a pair and fills all of it, so the product's two halves
+// are the next words after one shift, and what an upper half holds otherwise is never looked at. One
+// set alone would wait for its multiplications most of the time.
+template <int S>
+inline void philox_sets(const Schedule& schedule, std::uint64_t tensor_id, std::uint64_t first,
+                        Blocks* blocks) {
+  const Words m0 = all_pairs(kPhiloxM0), m1 = all_pairs(kPhiloxM1);
+  Words c0[S], c1[S], c2[S], c3[S];
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s) {
+    c0[s] = add_pairs(all_pairs(first + static_cast<std::uint64_t>(s * (kVector / 2))),
+                      pair_order());
+    c1[s] = upper(c0[s]);
+    c2[s] = all_pairs(tensor_id);
+    c3[s] = upper(c2[s]);
+  }
+#pragma GCC unroll 10
+  for (int r = 0; r < kPhiloxRounds; ++r) {
+    const Words k0 = all_words(schedule.k0[r]), k1 = all_words(schedule.k1[r]);
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+      const Words p0 = multiply_pairs(m0, c0[s]), p1 = multiply_pairs(m1, c2[s]);
+      c0[s] = exclusive(upper(p1), c1[s], k0);
+      c2[s] = exclusive(upper(p0), c3[s], k1);
+      c1[s] = p1;
+      c3[s] = p0;
+    }
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s) blocks[s] = {{c0[s], c1[s], c2[s], c3[s]}};
+}
+
+// Writes the words of S sets in the natural order.
+template <int S>
+inline void write_sets(const Schedule& schedule, std::uint64_t tensor_id, std::uint64_t first,
+                       std::uint32_t* out) {
+  Blocks blocks[S];
+  philox_sets<S>(schedule, tensor_id, first, blocks);
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s, out += 2 * kVector) {
+    const Words x01 = lower(blocks[s].word[0], blocks[s].word[1]);
+    const Words x23 = lower(blocks[s].word[2], blocks[s].word[3]);
+    store_words(out, first_pairs(x01, x23));
+    store_words(out + kVector, last_pairs(x01, x23));
+  }
+}
+#endif
+
 // Writes the words of blocks first, first + 1, ...: 4 * blocks words, and up to kPadding more.
 inline void philox_blocks(std::uint64_t seed, std::uint64_t tensor_id, std::uint64_t first,
                           std::int64_t blocks, std::uint32_t* out) {
+#if defined(FK_VECTORS)
+  Schedule schedule;
+  schedule_keys(seed, &schedule);
+  constexpr std::int64_t kSet = kVector / 2;
+  std::int64_t b = 0;
+  for (; b + kSet < blocks; b += 2 * kSet, out += 4 * kVector) {
+    write_sets<2>(schedule, tensor_id, first + static_cast<std::uint64_t>(b), out);
+  }
+  if (b < blocks) write_sets<1>(schedule, tensor_id, first + static_cast<std::uint64_t>(b), out);
+#else
   const std::uint32_t key0 = static_cast<std::uint32_t>(seed);
   const std::uint32_t key1 = static_cast<std::uint32_t>(seed >> 32);
-#if defined(__AVX512F__)
-  // lane 2L + p holds block 4p + L, so that unpacking 64-bit pairs leaves the blocks in order
-  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
-  const __m512i low = _mm512_set1_epi64(0xFFFFFFFF);
-  for (std::int64_t b = 0; b < blocks; b += 8, out += 32) {
-    __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(static_cast<long long>(first + b)), order);
-    __m512i c1 = _mm512_srli_epi64(c0, 32);
-    __m512i c2 = _mm512_set1_epi64(static_cast<long long>(tensor_id));
-    __m512i c3 = _mm512_srli_epi64(c2, 32);
-#pragma GCC unroll 10
-    for (std::uint32_t r = 0; r < kPhiloxRounds; ++r) {
-      const __m512i k0 = _mm512_set1_epi32(static_cast<int>(key0 + r * kPhiloxW0));
-      const __m512i k1 = _mm512_set1_epi32(static_cast<int>(key1 + r * kPhiloxW1));
-      const __m512i p0 = _mm512_mul_epu32(m0, c0), p1 = _mm512_mul_epu32(m1, c2);
-      c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, k0, 0x96);
-      c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, k1, 0x96);
-      c1 = p1;
-      c3 = p0;
-    }
-    const __m512i x01 = _mm512_or_si512(_mm512_and_si512(c0, low), _mm512_slli_epi64(c1, 32));
-    const __m512i x23 = _mm512_or_si512(_mm512_and_si512(c2, low), _mm512_slli_epi64(c3, 32));
-    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(x01, x23));
-    _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi64(x01, x23));
-  }
-#elif defined(__AVX2__)
-  const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);
-  const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
-  for (std::int64_t b = 0; b < blocks; b += 4, out += 16) {
-    __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<long long>(first + b)), order);
-    __m256i c1 = _mm256_srli_epi64(c0, 32);
-    __m256i c2 = _mm256_set1_epi64x(static_cast<long long>(tensor_id));
-    __m256i c3 = _mm256_srli_epi64(c2, 32);
-#pragma GCC unroll 10
-    for (std::uint32_t r = 0; r < kPhiloxRounds; ++r) {
-      const __m256i k0 = _mm256_set1_epi32(static_cast<int>(key0 + r * kPhiloxW0));
-      const __m256i k1 = _mm256_set1_epi32(static_cast<int>(key1 + r * kPhiloxW1));
-      const __m256i p0 = _mm256_mul_epu32(m0, c0), p1 = _mm256_mul_epu32(m1, c2);
-      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1), k0);
-      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3), k1);
-      c1 = p1;
-      c3 = p0;
-    }
-    const __m256i x01 = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
-    const __m256i x23 = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi64(x01, x23));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8), _mm256_unpackhi_epi64(x01, x23));
-  }
-#else
   constexpr int kLanes = 8;
   for (std::int64_t b = 0; b < blocks; b += kLanes, out += 4 * kLanes) {
     std::uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];

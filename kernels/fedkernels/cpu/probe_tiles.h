@@ -1,4 +1,4 @@
-// The q of one tile of a probe: as packed bits (rademacher, rank1) or as numbers (popcount, gaussian).
+// One tile of a probe: its bits (rademacher, rank1), and what of a tile is here (all probes).
 // Included by files that are compiled once for each instruction set.
 #pragma once
 
@@ -29,8 +29,43 @@ inline bool is_bits(const Stream& stream) {
 // The element with which the made part of a tile begins: that of a block of bits.
 inline std::int64_t aligned(std::int64_t first) { return first / kBlockBits * kBlockBits; }
 
-// rank1: the sign of an element is the exclusive or of a row's bit and a column's. Columns are copied
-// up to 32 at a time, inverted where the row's bit is set.
+// The 32 bits from bit `place` on.
+inline std::uint32_t bits_from(const std::uint32_t* words, std::int64_t place) {
+  const std::uint64_t pair = words[place / 32] | std::uint64_t{words[place / 32 + 1]} << 32;
+  return static_cast<std::uint32_t>(pair >> (place % 32));
+}
+
+// out: bits to .. to + count - 1 |= bits from .. from + count - 1 of `words`, exclusive or inversion.
+inline void copy_bits(std::uint32_t* out, std::int64_t to, const std::uint32_t* words,
+                      std::int64_t from, std::int64_t count, std::uint32_t inversion) {
+  std::int64_t head = (32 - to % 32) % 32;
+  if (head > count) head = count;
+  if (head > 0) {
+    const std::uint32_t bits = (bits_from(words, from) ^ inversion) & ((1u << head) - 1u);
+    out[to / 32] |= bits << (to % 32);
+  }
+  to += head;
+  from += head;
+  count -= head;
+  std::uint32_t* whole = out + to / 32;
+  const std::uint32_t* source = words + from / 32;
+  const std::int64_t wholes = count / 32;
+  const int shift = static_cast<int>(from % 32);
+  if (shift == 0) {
+    for (std::int64_t w = 0; w < wholes; ++w) whole[w] = source[w] ^ inversion;
+  } else {
+    for (std::int64_t w = 0; w < wholes; ++w) {
+      whole[w] = (source[w] >> shift | source[w + 1] << (32 - shift)) ^ inversion;
+    }
+  }
+  if (count % 32 != 0) {
+    const std::uint32_t bits = bits_from(words, from + 32 * wholes) ^ inversion;
+    whole[wholes] |= bits & ((1u << (count % 32)) - 1u);
+  }
+}
+
+// rank1: the sign of an element is the exclusive or of a row's bit and a column's, so a stretch of a
+// row is a stretch of the columns' bits, inverted where the row's bit is set.
 inline void rank1_bits(std::uint64_t seed, const Stream& stream, std::int64_t first,
                        std::int64_t count, std::uint32_t* out) {
   std::uint32_t rows[4 + kPadding], columns[kWordRoom + 1];
@@ -43,30 +78,21 @@ inline void rank1_bits(std::uint64_t seed, const Stream& stream, std::int64_t fi
       philox_blocks(seed, stream.tensor_id, kRowStream + static_cast<std::uint64_t>(row_block), 1,
                     rows);
     }
-    const std::uint32_t bit = rows[row / 32 % 4] >> (row % 32) & 1u;
-    const std::uint32_t inversion = 0u - bit;
-    for (; column < stream.width && done < count;) {
-      if (column / kTile != window) {
-        window = column / kTile;
-        const std::int64_t left = stream.width - window * kTile;
-        const std::int64_t blocks = ((left < kTile ? left : kTile) + kBlockBits - 1) / kBlockBits;
-        philox_blocks(seed, stream.tensor_id,
-                      kColumnStream + static_cast<std::uint64_t>(window * (kTile / kBlockBits)),
-                      blocks, columns);
-      }
-      const std::int64_t place = column % kTile;
-      std::int64_t take = 32 - done % 32;  // fill one word of the result
-      if (take > stream.width - column) take = stream.width - column;
-      if (take > kTile - place) take = kTile - place;
-      if (take > count - done) take = count - done;
-      const std::uint64_t pair =
-          columns[place / 32] | std::uint64_t{columns[place / 32 + 1]} << 32;
-      std::uint32_t bits = static_cast<std::uint32_t>(pair >> (place % 32)) ^ inversion;
-      if (take < 32) bits &= (1u << take) - 1u;
-      out[done / 32] |= bits << (done % 32);
-      done += take;
-      column += take;
+    if (column / kTile != window) {
+      window = column / kTile;
+      const std::int64_t left = stream.width - window * kTile;
+      const std::int64_t blocks = ((left < kTile ? left : kTile) + kBlockBits - 1) / kBlockBits;
+      philox_blocks(seed, stream.tensor_id,
+                    kColumnStream + static_cast<std::uint64_t>(window * (kTile / kBlockBits)),
+                    blocks, columns);
     }
+    std::int64_t take = stream.width - column;
+    if (take > kTile - column % kTile) take = kTile - column % kTile;
+    if (take > count - done) take = count - done;
+    const std::uint32_t bit = rows[row / 32 % 4] >> (row % 32) & 1u;
+    copy_bits(out, done, columns, column % kTile, take, 0u - bit);
+    done += take;
+    column += take;
     if (column == stream.width) {
       column = 0;
       ++row;
@@ -96,82 +122,6 @@ inline std::int64_t tile_words(std::uint64_t seed, const Stream& stream, const T
   const std::int64_t blocks = (tile.first + tile.count - begin + 3) / 4;
   philox_blocks(seed, stream.tensor_id, static_cast<std::uint64_t>(begin / 4), blocks, out);
   return blocks * 4;
-}
-
-inline std::int32_t centred_popcount(std::uint32_t word) {
-  word -= (word >> 1) & 0x55555555u;
-  word = (word & 0x33333333u) + ((word >> 2) & 0x33333333u);
-  word = (word + (word >> 4)) & 0x0F0F0F0Fu;
-  word += word >> 8;
-  word += word >> 16;
-  return static_cast<std::int32_t>(word & 0x3Fu) - 16;
-}
-
-#if defined(__FMA__) || defined(__aarch64__)
-inline float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-#else
-// As in ../reference/fma.py: the sum is rounded to odd, so that the last rounding is the only one.
-inline float fma_(float a, float b, float c) {
-  const double product = static_cast<double>(a) * b, addend = c;
-  const double total = product + addend;
-  const double part = total - product;
-  const double error = (product - (total - part)) + (addend - part);
-  std::int64_t bits;
-  std::memcpy(&bits, &total, sizeof bits);
-  const bool finite = (bits & 0x7FF0000000000000) != 0x7FF0000000000000;
-  const std::int64_t step = (error > 0) == (total > 0) ? 1 : -1;
-  bits += finite && error != 0 && (bits & 1) == 0 ? step : 0;
-  double odd;
-  std::memcpy(&odd, &bits, sizeof odd);
-  return static_cast<float>(odd);
-}
-#endif
-
-// Box and Muller's map of ../reference/gaussian.py; two words in, two values out, in place.
-inline void gaussian_pair(std::uint32_t first, std::uint32_t second, float* even, float* odd) {
-  const std::uint32_t bits = bits_of(static_cast<float>(static_cast<std::int32_t>(first >> 1 | 1u)));
-  const std::int32_t exponent = static_cast<std::int32_t>(bits - 0x3F3504F3u) >> 23;
-  const float f = float_of(bits - (static_cast<std::uint32_t>(exponent) << 23)) - 1.0f;
-  float log = 0x1.9df91ap-3f;
-  log = fma_(log, f, -0x1.4c3cc0p-2f);
-  log = fma_(log, f, 0x1.614c20p-2f);
-  log = fma_(log, f, -0x1.978e38p-2f);
-  log = fma_(log, f, 0x1.ff623cp-2f);
-  log = fma_(log, f, -0x1.5559dcp-1f);
-  log = fma_(log, f, 0x1.00007ap+0f);
-  log = fma_(log, f, -0x1.fffffep+0f);
-  const float squared = fma_(f, log, static_cast<float>(exponent - 31) * -0x1.62e430p+0f);
-  const float radius = __builtin_sqrtf(squared);
-
-  const std::int32_t angle = static_cast<std::int32_t>(second << 2) >> 7 | 1;
-  const float x = static_cast<float>(angle) * 0x1p-25f;
-  const float square = x * x;
-  float cosine = fma_(-0x1.4e35dap-6f, square, 0x1.03ae64p-2f);
-  cosine = fma_(cosine, square, -0x1.3bd38cp+0f);
-  cosine = fma_(cosine, square, 0x1.fffffep-1f);
-  cosine = float_of(bits_of(cosine) ^ (second & 0x80000000u));
-  float sine = fma_(-0x1.2d9302p-8f, square, 0x1.465e92p-4f);
-  sine = fma_(sine, square, -0x1.4abbbap-1f);
-  sine = x * fma_(sine, square, 0x1.921fb6p+0f);
-  const bool swap = (second & 0x40000000u) != 0;
-  *even = radius * (swap ? sine : cosine);
-  *odd = radius * (swap ? cosine : sine);
-}
-
-// Writes q of popcount or gaussian for the elements from aligned(tile.first) on; `values` has
-// kValueRoom elements.
-inline void tile_values(std::uint64_t seed, const Stream& stream, const Tile& tile, float* values) {
-  alignas(64) std::uint32_t words[kValueRoom];
-  const std::int64_t count = tile_words(seed, stream, tile, words);
-  if (stream.probe == Probe::popcount) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      values[i] = static_cast<float>(centred_popcount(words[i]));
-    }
-  } else {
-    for (std::int64_t i = 0; i < count / 2; ++i) {
-      gaussian_pair(words[2 * i], words[2 * i + 1], values + 2 * i, values + 2 * i + 1);
-    }
-  }
 }
 
 // Keeps of `values`, which begins at aligned(tile.first), what the tile holds, from the front on.

@@ -23,6 +23,7 @@ FK_DECLARE(portable)
 #if defined(FK_HAS_X86)
 FK_DECLARE(avx2)
 FK_DECLARE(avx512)
+FK_DECLARE(avx512vpopcntdq)
 #endif
 #if defined(FK_HAS_NEON)
 FK_DECLARE(neon)
@@ -43,6 +44,10 @@ Kernels kernels(Isa isa) {
     case Isa::avx2:
       return {avx2::kPerturbKernels, avx2::kReplayKernels, avx2::kProjectKernels};
     case Isa::avx512:
+      if (has_avx512_vpopcntdq()) {
+        return {avx512vpopcntdq::kPerturbKernels, avx512vpopcntdq::kReplayKernels,
+                avx512vpopcntdq::kProjectKernels};
+      }
       return {avx512::kPerturbKernels, avx512::kReplayKernels, avx512::kProjectKernels};
 #endif
 #if defined(FK_HAS_NEON)

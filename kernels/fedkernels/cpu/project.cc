@@ -3,7 +3,7 @@
 // For probes of bits, 4 neighbouring elements have 16 signed sums: a table of them, made once a tile,
 // serves all seeds, 16 of which stand side by side in the lanes of a vector. Sums of 128 elements are
 // float32, everything above is float64, in an order that depends on nothing but the tile.
-#include "probe_tiles.h"
+#include "probe_values.h"
 
 namespace fedkernels {
 namespace FK_ISA {
@@ -111,9 +111,47 @@ void project_bits(double* sums, const float* delta, const Tile& tile, const Stre
   }
 }
 
+constexpr std::int64_t kSpan = 256;  // elements of a sum in float32, at most 32 of them a lane
+
+#if defined(FK_VECTORS)
 void project_values(double* sums, const float* delta, const Tile& tile, const Stream& stream,
                     const std::uint64_t* seeds, std::int64_t count) {
-  constexpr std::int64_t kSpan = 256;  // elements of a sum in float32, 16 of them a lane
+  const std::int64_t begin = aligned(tile.first), made = tile.first + tile.count - begin;
+  alignas(64) float mixed[kTile];  // delta in the order in which q arise
+  std::uint32_t places[kSetElements];
+  set_places(places);
+  for (std::int64_t i = 0; i < kTile; ++i) {
+    mixed[i / kSetElements * kSetElements + places[i % kSetElements]] = delta[i];
+  }
+  for (std::int64_t k = 0; k < count; ++k) {
+    Schedule schedule;
+    schedule_keys(seeds[k], &schedule);
+    alignas(64) double lanes[kVector] = {};
+    for (std::int64_t from = 0; from < made; from += kSpan) {
+      Floats even = all_floats(0.0f), odd = even;
+      for (std::int64_t i = from; i < from + kSpan && i < made; i += kGroupElements) {
+        const std::uint64_t block = static_cast<std::uint64_t>((begin + i) / 4);
+        FloatSet q[kSets];
+        if (stream.probe == Probe::popcount) {
+          popcount_group(schedule, stream.tensor_id, block, q);
+        } else {
+          gaussian_group(schedule, stream.tensor_id, block, q);
+        }
+        for (int s = 0; s < kSets; ++s) {
+          const float* d = mixed + i + s * kSetElements;
+          even = multiply_add(q[s].even, load_floats(d), even);
+          odd = multiply_add(q[s].odd, load_floats(d + kVector), odd);
+        }
+      }
+      add_products(lanes, 1.0, even);
+      add_products(lanes, 1.0, odd);
+    }
+    for (const double lane : lanes) sums[k] += lane;
+  }
+}
+#else
+void project_values(double* sums, const float* delta, const Tile& tile, const Stream& stream,
+                    const std::uint64_t* seeds, std::int64_t count) {
   alignas(64) float values[kValueRoom];
   std::memset(values, 0, sizeof values);
   const std::int64_t made = tile.first - aligned(tile.first) + tile.count;
@@ -130,6 +168,7 @@ void project_values(double* sums, const float* delta, const Tile& tile, const St
     sums[k] += total;
   }
 }
+#endif
 
 void project(double* sums, const void* delta, Dtype dtype, const Tile& tile, const Stream& stream,
              const std::uint64_t* seeds, std::int64_t count) {
