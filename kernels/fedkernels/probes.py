@@ -95,7 +95,9 @@ def check_probe(seed: int, tensor_id: int, probe: str) -> None:
 
 
 def check_range(name: str, value: int, end: int) -> None:
-    """Raise ValueError unless `value` is in [0, end)."""
+    """Raise ValueError unless `value` is a whole number in [0, end)."""
+    if not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be a whole number, and it is {value!r}")
     if not 0 <= value < end:
         raise ValueError(f"{name} must be in [0, {end}), and it is {value}")
 

@@ -6,6 +6,7 @@ and it is most often the output head as well: the two are quantised as one matri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,17 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the rows of `ids`, int64 [...], as [..., width]."""
         return (self.codes[ids] * self.scales[ids].unsqueeze(-1)).to(self.dtype)
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> QuantizedEmbedding:
+        # model.to(torch.bfloat16) is about the type of activations; scales keep theirs.
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows."""

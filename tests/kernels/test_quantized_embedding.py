@@ -31,6 +31,16 @@ def test_rows_are_those_of_the_dequantised_matrix(dtype):
     assert torch.equal(rows, matrix.dequantize()[ids].to(dtype))
 
 
+def test_a_model_in_another_type_keeps_its_scales():
+    model = fk.quantize_embeddings(tiny(True))
+    before = model.get_input_embeddings().scales.clone()
+    model.to(torch.bfloat16)
+    words = model.get_input_embeddings()
+    assert torch.equal(words.scales, before)
+    assert words(torch.tensor([3])).dtype == torch.bfloat16
+    assert model(torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_answers_as_with_the_dequantised_matrices(tied, dtype):
