@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fedkernels.checks import sizes, whole_number
+
 Indices = Sequence[int] | torch.Tensor
 
 
@@ -38,14 +40,12 @@ class Part:
     columns: Indices | None = None
 
     def __post_init__(self) -> None:
-        shape = tuple(int(size) for size in self.shape)
-        if any(size < 0 for size in shape):
-            raise ValueError(f"shape has no negative sizes, and this one is {shape}")
+        shape = sizes("shape", self.shape)
         if math.prod(shape) >= 2**62:
             raise ValueError(f"shape {shape} has more elements than a probe")
         object.__setattr__(self, "shape", shape)
-        if not 0 <= self.offset <= math.prod(shape):
-            raise ValueError(f"offset must be in [0, {math.prod(shape)}], and it is {self.offset}")
+        offset = whole_number("offset", self.offset, 0, math.prod(shape) + 1)
+        object.__setattr__(self, "offset", offset)
         if self.selects and self.offset:
             raise ValueError("offset names a stretch, so it does not go with rows or columns")
         if self.selects and not shape:
@@ -129,7 +129,10 @@ def _length(indices: Indices | None, otherwise: int) -> int:
 
 
 def _checked(name: str, indices: Indices, end: int) -> torch.Tensor:
-    tensor = torch.as_tensor(indices)
+    try:
+        tensor = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a list of indices, not {indices!r:.40}") from None
     if tensor.numel() == 0:
         tensor = tensor.long()
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:

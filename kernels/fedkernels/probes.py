@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fedkernels.backends import instruction_set, threads, uses_triton
+from fedkernels.checks import device_of, float32, sizes, whole_number
 from fedkernels.part import Part
 from fedkernels.reference import replay as reference
 from fedkernels.reference.probes import MASK, UNITS, philox4x32
@@ -42,14 +43,14 @@ def noise(
     Raises:
         ValueError: an argument is out of its range, or the probe is unknown.
     """
-    check_probe(seed, tensor_id, probe)
-    sizes = tuple(shape)
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"a shape has no negative sizes, and this one is {sizes}")
-    part = part_of(sizes, part, "shape")
-    if not uses_triton(torch.device(device)) and torch.device(device).type != "cpu":
+    seed = checked_seed(seed)
+    tensor_id = checked_tensor(tensor_id, probe)
+    shape = sizes("shape", shape)
+    part = part_of(shape, part, "shape")
+    device = device_of(device)
+    if not uses_triton(device) and device.type != "cpu":
         return noise(seed, tensor_id, shape, probe, part).to(device)
-    values = torch.zeros(sizes, dtype=torch.float32, device=device)
+    values = torch.zeros(shape, dtype=torch.float32, device=device)
     if values.numel() == 0:
         return values
     if uses_triton(values.device):
@@ -79,33 +80,31 @@ def derive_seed(master_seed: int, index: int) -> int:
     Raises:
         ValueError: `master_seed` or `index` is outside [0, 2**64).
     """
-    check_range("master_seed", master_seed, 2**64)
-    check_range("index", index, 2**64)
+    master_seed = whole_number("master_seed", master_seed, 0, 2**64)
+    index = whole_number("index", index, 0, 2**64)
     counter = (index & MASK, index >> 32, *SEED_STREAM)
     low, high, _, _ = philox4x32(counter, (master_seed & MASK, master_seed >> 32))
     return (high << 32 | low) & (2**63 - 1)
 
 
-def check_probe(seed: int, tensor_id: int, probe: str) -> None:
-    """Raise ValueError unless these name the probe of a tensor."""
+def checked_seed(seed: int) -> int:
+    """Return the seed as a Python integer; ValueError unless it is in [0, 2**64)."""
+    return whole_number("seed", seed, 0, 2**64)
+
+
+def checked_tensor(tensor_id: int, probe: str) -> int:
+    """Return the id as a Python integer; ValueError unless this probe of this tensor exists."""
     if probe not in PROBES:
         raise ValueError(f"unknown probe {probe!r}; available: {', '.join(PROBES)}")
-    check_range("seed", seed, 2**64)
-    check_range("tensor_id", tensor_id, 2**64 - 1)
-
-
-def check_range(name: str, value: int, end: int) -> None:
-    """Raise ValueError unless `value` is a whole number in [0, end)."""
-    if not hasattr(value, "__index__"):
-        raise ValueError(f"{name} must be a whole number, and it is {value!r}")
-    if not 0 <= value < end:
-        raise ValueError(f"{name} must be in [0, {end}), and it is {value}")
+    return whole_number("tensor_id", tensor_id, 0, 2**64 - 1)
 
 
 def part_of(shape: tuple[int, ...], part: Part | None, name: str) -> Part:
     """Return `part`, or the whole of `shape`; ValueError if `name` of this shape cannot hold it."""
     if part is None:
         return Part(shape)
+    if not isinstance(part, Part):
+        raise ValueError(f"part must be a Part, not {type(part).__name__}")
     part.check_holds(name, shape)
     return part
 
@@ -113,8 +112,3 @@ def part_of(shape: tuple[int, ...], part: Part | None, name: str) -> Part:
 def kernel_probe(probe: str, part: Part) -> int:
     """Return the number that compiled kernels know a probe by (cpu/probes.h)."""
     return PROBES.index("rademacher" if probe == "rank1" and len(part.shape) < 2 else probe)
-
-
-def float32(value: float) -> float:
-    """Return `value` rounded to float32."""
-    return torch.tensor(value, dtype=torch.float64).float().item()

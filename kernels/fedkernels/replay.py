@@ -8,15 +8,16 @@ all backends, thread counts and parts give the same bits for perturb and replay.
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Sequence
 
 import torch
+from torch.autograd.graph import increment_version
 
 from fedkernels.backends import instruction_set, threads, uses_triton
+from fedkernels.checks import finite_float32, float32, whole_number, whole_numbers
 from fedkernels.part import Part
-from fedkernels.probes import check_probe, check_range, float32, kernel_probe, part_of
+from fedkernels.probes import checked_seed, checked_tensor, kernel_probe, part_of
 from fedkernels.reference import replay as reference
 from fedkernels.reference.probes import UNITS
 
@@ -67,13 +68,9 @@ def perturbed(
     perturbed layer by layer in the memory of its largest layer, and there is nothing to restore.
     Arguments and errors are those of `perturb_`.
     """
-    check_probe(seed, tensor_id, probe)
+    seed, tensor_id = checked_seed(seed), checked_tensor(tensor_id, probe)
     source = _checked("weight", weight)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, and it is {scale}")
-    step = float32(scale * UNITS[probe])
-    if not math.isfinite(step):
-        raise ValueError(f"scale must fit float32, and it is {scale}")
+    step = float32(finite_float32("scale", scale) * UNITS[probe])
     result = torch.empty_like(weight) if out is None else out
     target = _checked("out", result)
     if target.device != source.device:
@@ -90,6 +87,7 @@ def perturbed(
         from fedkernels.gpu import probes as gpu
 
         gpu.perturb(target, source, seed, step, tensor_id, probe, part)
+        _written(result)
         return result
     isa = instruction_set()
     if isa is None:
@@ -104,6 +102,7 @@ def perturbed(
         target, source, *part.pieces(source.numel()), part.width, seed, tensor_id,
         kernel_probe(probe, part), step, isa, threads(),
     )  # fmt: skip
+    _written(result)
     return result
 
 
@@ -132,18 +131,15 @@ def replay_(
     Raises:
         ValueError: an argument is outside its range, or the weight cannot hold the part.
     """
-    check_probe(0, tensor_id, probe)
+    tensor_id = checked_tensor(tensor_id, probe)
     target = _checked("weight", weight)
-    seed_list, coefficient_list = _integers("seeds", seeds), _integers("coefficients", coefficients)
-    _check_seeds(seed_list)
+    seed_list = whole_numbers("seeds", seeds, 0, 2**64)
+    coefficient_list = whole_numbers("coefficients", coefficients, -(2**31), 2**31)
     if len(coefficient_list) != len(seed_list):
         raise ValueError(
             f"{len(seed_list)} seeds need as many coefficients, not {len(coefficient_list)}"
         )
-    if min(coefficient_list) < -(2**31) or max(coefficient_list) >= 2**31:
-        raise ValueError("coefficients must be in [-2**31, 2**31)")
-    if abs(exponent) > LARGEST_EXPONENT:
-        raise ValueError(f"exponent must be in [-512, 512], and it is {exponent}")
+    exponent = whole_number("exponent", exponent, -LARGEST_EXPONENT, LARGEST_EXPONENT + 1)
     factor = 2.0**exponent * UNITS[probe]
     part = part_of(tuple(target.shape), part, "weight")
     if uses_triton(target.device):
@@ -151,6 +147,7 @@ def replay_(
 
         integers = torch.tensor(coefficient_list, dtype=torch.int32)
         gpu.replay_(target, seed_list, integers, factor, tensor_id, probe, part)
+        _written(weight)
         return weight
     isa = instruction_set()
     if isa is None:
@@ -168,6 +165,7 @@ def replay_(
         torch.tensor(coefficient_list, dtype=torch.int32), factor, tensor_id,
         kernel_probe(probe, part), isa, threads(),
     )  # fmt: skip
+    _written(weight)
     return weight
 
 
@@ -190,10 +188,9 @@ def project(
     Raises:
         ValueError: an argument is outside its range, or delta cannot hold the part.
     """
-    check_probe(0, tensor_id, probe)
+    tensor_id = checked_tensor(tensor_id, probe)
     source = _checked("delta", delta)
-    seed_list = _integers("seeds", seeds)
-    _check_seeds(seed_list)
+    seed_list = whole_numbers("seeds", seeds, 0, 2**64)
     part = part_of(tuple(source.shape), part, "delta")
     if uses_triton(source.device):
         from fedkernels.gpu import probes as gpu
@@ -223,6 +220,8 @@ def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"{name} must be on the CPU, or a GPU with Triton, not on {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
+    if tensor.is_neg() or tensor.is_conj():
+        raise ValueError(f"{name} must not be a lazily negated or conjugated view")
     if tensor.numel() == 0:
         raise ValueError(f"{name} must not be empty, and its shape is {list(tensor.shape)}")
     return tensor.detach()
@@ -233,24 +232,10 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     return start < other.data_ptr() + other.nbytes and other.data_ptr() < end
 
 
-def _integers(name: str, values: Integers) -> list[int]:
-    """Return the values as Python integers; ValueError unless they are K >= 1 integers."""
-    if isinstance(values, torch.Tensor):
-        if values.dim() != 1 or values.is_floating_point() or values.is_complex():
-            raise ValueError(f"{name} must be a one-dimensional tensor of integers")
-        result: list[int] = values.tolist()
-    else:
-        result = list(values)
-        if not all(isinstance(value, int) for value in result):
-            raise ValueError(f"{name} must be integers")
-    if not result:
-        raise ValueError(f"{name} must not be empty")
-    return result
-
-
-def _check_seeds(seeds: list[int]) -> None:
-    check_range("seeds", min(seeds), 2**64)
-    check_range("seeds", max(seeds), 2**64)
+def _written(tensor: torch.Tensor) -> None:
+    """Tell autograd, as torch's own in-place operations do, so that no backward uses a stale value."""
+    if not tensor.is_inference():
+        increment_version(tensor)
 
 
 def _words(seeds: list[int]) -> torch.Tensor:

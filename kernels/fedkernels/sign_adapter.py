@@ -16,6 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fedkernels.backends import instruction_set, threads, uses_triton
+from fedkernels.checks import sizes, whole_number, whole_numbers
 from fedkernels.reference import sign_adapter as reference
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -64,15 +65,13 @@ class SignAdapter:
             ValueError: an argument is none of these, or a product overflows float32.
         """
         out_features, in_features = _matrix_sizes(shape)
-        _check_seeds(seeds)
-        if not 0 <= tensor_id < 2**64 - 1:
-            raise ValueError(f"tensor_id must be in [0, {2**64 - 1}), and it is {tensor_id}")
+        seeds = whole_numbers("seeds", seeds, 0, 2**64)
+        tensor_id = whole_number("tensor_id", tensor_id, 0, 2**64 - 1)
         scaled = _scaled(coefficients, exponent, len(seeds))
         if uses_triton(scaled.device):
             from fedkernels.gpu import sign_adapter as gpu
 
-            sizes = (out_features, in_features)
-            left, right = gpu.factors(seeds, tensor_id, *sizes, scaled.device)
+            left, right = gpu.factors(seeds, tensor_id, out_features, in_features, scaled.device)
         elif instruction_set() is None or scaled.device.type != "cpu":
             words = reference.factors(seeds, tensor_id, out_features, in_features)
             left, right = (factor.to(scaled.device) for factor in words)
@@ -232,25 +231,19 @@ def _empty_words(inner: int, columns: int) -> torch.Tensor:
 
 
 def _matrix_sizes(shape: Sequence[int]) -> tuple[int, int]:
-    sizes = tuple(shape)
-    if len(sizes) < 2 or any(size < 1 for size in sizes):
-        raise ValueError(f"shape must have two or more positive sizes, and it is {sizes}")
-    out_features, in_features = sizes[0], math.prod(sizes[1:])
+    shape = sizes("shape", shape)
+    if len(shape) < 2 or 0 in shape:
+        raise ValueError(f"shape must have two or more positive sizes, and it is {shape}")
+    out_features, in_features = shape[0], math.prod(shape[1:])
     if max(out_features, in_features) > MOST_ELEMENTS:
-        raise ValueError(f"shape {sizes} has factors of more than {MOST_ELEMENTS} elements")
+        raise ValueError(f"shape {shape} has factors of more than {MOST_ELEMENTS} elements")
     return out_features, in_features
-
-
-def _check_seeds(seeds: Sequence[int]) -> None:
-    if len(seeds) == 0:
-        raise ValueError("seeds must name at least one probe")
-    for seed in seeds:
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seeds must be in [0, {2**64}), and one is {seed}")
 
 
 def _scaled(coefficients: torch.Tensor, exponent: int, count: int) -> torch.Tensor:
     """Return coefficients * 2**exponent, rounded once to float32."""
+    if not isinstance(coefficients, torch.Tensor):
+        raise ValueError(f"coefficients must be a tensor, not {type(coefficients).__name__}")
     if coefficients.dtype not in (torch.float32, torch.int32):
         raise ValueError(f"coefficients must be float32 or int32, not {coefficients.dtype}")
     if coefficients.device.type not in ("cpu", "cuda"):
@@ -261,8 +254,7 @@ def _scaled(coefficients: torch.Tensor, exponent: int, count: int) -> torch.Tens
         )
     if not coefficients.is_contiguous():
         raise ValueError("coefficients must be contiguous")
-    if not -1100 <= exponent <= 1000:
-        raise ValueError(f"exponent must be in [-1100, 1000], and it is {exponent}")
+    exponent = whole_number("exponent", exponent, -1100, 1001)
     if coefficients.dtype == torch.float32 and exponent == 0:
         scaled = coefficients
     else:

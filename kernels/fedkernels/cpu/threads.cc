@@ -71,9 +71,9 @@ class Pool {
       const int index = static_cast<int>(workers_.size());
       workers_.emplace_back([this, index, seen = generation_.load()]() mutable {
         for (;;) {
-          wait(seen);
-          seen = generation_.load();
-          if (index >= helpers_) continue;
+          const Call call = wait(seen);
+          seen = call.generation;
+          if (index >= call.helpers) continue;
           take();
           working_.fetch_sub(1, std::memory_order_release);
         }
@@ -82,19 +82,27 @@ class Pool {
     }
   }
 
-  void wait(std::uint64_t seen) {
+  // Which call a thread belongs to and how many that call wants, read as one: run() does not wait for
+  // the threads that it does not want, so by the time one of them looks the next call may have begun.
+  struct Call {
+    std::uint64_t generation;
+    int helpers;
+  };
+
+  Call wait(std::uint64_t seen) {
     const auto end = std::chrono::steady_clock::now() + kTurns;
     while (std::chrono::steady_clock::now() < end) {
       for (int i = 0; i < 32; ++i) {
         if (generation_.load(std::memory_order_acquire) != seen) {
           const std::lock_guard<std::mutex> lock(mutex_);  // what run() wrote is now complete
-          return;
+          return {generation_.load(), helpers_};
         }
         relax();
       }
     }
     std::unique_lock<std::mutex> lock(mutex_);
     wake_.wait(lock, [&] { return generation_.load() != seen; });
+    return {generation_.load(), helpers_};
   }
 
   std::mutex mutex_;

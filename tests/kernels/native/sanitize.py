@@ -3,7 +3,8 @@
     python tests/kernels/native/sanitize.py [arguments of pytest]
 
 builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer (GCC or Clang, on Linux)
-in build/sanitize and runs tests/kernels with it. The first report ends the run, which then fails.
+in build/sanitize and runs tests/kernels with it, after ThreadSanitizer has watched the thread pool
+in a program of its own. The first report ends the run, which then fails.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")
 def main(arguments: list[str]) -> int:
     """Build, run the tests and return their exit status."""
     compiler = os.environ.get("CXX", "c++")
+    if status := _check_threads(compiler):
+        return status
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(_runtime(compiler, name) for name in RUNTIMES),
@@ -42,6 +45,19 @@ def _runtime(compiler: str, name: str) -> str:
     if not Path(found).is_file():
         sys.exit(f"sanitize: {compiler} has no {name}; install GCC's sanitizers")
     return found
+
+
+def _check_threads(compiler: str) -> int:
+    """Return the exit status of threads_checks.cc under ThreadSanitizer."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    sources = [Path(__file__).with_name("threads_checks.cc")]
+    sources.append(ROOT / "kernels" / "fedkernels" / "cpu" / "threads.cc")
+    program = BUILD / "threads_checks"
+    options = ["-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=thread"]
+    command = [compiler, *options, f"-I{sources[1].parent}", *sources, "-o", program]
+    subprocess.run(command, check=True)
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([program], env=environment).returncode
 
 
 def _build() -> Path:
