@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -268,35 +267,51 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigurationError(f"--set {override!r}: write key=value, for example rounds=5")
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    if isinstance(value, float) and not math.isfinite(value):
-        value = text.strip()  # no key takes such a number, and nan is the name of a fault
+    text = text.strip()
     target: Any = values
+    where: list[int | str] = []
     *parents, last = key.strip().split(".")
     for parent in parents:
-        target = _descend(target, parent, override)
+        step = _step(target, parent, override)
+        target = target[step]
+        where.append(step)
     if isinstance(target, list):
         raise ConfigurationError(
             f"--set {override!r}: name one entry, for example nodes.0.lora_r=4"
         )
-    target[last] = value
+    try:
+        target[last] = value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        target[last] = text
+        return
+    # A word may look like TOML, as nan, 2024 or true do, where a text is wanted: what fits counts.
+    if _refused(values, [*where, last]):
+        target[last] = text
+        if _refused(values, [*where, last]):
+            target[last] = value
 
 
-def _descend(target: Any, part: str, override: str) -> Any:
+def _refused(values: Mapping[str, Any], where: Sequence[int | str]) -> bool:
+    """Whether the value at a place of the scenario is not valid there."""
+    try:
+        RunConfiguration.model_validate(values)
+    except ValidationError as error:
+        return any(problem["loc"][: len(where)] == tuple(where) for problem in error.errors())
+    return False
+
+
+def _step(target: Any, part: str, override: str) -> int | str:
+    """The index or key that ``part`` means in a list or table, made where a table is missing."""
     if isinstance(target, list):
-        by_name = [entry for entry in target if entry.get("name") == part]
+        by_name = [index for index, entry in enumerate(target) if entry.get("name") == part]
         if by_name:
             return by_name[0]
         if part.isdigit() and int(part) < len(target):
-            return target[int(part)]
+            return int(part)
         raise ConfigurationError(f"--set {override!r}: there is no entry {part!r}")
-    child = target.setdefault(part, {})
-    if not isinstance(child, (dict, list)):
+    if not isinstance(target.setdefault(part, {}), (dict, list)):
         raise ConfigurationError(f"--set {override!r}: {part!r} is a value, not a table")
-    return child
+    return part
 
 
 def _explain(problem: Mapping[str, Any]) -> str:

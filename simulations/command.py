@@ -4,23 +4,59 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from simulations.bench_command import bench_app
 
 # Busy-waiting OpenMP threads collapse when a machine is shared; this must precede torch's import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# peft imports it where it is installed, and it then misses a kernel of its own that nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+STOPPED, CLOSED_PIPE = 130, 141  # what shells report for a process that SIGINT, SIGPIPE ended
+HOW_TO_CONTINUE = {
+    "simulate": "; the same command with --resume goes on after the last committed round",
+    "compare": "; the same command goes on where this one was",
+}
+
+
+class Commands(TyperGroup):
+    """The sub-commands. Typer would end them without a word on Ctrl-C, and with 1 on a closed pipe."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the sub-command; raise typer.Exit where it was stopped or its reader has left."""
+        try:
+            try:
+                return super().invoke(ctx)
+            finally:
+                # What is left in the buffer would find the pipe closed where nobody catches it.
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            how = HOW_TO_CONTINUE.get(ctx.invoked_subcommand, "")
+            Console(stderr=True, soft_wrap=True).print(f"\nstopped{how}")
+            raise typer.Exit(STOPPED) from None
+        except BrokenPipeError:
+            # The interpreter flushes once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(CLOSED_PIPE) from None
+        except SystemExit as error:
+            # Rich has seen the closed pipe first, and its own exit code is 1.
+            if isinstance(error.__context__, BrokenPipeError):
+                raise typer.Exit(CLOSED_PIPE) from None
+            raise
+
 
 app = typer.Typer(
+    cls=Commands,
     name="fedbraid",
     help="Federated fine-tuning of language models across unlike devices. Errors are one message;"
     " add --debug to see where they come from.",
@@ -48,13 +84,6 @@ DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
 }  # fmt: skip
-
-
-INTERRUPTED = 130
-CONTINUED = {
-    "simulate": "; the same command with --resume goes on after the last committed round",
-    "compare": "; the same command goes on where this one was",
-}
 
 
 class Stop(Exception):
@@ -200,23 +229,8 @@ def main(arguments: list[str] | None = None) -> Any:
     debug = "--debug" in words
     if debug:
         words.remove("--debug")
-    interrupted = False
-
-    def interrupt(number: int, frame: Any) -> None:
-        # click turns the exception into a bare exit code, and the message would never be seen.
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, interrupt)
     try:
         return app(args=words, prog_name="fedbraid", standalone_mode=True)
-    except SystemExit as ended:
-        if interrupted and ended.code == INTERRUPTED:
-            console = Console(stderr=True, highlight=False, soft_wrap=True)
-            console.print(f"\nstopped{CONTINUED.get(words[0] if words else '', '')}")
-        raise
     except Exception as error:
         # No space, no permission, no such place: a disk is a person's to mend, wherever it shows.
         disk = isinstance(error, OSError) and error.errno in DISK_ERRORS

@@ -104,11 +104,23 @@ def test_overrides_reach_tables_and_nodes_by_name_and_index() -> None:
     assert changed.base_model == "some/model"
 
 
-def test_words_that_toml_takes_for_numbers_are_words() -> None:
-    """No key takes a number that is not finite, and nan is the name of a fault."""
-    found = load("quickstart", ["nodes.0.fault=nan", "name=inf"])
-    assert found.nodes[0].fault == "nan"
-    assert found.name == "inf"
+@pytest.mark.parametrize(
+    "text", ["nan", "inf", "-inf", "2024", "1e3", "0x10", "true", "2024-01-01", "[1]", '"quoted"']
+)
+def test_an_override_needs_no_quotes_where_a_text_is_wanted(text: str) -> None:
+    changed = load("quickstart", [f"base_model={text}", f"nodes.cafe.description={text}"])
+    assert changed.base_model == text.strip('"')
+    assert changed.nodes[5].description == text.strip('"')
+
+
+def test_an_override_that_fits_neither_as_toml_nor_as_text_is_refused_as_it_was_read() -> None:
+    assert load("quickstart", ["nodes.cafe.fault=nan"]).nodes[5].fault == "nan"
+    assert load("quickstart", ["rounds=0x10", "seed=7"]).rounds == 16
+    # A later override may still mend what an earlier one breaks.
+    assert load("quickstart", ["quorum=7", "nodes.cafe.fault=nan", "quorum=6"]).quorum == 6
+    for override in ("learning_rate=nan", "nodes.cafe.fault=inf", "rounds=2.5"):
+        with pytest.raises(ConfigurationError, match=override.partition("=")[0].split(".")[-1]):
+            load("quickstart", [override])
 
 
 def test_rslora_keeps_alpha_and_plain_lora_its_ratio_to_the_rank() -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -182,25 +179,3 @@ def test_a_comparison_without_evaluation_is_refused_before_it_runs(
     assert run("compare", "braid", *words) == 2
     assert "evaluate" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
-
-
-@pytest.mark.parametrize("command", ["simulate", "compare"])
-def test_an_interrupt_says_how_to_go_on(command: str, scenario: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the first round; afterwards the ledger is sound."""
-    words = ["simulate", str(scenario)]
-    if command == "compare":
-        words = ["compare", "braid", "--scenario", str(scenario), "--seeds", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "simulations.command", *words, "--output", str(tmp_path / "run"),
-         "--set", "rounds=500", "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if '"RoundStarted"' in line or "round" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "stopped; the same command" in " ".join(errors.split())
-    assert "Traceback" not in errors

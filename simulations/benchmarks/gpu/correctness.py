@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fedkernels.checks import float32
 from fedkernels.gpu import probes, quantized, sign_adapter
 from fedkernels.part import Part
-from fedkernels.probes import PROBES, float32
+from fedkernels.probes import PROBES
 from fedkernels.reference import quantized as quantized_reference
 from fedkernels.reference import replay as replay_reference
 from fedkernels.reference import sign_adapter as sign_reference
