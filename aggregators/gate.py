@@ -11,6 +11,10 @@ from torch import Tensor
 from aggregators.codec import WIRE_DTYPES, unpack, update_from_parts
 from aggregators.layout import Layout
 from aggregators.messages import Envelope, Plan, Report, body_digest, open_reply, shared_a
+from aggregators.methods import LoraMethod
+from aggregators.probe_checks import check_coordinates, check_scalars
+from aggregators.projected import ProjectedGradient
+from aggregators.seed_scalars import SeedScalars
 from aggregators.update import Update, UpdateRejected, Verdict
 
 ALL_LINEAR = "all-linear"
@@ -22,13 +26,14 @@ LARGEST_NORM = 1e15
 
 @dataclass(frozen=True)
 class GateContext:
-    """What the server knows when a reply arrives."""
+    """What the server knows when a reply arrives. ``view``: digest of what the node was sent."""
 
     layout: Layout
     plan: Plan
     seen_nonces: frozenset[str] = frozenset()
     max_bytes: int = 1 << 30
     max_examples: int = 10**7
+    view: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,24 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
             Verdict.WEIGHT,
             f"{envelope.report.examples} examples exceed the limit of {context.max_examples}",
         )
+    if context.view is not None and envelope.report.view != context.view:
+        raise UpdateRejected(
+            Verdict.DIVERGED,
+            f"worked from the view {envelope.report.view[:12]!r}, it was sent {context.view[:12]!r}",
+        )
     update = None
     if context.plan.action == "train":
         update = _read_update(body, context)
     elif body:
         raise UpdateRejected(Verdict.WRONG_FAMILY, "an update came with an evaluation")
     return Admitted(update, envelope.report, envelope.payload_digest)
+
+
+def norm_of(update: Update) -> float:
+    """The norm of a change; of one along probes its mean over seeds, which takes no probe."""
+    if isinstance(update, (SeedScalars, ProjectedGradient)):
+        return math.sqrt(update.expected_squared_norm())
+    return math.sqrt(update.squared_norm())
 
 
 def match_targets(layout: Layout, target_modules: Sequence[str]) -> list[str]:
@@ -116,25 +133,30 @@ def _check_identity(envelope: Envelope, context: GateContext) -> None:
 
 def _read_update(body: bytes, context: GateContext) -> Update:
     header, tensors = unpack(body)
-    if header.get("family") != context.plan.family:
+    plan = context.plan
+    if header.get("family") != plan.family:
         raise UpdateRejected(
             Verdict.WRONG_FAMILY,
-            f"family {str(header.get('family'))[:32]!r}, the plan asks for {context.plan.family!r}",
+            f"family {str(header.get('family'))[:32]!r}, the plan asks for {plan.family!r}",
         )
-    if header.get("layout") == context.layout.fingerprint:
+    if isinstance(plan.method, LoraMethod) and header.get("layout") == context.layout.fingerprint:
         _check_tensors(tensors, context)
-        if not context.plan.train_a:
+        if not plan.method.train_a:
             tensors = _with_shared_a(tensors, context)
     update = update_from_parts(header, tensors, context.layout)
-    _check_norm(update, context.plan)
+    if isinstance(update, SeedScalars):
+        check_scalars(update, plan.method)
+    elif isinstance(update, ProjectedGradient):
+        check_coordinates(update, plan.method)
+    _check_norm(update, plan)
     return update
 
 
 def _check_tensors(tensors: dict[str, Tensor], context: GateContext) -> None:
     """Names, ranks and types against the plan, before anything is converted or multiplied."""
     plan, layout = context.plan, context.layout
-    allowed = set(match_targets(layout, plan.target_modules))
-    limit = plan.rank * (2 if plan.sends == "delta" else 1)
+    allowed = set(match_targets(layout, plan.lora.target_modules))
+    limit = plan.lora.rank * (2 if plan.lora.sends == "delta" else 1)
     if not tensors:
         raise UpdateRejected(Verdict.MALFORMED, "the update changes no tensor")
     for key, tensor in tensors.items():
@@ -168,12 +190,12 @@ def _with_shared_a(tensors: dict[str, Tensor], context: GateContext) -> dict[str
             raise UpdateRejected(Verdict.MALFORMED, f"layer {name!r}: A is fixed, and was sent")
         if part == "B" and b.ndim == 2 and b.shape[1] > 0:
             tensor_id, columns = layout.tensor_id(name), layout.shape(name)[1]
-            complete[f"{name}#A"] = shared_a(plan.shared_seed, tensor_id, b.shape[1], columns)
+            complete[f"{name}#A"] = shared_a(plan.lora.shared_seed, tensor_id, b.shape[1], columns)
     return complete
 
 
 def _check_norm(update: Update, plan: Plan) -> None:
-    norm = math.sqrt(update.squared_norm())
+    norm = norm_of(update)
     if not math.isfinite(norm):
         raise UpdateRejected(Verdict.NOT_FINITE, "the change's norm is not finite")
     limit = min(LARGEST_NORM, math.inf if plan.max_norm is None else plan.max_norm)

@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 import fedkernels as fk
-from aggregators.codec import pack, unpack, update_from_parts, update_parts
+from aggregators.codec import pack, unpack, update_parts
 from aggregators.layout import Layout
-from aggregators.low_rank import LowRank
+from aggregators.methods import LoraMethod, Method
 from aggregators.update import Update, UpdateRejected, Verdict
+from aggregators.view import SealedView, View, view_parts
 
 SCHEMA = 1
 MAX_EXAMPLES = 10**7
@@ -30,11 +31,7 @@ Count = Annotated[int, Field(ge=0, le=10**12)]
 LARGEST_LOSS = 1e6
 Loss = Annotated[float, Field(ge=0, le=LARGEST_LOSS)]
 
-# What leaves the base as it is; peft's other initialisations move a part of it into the adapter.
-Initialisation = Literal["random", "shared", "carry", "previous", "gaussian", "orthogonal"]
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
-
-ViewFactors = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
 class _Message(BaseModel):
@@ -51,25 +48,13 @@ class Plan(_Message):
     layout: Digest
     base_model: str
     base_digest: Digest
-    family: Literal["low_rank"]
     action: Literal["train", "evaluate"]
     preset: str
-    rank: int = Field(ge=1)
-    alpha: float = Field(gt=0)
-    rslora: bool
-    dropout: float = Field(ge=0, lt=1)
-    target_modules: tuple[str, ...]
-    init: Initialisation
-    train_a: bool
-    start: Literal["fresh", "view"]
-    sends: Literal["factors", "delta"]
+    method: Method
     seed: int = Field(ge=0, lt=2**63)
-    shared_seed: int = Field(ge=0, lt=2**63)
     local_steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    warmup_steps: int = Field(ge=0)
     max_length: int = Field(ge=1)
     dtype: str
     wire_dtype: WireDtype | None
@@ -78,13 +63,24 @@ class Plan(_Message):
     evaluate: bool
     deadline_seconds: float = Field(gt=0)
     max_norm: float | None = Field(gt=0)
-    rank_cap: int | None = Field(ge=1)
     data: dict[str, Any] | None = None
 
     @property
-    def scale(self) -> float:
-        """s in the change s B A: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski, 2023)."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def family(self) -> str:
+        """The family of updates that the method makes."""
+        return self.method.family
+
+    @property
+    def train_a(self) -> bool:
+        """Whether a reply holds A; False where a LoRA plan fixes it, so that the server knows it."""
+        return not isinstance(self.method, LoraMethod) or self.method.train_a
+
+    @property
+    def lora(self) -> LoraMethod:
+        """The method, where it is LoRA. Raises TypeError where it is not."""
+        if not isinstance(self.method, LoraMethod):
+            raise TypeError(f"the plan asks for {self.family}, not for LoRA factors")
+        return self.method
 
 
 class Evaluation(_Message):
@@ -116,7 +112,11 @@ class Evaluation(_Message):
 
 
 class Report(_Message):
-    """What a node says of its work, beside the update itself. Losses are nats per token."""
+    """What a node says of its work, beside the update itself. Losses are nats per token.
+
+    ``view``: digest of the view that it worked from. ``weights``: digest of the weights that it made
+    of it, where it made some. Both are of the round's start.
+    """
 
     examples: int = Field(ge=1, le=MAX_EXAMPLES)
     train_loss: Loss | None = None
@@ -124,6 +124,8 @@ class Report(_Message):
     train_tokens: Count = 0
     steps: Count = 0
     evaluation: Evaluation | None = None
+    view: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    weights: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
 
 class Envelope(_Message):
@@ -169,34 +171,26 @@ class Capabilities(_Message):
         return found
 
 
-def encode_plan(plan: Plan, view: LowRank | None, dtype: str | None) -> bytes:
-    """A plan with the view of the global model that the node gets (None: the base itself)."""
-    header: dict[str, Any] = {"schema": SCHEMA, "plan": plan.model_dump(mode="json")}
-    tensors: dict[str, Tensor] = {}
-    if view is not None:
-        header["view"], tensors = update_parts(view, dtype)
+def encode_plan(plan: Plan, view: View, dtype: str | None) -> bytes:
+    """A plan with the view of the global model that the node gets; ``dtype`` of its adapter."""
+    fields, tensors = view_parts(view, dtype)
+    header = {"schema": SCHEMA, "plan": plan.model_dump(mode="json"), "view": fields}
     return pack(header, tensors)
 
 
-def decode_plan(data: bytes) -> tuple[Plan, ViewFactors | None]:
-    """The plan, and the view's factors by tensor name. Raises UpdateRejected for anything else."""
+def decode_plan(data: bytes) -> tuple[Plan, SealedView]:
+    """The plan, and the view that came with it. Raises UpdateRejected for anything else."""
     header, tensors = unpack(data)
     if header.get("schema") != SCHEMA:
         raise UpdateRejected(Verdict.MALFORMED, f"schema {header.get('schema')!r} is not {SCHEMA}")
     try:
         plan = Plan.model_validate(header["plan"])
-        if "view" not in header:
-            return plan, None
-        # The node has no layout yet; the factors' own shapes make one, and are checked on use.
-        names = [key.removesuffix("#B") for key in tensors if key.endswith("#B")]
-        own = Layout({n: (tensors[f"{n}#B"].shape[0], tensors[f"{n}#A"].shape[1]) for n in names})
-        described = {**header["view"], "layout": own.fingerprint}
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+        view = header["view"]
+    except (KeyError, ValueError, TypeError) as error:
         raise UpdateRejected(Verdict.MALFORMED, f"unreadable plan: {error}") from None
-    view = update_from_parts(described, tensors, own)
-    if not isinstance(view, LowRank):
-        raise UpdateRejected(Verdict.WRONG_FAMILY, f"a view cannot be {view.family!r}")
-    return plan, {name: (f.B.float(), f.A.float(), f.scale) for name, f in view.factors.items()}
+    if not isinstance(view, dict):
+        raise UpdateRejected(Verdict.MALFORMED, "the view is not a JSON object")
+    return plan, SealedView(view, tensors)
 
 
 def encode_reply(

@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+Strand = Literal["lora", "zeroth-order", "projected"]
+STRANDS: tuple[str, ...] = get_args(Strand)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One federated LoRA method. ``view``: "capped" (rank limit), "whole", or "node_rank"."""
+    """One federated method.
+
+    ``strand``: how all nodes train; None: each as its own entry says, LoRA where it says nothing. The
+    rest is of LoRA nodes. ``view``: "capped" (rank limit), "whole", or "node_rank".
+    """
 
     name: str
     summary: str
-    start: Literal["fresh", "view"]
-    init: str
-    train_a: bool
-    sends: Literal["factors", "delta"]
-    server: Literal["add", "average_factors"]
-    view: Literal["capped", "whole", "node_rank"]
+    strand: Strand | None = "lora"
+    start: Literal["fresh", "view"] = "fresh"
+    init: str = "random"
+    train_a: bool = True
+    sends: Literal["factors", "delta"] = "factors"
+    server: Literal["add", "average_factors"] = "add"
+    view: Literal["capped", "whole", "node_rank"] = "capped"
 
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("braid", "exact stacks, recompressed carry with error feedback",
-               "fresh", "random", True, "factors", "add", "capped"),
+        Preset("braid", "exact stacks, recompressed carry with error feedback"),
         Preset("flora", "exact stacks, the whole sum without truncation (Wang et al., 2024)",
-               "fresh", "random", True, "factors", "add", "whole"),
+               view="whole"),
         Preset("fedit", "baseline: A and B averaged separately, zero-padded (Zhang et al., 2024)",
-               "view", "previous", True, "factors", "average_factors", "node_rank"),
+               start="view", init="previous", server="average_factors", view="node_rank"),
         Preset("ffa-lora", "A fixed by a shared seed, only B is trained (Sun et al., 2024)",
-               "fresh", "shared", False, "factors", "add", "capped"),
+               init="shared", train_a=False),
         Preset("flexlora", "nodes train the carry's first components (Bai et al., 2024), as deltas",
-               "view", "carry", True, "delta", "add", "node_rank"),
+               start="view", init="carry", sends="delta", view="node_rank"),
+        Preset("fedkseed", "forward passes alone; scalars along a pool of seeds (Qin et al., 2024)",
+               strand="zeroth-order"),
+        Preset("ferret", "all weights by backpropagation, projected on random probes (Shu et al., 2024)",
+               strand="projected"),
+        Preset("mixed", "each node by its own strand; the families of a round add", strand=None),
     )
 }  # fmt: skip

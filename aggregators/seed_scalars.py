@@ -6,7 +6,6 @@ along their probes, so its whole change is one scalar for each seed that it used
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -125,13 +124,12 @@ class SeedScalars:
         """Sum of squares of all elements; probes are not quite orthogonal, so they are made."""
         return self.inner(self)
 
-    def norm_bound(self) -> float:
-        """An upper bound of the norm that needs no probe: sum |scalars| times the longest probe's.
+    def expected_squared_norm(self) -> float:
+        """Mean of the squared norm over the choice of the probes' seeds; needs no probe.
 
-        A probe's norm is sqrt(elements) for sign probes and below 6 sqrt(elements) for the others.
+        Independent probes of unit variance are orthogonal on average.
         """
-        longest = 1.0 if self.probe in ("rademacher", "rank1") else 6.0
-        return float(self.scalars.abs().sum()) * longest * math.sqrt(self.layout.elements)
+        return float(self.scalars.square().sum()) * self.layout.elements
 
     def inner(self, other: Any) -> float:
         """Inner product with an update of any family, tensor by tensor."""

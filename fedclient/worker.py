@@ -26,9 +26,12 @@ from aggregators.messages import (
     decode_plan,
     encode_reply,
 )
+from aggregators.methods import LoraMethod
+from aggregators.view import SealedView, View
 from fedclient import base_model, data
 from fedclient.evaluation import evaluate
-from fedclient.local import lora
+from fedclient.local import full_weights, lora
+from fedclient.local.result import TrainingResult
 
 EVALUATION_BATCH = 16
 
@@ -84,16 +87,14 @@ class Worker:
 
     def work(self, payload: bytes, settings: NodeSettings) -> bytes:
         """Do what a plan asks for and return the signed-to-be envelope's bytes."""
-        plan, view = decode_plan(payload)
+        plan, sealed = decode_plan(payload)
         with base_model.IN_USE, _threads(plan.threads), _scoped_randomness(plan.seed):
             try:
-                return self._work(plan, view, settings)
+                return self._work(plan, sealed, settings)
             except lora.AdapterError as error:
                 raise NodeError(str(error)) from None
 
-    def _work(
-        self, plan: Plan, view: Mapping[str, lora.Factors] | None, settings: NodeSettings
-    ) -> bytes:
+    def _work(self, plan: Plan, sealed: SealedView, settings: NodeSettings) -> bytes:
         base = base_model.load(plan.base_model, plan.dtype)
         if base.digest != plan.base_digest:
             raise NodeError(
@@ -103,23 +104,19 @@ class Worker:
         layout = Layout.from_model(base.model)
         if layout.fingerprint != plan.layout:
             raise NodeError("the plan is for a model of another layout")
+        view = sealed.read(layout)
         own = _load_data(plan.data, settings)
         pad = _pad_id(base.tokenizer)
         evaluation, update = None, None
-        result: lora.TrainingResult | None = None
-        whole_view = plan.start == "view" and plan.action == "evaluate"
-        shown = plan.model_copy(update={"start": "fresh"}) if whole_view else plan
-        with lora.adapted(base.model, layout, shown, view) as wrapped:
+        result: TrainingResult | None = None
+        with _trainer(plan, base, layout, view) as trainer:
             if plan.evaluate or plan.action == "evaluate":
                 held_out = _tokens(plan, settings, base, "held_out")
-                evaluation = _evaluation(wrapped, held_out, own.repeats(), pad)
+                evaluation = _evaluation(trainer.model, held_out, own.repeats(), pad)
             if plan.action == "train":
                 tokens = _tokens(plan, settings, base, "train")
-                before = lora.read_factors(wrapped, layout, plan)
                 stream = data.batches(tokens, plan.batch_size, plan.local_steps, plan.seed, pad)
-                result = lora.train(wrapped, stream, plan, self._report_to(plan.node))
-                after = lora.read_factors(wrapped, layout, plan)
-                update = lora.local_update(before, after, layout, plan)
+                update, result = trainer.train(stream, self._report_to(plan.node))
         report = Report(
             examples=len(own.train),
             train_loss=result.last_loss if result else None,
@@ -127,6 +124,8 @@ class Worker:
             train_tokens=result.tokens if result else 0,
             steps=result.steps if result else 0,
             evaluation=evaluation,
+            view=view.digest(),
+            weights=trainer.weights,
         )
         return _answer(plan, base.digest, report, update)
 
@@ -135,6 +134,13 @@ class Worker:
             return None
         progress = self._progress
         return lambda step, steps, loss: progress(node, step, steps, loss)
+
+
+def _trainer(plan: Plan, base: base_model.LoadedModel, layout: Layout, view: View) -> Any:
+    """What trains as the plan's method says, on the weights that the view is."""
+    if isinstance(plan.method, LoraMethod):
+        return lora.trainer(plan, base, layout, view)
+    return full_weights.trainer(plan, base, layout, view)
 
 
 def _evaluation(

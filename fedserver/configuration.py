@@ -11,11 +11,12 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from aggregators.presets import PRESETS
+from aggregators.methods import Estimator, Objective, Optimiser, Probe
+from aggregators.presets import PRESETS, Strand
 
 SCENARIO_FOLDER = Path(__file__).resolve().parent.parent / "simulations" / "scenarios"
 
@@ -49,6 +50,7 @@ class NodeConfiguration(_Strict):
     """What is asked of one node; unset values come from the run's."""
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")
+    strand: Strand | None = Field(default=None, description="lora, zeroth-order or projected")
     lora_r: int | None = Field(default=None, ge=1, description="LoRA rank of this node")
     lora_alpha: float | None = Field(default=None, gt=0)
     categories: tuple[str, ...] | None = Field(
@@ -59,6 +61,44 @@ class NodeConfiguration(_Strict):
     micro_batch_size: int | None = Field(default=None, ge=1)
     description: str = ""
     fault: Fault | None = Field(default=None, description="simulate a misbehaving node")
+
+
+class ZerothOrderConfiguration(_Strict):
+    """Nodes that run forward passes alone and send scalars along probes of one pool of seeds."""
+
+    learning_rate: float = Field(default=1e-6, gt=0)
+    probe: Probe = "rank1"
+    pool_size: int = Field(default=4096, ge=1, le=1 << 24, description="seeds of the pool")
+    estimator: Estimator = "spsa"
+    objective: Objective = "loss"
+    epsilon: float = Field(default=1e-3, gt=0, le=1, description="how far weights are perturbed")
+    clip: float | None = Field(default=1000.0, gt=0, description="largest slope that counts whole")
+    directions: int = Field(default=1, ge=1, le=64, description="probes of one step")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of the estimator momentum")
+    local_steps: int = Field(default=20, ge=1)
+
+
+class ProjectedConfiguration(_Strict):
+    """Nodes that train weights by backpropagation and send the change projected on probes."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    optimiser: Optimiser = "adamw"
+    probe: Probe = "rademacher"
+    coordinates: int = Field(default=4096, ge=1, le=1 << 24, description="K, over all tensors")
+    target_modules: tuple[str, ...] = Field(default=(), description="empty: all weights")
+    gain: Literal["unbiased", "mmse"] = Field(
+        default="mmse", description="1/K, or shrunk to the least mean squared error"
+    )
+    error_feedback: bool = False
+
+
+class MixingConfiguration(_Strict):
+    """How the families of a round come together."""
+
+    rule: Literal["add", "mean"] = "add"
+    weights: dict[Strand, Annotated[float, Field(ge=0, le=1e6)]] = Field(
+        default_factory=dict, description="factor of each strand's mean, 1 where none is given"
+    )
 
 
 class DataConfiguration(_Strict):
@@ -131,6 +171,9 @@ class RunConfiguration(_Strict):
     )
 
     data: DataConfiguration = DataConfiguration()
+    zeroth_order: ZerothOrderConfiguration = ZerothOrderConfiguration()
+    projected: ProjectedConfiguration = ProjectedConfiguration()
+    mixing: MixingConfiguration = MixingConfiguration()
     nodes: tuple[NodeConfiguration, ...] = Field(min_length=1)
 
     @field_validator("preset")
@@ -177,6 +220,13 @@ class RunConfiguration(_Strict):
                 f"server_learning_rate: preset {self.preset!r} averages factors, and a multiple of"
                 " both is no multiple of the change; leave it at 1"
             )
+        strand = PRESETS[self.preset].strand
+        for node in self.nodes:
+            if strand is not None and node.strand not in (None, strand):
+                raise ValueError(
+                    f"node {node.name!r}: preset {self.preset!r} trains {strand!r} on all nodes; use"
+                    " preset 'mixed'"
+                )
         if self.lora_init == "carry" and not PRESETS[self.preset].train_a:
             raise ValueError(f"preset {self.preset!r} fixes A, so lora_init cannot be 'carry'")
         return self
@@ -189,6 +239,15 @@ class RunConfiguration(_Strict):
         """128-bit hexadecimal id; equal scenarios have equal ids, whatever runs them."""
         canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+    def strand(self, name: str) -> Strand:
+        """How a node trains: as the preset says, else as its entry says, else LoRA."""
+        node = self.node(name)
+        return PRESETS[self.preset].strand or (node.strand if node else None) or "lora"
+
+    def largest_rank(self) -> int:
+        """The highest rank that any node trains."""
+        return max(node.lora_r or self.lora_r for node in self.nodes)
 
     def minimum_updates(self) -> int:
         """The quorum, by default a majority of the configured nodes."""
@@ -244,9 +303,10 @@ def to_toml(configuration: RunConfiguration) -> str:
     """The resolved scenario as TOML: parsing it gives the same configuration."""
     values = configuration.model_dump(mode="json", exclude_none=True)
     nodes = values.pop("nodes")
-    data = values.pop("data")
+    tables = {key: values.pop(key) for key in list(values) if isinstance(values[key], dict)}
     lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
-    lines += ["", "[data]", *(f"{key} = {_toml(value)}" for key, value in data.items())]
+    for key, table in tables.items():
+        lines += ["", f"[{key}]", *(f"{name} = {_toml(value)}" for name, value in table.items())]
     for node in nodes:
         lines += ["", "[[nodes]]", *(f"{key} = {_toml(value)}" for key, value in node.items())]
     return "\n".join(lines) + "\n"
@@ -258,6 +318,8 @@ def _toml(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return repr(value)
@@ -327,22 +389,27 @@ def _explain(problem: Mapping[str, Any]) -> str:
     return f"{where}: {message}{suffix if 'Value error' not in problem['msg'] else ''}"
 
 
+TABLES: dict[str, type[BaseModel]] = {
+    "data": DataConfiguration,
+    "zeroth_order": ZerothOrderConfiguration,
+    "projected": ProjectedConfiguration,
+    "mixing": MixingConfiguration,
+    "nodes": NodeConfiguration,
+}
+
+
 def _suggestion(location: Sequence[int | str]) -> str:
     """The nearest key of the same table, or the same key in the table where it belongs."""
     key = str(location[-1])
-    for table, model in (("data", DataConfiguration), ("nodes.NAME", NodeConfiguration)):
+    for table, model in TABLES.items():
         if key in model.model_fields and key not in _keys_at(location):
-            return f"; did you mean '{table}.{key}'?"
+            return f"; did you mean '{'nodes.NAME' if table == 'nodes' else table}.{key}'?"
     return _nearest(key, _keys_at(location))
 
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:
-    model: type[BaseModel] = RunConfiguration
-    if location[0] == "nodes" and len(location) > 1:
-        model = NodeConfiguration
-    elif location[0] == "data" and len(location) > 1:
-        model = DataConfiguration
-    return list(model.model_fields)
+    table = TABLES.get(str(location[0])) if len(location) > 1 else None
+    return list((table or RunConfiguration).model_fields)
 
 
 def _nearest(word: str, known: Any) -> str:

@@ -28,7 +28,7 @@ class NodeInfo:
     """A node of the cohort as the run sees it: its limits, the size of its data, and what it is."""
 
     node: str
-    rank: int
+    sends: str
     examples: int
     held_out: int
     description: str = ""
@@ -97,7 +97,7 @@ class NodeReplied:
     node: str
     verdict: str
     reason: str
-    rank: int
+    sends: str
     train_loss_first: float | None
     train_loss: float | None
     bytes_up: int

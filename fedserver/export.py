@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from aggregators import LowRank
 from aggregators.presets import PRESETS
+from aggregators.view import View
 from fedserver import metrics
 from fedserver.configuration import RunConfiguration
 from fedserver.ledger import Ledger, LedgerError
@@ -21,7 +22,7 @@ from fedserver.run_folder import recorded_configuration
 WEIGHT = ".weight"
 
 
-def final_change(folder: Path, *, exact: bool = False) -> tuple[RunConfiguration, LowRank]:
+def final_change(folder: Path, *, exact: bool = False) -> tuple[RunConfiguration, View]:
     """A run's configuration and its change of the base.
 
     By default the view that was evaluated (rank up to ``view_rank``); ``exact`` gives the whole carry.
@@ -35,7 +36,7 @@ def final_change(folder: Path, *, exact: bool = False) -> tuple[RunConfiguration
     finally:
         ledger.close()
     if exact:
-        return configuration, model.carry.head(None, None)
+        return configuration, View(model.carry.head(None, None), model.sums)
     preset = PRESETS[configuration.preset]
     view = model.common_view(preset, configuration.view_rank, configuration.view_energy)
     return configuration, view
@@ -43,9 +44,14 @@ def final_change(folder: Path, *, exact: bool = False) -> tuple[RunConfiguration
 
 def export_peft(folder: Path, target: Path, base_folder: Path, *, exact: bool = False) -> Path:
     """Write a LoRA adapter that plain peft loads (``adapter_model.safetensors`` and its config)."""
-    configuration, change = final_change(folder, exact=exact)
-    change = _without_empty(change)
-    if not change.factors:
+    configuration, found = final_change(folder, exact=exact)
+    if any(one.used for one in found.sums):
+        raise LedgerError(
+            f"{folder}: the model's change along probes has full rank, so no adapter holds it; use"
+            " export merged"
+        )
+    change = _without_empty(found.adapter)
+    if change is None:
         raise LedgerError(f"{folder}: the model's change is zero, so there is no adapter to export")
     transposed = _stored_transposed(base_folder)
     rank = max(change.ranks.values())
@@ -94,18 +100,20 @@ def export_merged(folder: Path, target: Path, base_folder: Path, *, exact: bool 
         if extra.is_file() and extra.suffix != ".safetensors":
             shutil.copy2(extra, target / extra.name)
     merged: set[str] = set()
+    adapter = change.adapter.factors if change.adapter is not None else {}
+    touched = {*adapter, *(name for one in change.sums for name in one.places)}
     for file in files:
         weights = load_file(file)
-        for name in [n for n in weights if n in change.factors]:
-            factors = change.factors[name]
-            delta = (factors.B.double() * factors.scale) @ factors.A.double()
-            weights[name] = (weights[name].double() + delta).to(weights[name].dtype)
+        for name in [n for n in weights if n in touched]:
+            weights[name] = change.moved(name, weights[name]).to(weights[name].dtype)
             merged.add(name)
         save_file(weights, target / file.name, metadata={"format": "pt"})
-    absent = sorted(set(change.factors) - merged)
+    absent = sorted(touched - merged)
     if absent:
         raise LedgerError(f"{base_folder} stores no tensor named {absent[0]!r}; use export peft")
-    card = model_card(folder, configuration, max(change.ranks.values(), default=0))
+    card = model_card(
+        folder, configuration, max((f.B.shape[1] for f in adapter.values()), default=0)
+    )
     (target / "README.md").write_text(card, encoding="utf-8")
     return target
 
@@ -164,9 +172,11 @@ def _read_summary(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _without_empty(change: LowRank) -> LowRank:
+def _without_empty(change: LowRank | None) -> LowRank | None:
+    if change is None:
+        return None
     kept = {name: (f.B, f.A, f.scale) for name, f in change.factors.items() if f.B.shape[1] > 0}
-    return LowRank(change.layout, kept)
+    return LowRank(change.layout, kept) if kept else None
 
 
 def _stored_transposed(base_folder: Path) -> bool:

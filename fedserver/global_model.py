@@ -1,4 +1,4 @@
-"""The global model as the server holds it: the exact carry, and FedIT's adapter for that baseline.
+"""The global model as the server holds it: the carry, sums along probes, and FedIT's adapter.
 
 A state is a value: a round turns one state and the accepted updates into the next.
 """
@@ -6,20 +6,48 @@ A state is a value: a round turns one state and the accepted updates into the ne
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from aggregators import Carry, Layout, LowRank, aggregate, average_factors, decode, encode
+from aggregators import (
+    Carry,
+    Layout,
+    LowRank,
+    ProjectedGradient,
+    SeedScalars,
+    Update,
+    aggregate,
+    average_factors,
+    decode,
+    encode,
+)
 from aggregators.codec import pack, unpack
-from aggregators.presets import Preset
+from aggregators.presets import PRESETS, Preset
+from aggregators.probe_sum import ProbeSum
+from aggregators.projected import shrinkage
+from aggregators.view import View, read_view, view_parts
+from fedserver.configuration import RunConfiguration
+
+FAMILY_OF = {
+    "lora": LowRank.family,
+    "zeroth-order": SeedScalars.family,
+    "projected": ProjectedGradient.family,
+}
+# Of the learning rate: the finest step of a scalar that a run's sum tells apart.
+STEP_BITS = 16
 
 
 @dataclass(frozen=True)
 class GlobalModel:
-    """``carry``: the exact running sum of all change. ``adapter``: FedIT's averaged factors, or None."""
+    """``carry``: the exact running sum of all low-rank change. ``sums``: of all change along probes.
+
+    ``adapter``: FedIT's averaged factors, or None.
+    """
 
     carry: Carry
     adapter: LowRank | None = None
+    sums: tuple[ProbeSum, ...] = ()
 
     @classmethod
     def empty(cls, layout: Layout) -> GlobalModel:
@@ -31,6 +59,8 @@ class GlobalModel:
         parts = {"carry": self.carry.to_bytes()}
         if self.adapter is not None:
             parts["adapter"] = encode(self.adapter)
+        if self.sums:
+            parts["sums"] = pack(*view_parts(View(sums=self.sums), None))
         header = {"state": {name: len(part) for name, part in sorted(parts.items())}}
         return pack(header, {}) + b"".join(part for _, part in sorted(parts.items()))
 
@@ -45,16 +75,34 @@ class GlobalModel:
             start += size
         adapter = decode(parts["adapter"], layout) if "adapter" in parts else None
         assert adapter is None or isinstance(adapter, LowRank)
-        return cls(Carry.from_bytes(parts["carry"], layout), adapter)
+        sums = read_view(*unpack(parts["sums"]), layout).sums if "sums" in parts else ()
+        return cls(Carry.from_bytes(parts["carry"], layout), adapter, sums)
 
     def digest(self) -> str:
         """SHA-256 of ``to_bytes``."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
-    def view(
+    def view(self, preset: Preset, rank: int, view_rank: int | None, energy: float | None) -> View:
+        """What a LoRA node of ``rank`` gets to see of this state (docstring of ``Preset``)."""
+        return self._seen(self._adapter_for(preset, rank, view_rank, energy))
+
+    def common_view(self, preset: Preset, view_rank: int | None, energy: float | None) -> View:
+        """The one view that is evaluated and exported: the same for every node.
+
+        Averaged factors are no larger than the largest node's, so nothing is cut off them.
+        """
+        if self.adapter is not None:
+            return self._seen(self.adapter)
+        if preset.view == "whole":
+            return self._seen(self.carry.head(None, None))
+        return self._seen(self.carry.head(view_rank, energy))
+
+    def _seen(self, adapter: LowRank) -> View:
+        return View(adapter if adapter.factors else None, self.sums)
+
+    def _adapter_for(
         self, preset: Preset, rank: int, view_rank: int | None, energy: float | None
     ) -> LowRank:
-        """What a node of ``rank`` gets to see of this state (module docstring of ``presets``)."""
         if preset.view == "whole":
             return self.carry.head(None, None)
         if preset.view == "capped":
@@ -63,36 +111,55 @@ class GlobalModel:
             return first_components(self.adapter, rank)
         return self.carry.head(rank, None)
 
-    def common_view(self, preset: Preset, view_rank: int | None, energy: float | None) -> LowRank:
-        """The one view that is evaluated and exported: the same for every node.
-
-        Averaged factors are no larger than the largest node's, so nothing is cut off them.
-        """
-        if self.adapter is not None:
-            return self.adapter
-        if preset.view == "whole":
-            return self.carry.head(None, None)
-        return self.carry.head(view_rank, energy)
-
 
 def next_model(
     model: GlobalModel,
-    updates: Sequence[tuple[LowRank, int]],
-    preset: Preset,
-    *,
-    server_learning_rate: float,
-    largest_rank: int,
-) -> GlobalModel:
-    """Fold one round's accepted updates, each with its example count, into the state."""
+    updates: Sequence[tuple[Update, int]],
+    configuration: RunConfiguration,
+) -> tuple[GlobalModel, list[float]]:
+    """Fold one round's accepted updates, each with its example count, into the state.
+
+    Also returns the weight that each update got, in their order.
+    """
     layout = model.carry.layout
-    if preset.server == "average_factors":
-        adapter = average_factors(list(updates), largest_rank)
-        return GlobalModel(Carry.empty(layout).add(adapter), adapter)
-    change = aggregate(list(updates), layout).updates["low_rank"]
-    assert isinstance(change, LowRank)
-    if server_learning_rate != 1.0:
-        change = change * server_learning_rate
-    return GlobalModel(model.carry.add(change))
+    if PRESETS[configuration.preset].server == "average_factors":
+        factors = [(u, n) for u, n in updates if isinstance(u, LowRank)]
+        adapter = average_factors(factors, configuration.largest_rank())
+        total = sum(examples for _, examples in updates)
+        shares = [examples / total for _, examples in updates]
+        return GlobalModel(Carry.empty(layout).add(adapter), adapter), shares
+    weights = {FAMILY_OF[strand]: w for strand, w in configuration.mixing.weights.items()}
+    mixed = aggregate(list(updates), layout, configuration.mixing.rule, weights)
+    following = model
+    for change in mixed.updates.values():
+        if configuration.server_learning_rate != 1.0:
+            change = change * configuration.server_learning_rate
+        following = _with(following, change, configuration)
+    return following, mixed.shares
+
+
+def _with(model: GlobalModel, change: Update, configuration: RunConfiguration) -> GlobalModel:
+    """The state with one family's change of a round."""
+    if isinstance(change, LowRank):
+        return replace(model, carry=model.carry.add(change))
+    if isinstance(change, SeedScalars):
+        return replace(model, sums=_with_scalars(model.sums, change, configuration))
+    if isinstance(change, ProjectedGradient):
+        mmse = configuration.projected.gain == "mmse"
+        gains = shrinkage(change) if mmse else None
+        return replace(model, sums=(*model.sums, ProbeSum.of_projection(change, gains)))
+    raise TypeError(f"no state for the family {change.family!r}")
+
+
+def _with_scalars(
+    sums: tuple[ProbeSum, ...], change: SeedScalars, configuration: RunConfiguration
+) -> tuple[ProbeSum, ...]:
+    """The pool's sum with one round's scalars; a run has one pool, and it stands first."""
+    layout, seed, size, probe = change.layout, change.master_seed, change.pool_size, change.probe
+    if sums and (sums[0].master_seed, sums[0].size, sums[0].probe) == change.pool:
+        return (sums[0].add(change), *sums[1:])
+    exponent = math.frexp(configuration.zeroth_order.learning_rate)[1] - STEP_BITS
+    return (ProbeSum.pool(layout, seed, size, probe, exponent).add(change), *sums)
 
 
 def first_components(adapter: LowRank, rank: int) -> LowRank:

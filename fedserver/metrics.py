@@ -174,7 +174,8 @@ def _node_row(node: dict[str, Any], entry: Entry) -> dict[str, Any]:
     report = node.get("report") or {}
     return {
         "node": node["node"],
-        "rank": node["plan"]["rank"],
+        "family": node["plan"]["method"]["family"],
+        "sends": node["sends"],
         "examples": report.get("examples"),
         "weight": node["share"],
         "train_loss_first": report.get("train_loss_first"),

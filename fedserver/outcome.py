@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aggregators import Layout, UpdateRejected, Verdict
-from aggregators.gate import Admitted, GateContext, admit
+from aggregators.gate import Admitted, GateContext, admit, norm_of
 from aggregators.messages import Evaluation, Plan
 from fedserver import events
 from fedserver.configuration import RunConfiguration
@@ -30,7 +30,12 @@ class Outcome:
 
 
 def judge(
-    reply: Reply, plan: Plan, layout: Layout, configuration: RunConfiguration, seen: set[str]
+    reply: Reply,
+    plan: Plan,
+    layout: Layout,
+    configuration: RunConfiguration,
+    seen: set[str],
+    view: str,
 ) -> Outcome:
     """Pass a reply through the gate. Every way that it can be wrong ends in a verdict."""
     outcome = Outcome(
@@ -53,6 +58,7 @@ def judge(
         seen_nonces=frozenset(seen),
         max_bytes=configuration.max_update_bytes,
         max_examples=configuration.max_examples,
+        view=view,
     )
     try:
         outcome.admitted = admit(reply.payload, context)
@@ -83,6 +89,7 @@ def row(outcome: Outcome) -> dict[str, Any]:
         "node": outcome.plan.node,
         "round": outcome.round,
         "plan": outcome.plan.model_dump(mode="json", exclude={"data"}),
+        "sends": outcome.plan.method.label,
         "verdict": outcome.verdict.value,
         "reason": outcome.reason,
         "bytes_up": outcome.bytes_up,
@@ -94,7 +101,7 @@ def row(outcome: Outcome) -> dict[str, Any]:
         found |= {"report": admitted.report.model_dump(mode="json")}
         if admitted.update is not None:
             found |= {
-                "norm": admitted.update.squared_norm() ** 0.5,
+                "norm": norm_of(admitted.update),
                 "family": admitted.update.family,
             }
     return found
@@ -107,7 +114,7 @@ def replied(outcome: Outcome, number: int) -> events.NodeReplied:
         node=outcome.plan.node,
         verdict=outcome.verdict.value,
         reason=outcome.reason,
-        rank=outcome.plan.rank,
+        sends=outcome.plan.method.label,
         train_loss_first=report.train_loss_first if report else None,
         train_loss=report.train_loss if report else None,
         bytes_up=outcome.bytes_up,

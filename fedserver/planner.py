@@ -6,12 +6,18 @@ Plans are functions of (scenario, round, node): a resumed run asks exactly what 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from aggregators import Layout, match_targets
 from aggregators.messages import Capabilities, Plan
+from aggregators.methods import LoraMethod, Method, ProjectedMethod, ZerothOrderMethod
 from aggregators.presets import PRESETS
 from fedserver.configuration import ConfigurationError, RunConfiguration
+
+# What every strand has its own of, and every node may have.
+PACE = ("local_steps", "micro_batch_size", "learning_rate")
 
 
 def data_specification(configuration: RunConfiguration) -> dict[str, Any]:
@@ -47,57 +53,37 @@ def check_ranks(configuration: RunConfiguration, layout: Layout) -> list[str]:
     return targets
 
 
-def largest_rank(configuration: RunConfiguration) -> int:
-    """The highest rank that any node trains."""
-    return max(node.lora_r or configuration.lora_r for node in configuration.nodes)
-
-
 def make_plan(
     configuration: RunConfiguration,
     capabilities: Capabilities,
     *,
     round_number: int,
-    layout: str,
+    layout: Layout,
     base_digest: str,
     action: str = "train",
 ) -> Plan:
     """The plan of one node for one round (rounds count from 1; the final evaluation is rounds + 1)."""
-    preset = PRESETS[configuration.preset]
-    node = configuration.node(capabilities.node)
-    settings = {} if node is None else node.model_dump(exclude_none=True)
-    rank = min(settings.get("lora_r", configuration.lora_r), capabilities.rank_limit)
-    # The scale is alpha / r, or alpha / sqrt(r) with rsLoRA, whose point is that alpha stays. Plain
-    # LoRA's alpha grows with the rank, so that all nodes have the scale of lora_alpha / lora_r.
-    growth = 1.0 if configuration.lora_rslora else rank / configuration.lora_r
+    name = capabilities.node
+    settings = _settings(configuration, name)
     run = configuration.run_id()
     return Plan.model_validate(
         {
             "run": run,
             "round": round_number,
-            "node": capabilities.node,
-            "nonce": _digest(run, action, round_number, capabilities.node)[:32],
-            "layout": layout,
+            "node": name,
+            "nonce": _digest(run, action, round_number, name)[:32],
+            "layout": layout.fingerprint,
             "base_model": configuration.base_model,
             "base_digest": base_digest,
-            "family": "low_rank",
             "action": action,
-            "preset": preset.name,
-            "rank": rank,
-            "alpha": settings.get("lora_alpha", configuration.lora_alpha * growth),
-            "rslora": configuration.lora_rslora,
-            "dropout": configuration.lora_dropout,
-            "target_modules": configuration.lora_target_modules,
-            "init": configuration.lora_init or preset.init,
-            "train_a": preset.train_a,
-            "start": preset.start,
-            "sends": preset.sends,
-            "seed": int(_digest(run, "seed", round_number, capabilities.node)[:15], 16),
-            "shared_seed": configuration.seed,
-            "local_steps": settings.get("local_steps", configuration.local_steps),
-            "batch_size": settings.get("micro_batch_size", configuration.micro_batch_size),
-            "learning_rate": settings.get("learning_rate", configuration.learning_rate),
-            "weight_decay": configuration.weight_decay,
-            "warmup_steps": configuration.warmup_steps,
+            "preset": configuration.preset,
+            "method": make_method(
+                configuration, capabilities, round_number=round_number, layout=layout
+            ),
+            "seed": int(_digest(run, "seed", round_number, name)[:15], 16),
+            "local_steps": settings["local_steps"],
+            "batch_size": settings["micro_batch_size"],
+            "learning_rate": settings["learning_rate"],
             "max_length": configuration.max_length,
             "dtype": configuration.base_dtype,
             "wire_dtype": configuration.wire_dtype,
@@ -106,10 +92,94 @@ def make_plan(
             "evaluate": configuration.evaluate,
             "deadline_seconds": configuration.deadline_seconds,
             "max_norm": configuration.max_norm,
-            "rank_cap": configuration.view_rank,
             "data": data_specification(configuration),
         }
     )
+
+
+def make_method(
+    configuration: RunConfiguration,
+    capabilities: Capabilities,
+    *,
+    round_number: int,
+    layout: Layout,
+) -> Method:
+    """How one node trains in one round, by its strand."""
+    strand = configuration.strand(capabilities.node)
+    if strand == "lora":
+        return _lora(configuration, capabilities)
+    if strand == "zeroth-order":
+        settings = configuration.zeroth_order.model_dump(exclude=set(PACE))
+        return ZerothOrderMethod(master_seed=_seed(configuration, "pool"), **settings)
+    return _projected(configuration, layout, round_number)
+
+
+def _settings(configuration: RunConfiguration, name: str) -> dict[str, Any]:
+    """Steps, batch and learning rate: the node's own, else the strand's, else the run's."""
+    found = {key: getattr(configuration, key) for key in PACE}
+    strand = configuration.strand(name)
+    if strand != "lora":
+        table = getattr(configuration, strand.replace("-", "_"))
+        found |= {key: getattr(table, key) for key in PACE if hasattr(table, key)}
+    node = configuration.node(name)
+    own = {} if node is None else node.model_dump(include=set(PACE), exclude_none=True)
+    return found | own
+
+
+def _lora(configuration: RunConfiguration, capabilities: Capabilities) -> LoraMethod:
+    preset = PRESETS[configuration.preset]
+    node = configuration.node(capabilities.node)
+    asked = (node.lora_r if node else None) or configuration.lora_r
+    rank = min(asked, capabilities.rank_limit)
+    # The scale is alpha / r, or alpha / sqrt(r) with rsLoRA, whose point is that alpha stays. Plain
+    # LoRA's alpha grows with the rank, so that all nodes have the scale of lora_alpha / lora_r.
+    growth = 1.0 if configuration.lora_rslora else rank / configuration.lora_r
+    alpha = (node.lora_alpha if node else None) or configuration.lora_alpha * growth
+    return LoraMethod.model_validate(
+        {
+            "rank": rank,
+            "alpha": alpha,
+            "rslora": configuration.lora_rslora,
+            "dropout": configuration.lora_dropout,
+            "target_modules": configuration.lora_target_modules,
+            "init": configuration.lora_init or preset.init,
+            "train_a": preset.train_a,
+            "start": preset.start,
+            "sends": preset.sends,
+            "shared_seed": configuration.seed,
+            "weight_decay": configuration.weight_decay,
+            "warmup_steps": configuration.warmup_steps,
+            "rank_cap": configuration.view_rank,
+        }
+    )
+
+
+def _projected(
+    configuration: RunConfiguration, layout: Layout, round_number: int
+) -> ProjectedMethod:
+    """Probes that nobody has seen: a pool that stays would confine training to its span."""
+    settings = configuration.projected
+    modules = settings.target_modules
+    names = match_targets(layout, modules) if modules else [spec.name for spec in layout]
+    return ProjectedMethod(
+        target_modules=modules,
+        master_seed=_seed(configuration, "projection", round_number),
+        probe=settings.probe,
+        coordinates=allocation(layout, names, settings.coordinates),
+        optimiser=settings.optimiser,
+        error_feedback=settings.error_feedback,
+    )
+
+
+def allocation(layout: Layout, names: Sequence[str], total: int) -> dict[str, int]:
+    """``total`` coordinates over tensors in proportion to the roots of their sizes, one at least."""
+    roots = {name: math.sqrt(math.prod(layout.shape(name))) for name in names}
+    whole = math.fsum(roots.values())
+    return {name: max(1, round(total * root / whole)) for name, root in roots.items()}
+
+
+def _seed(configuration: RunConfiguration, *parts: Any) -> int:
+    return int(_digest(configuration.run_id(), "seed", *parts)[:15], 16)
 
 
 def _digest(*parts: Any) -> str:

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from aggregators import LowRank, UpdateRejected
+from aggregators import Update, UpdateRejected
 from aggregators.gate import GateContext, admit
 from aggregators.messages import Plan
-from aggregators.presets import PRESETS
 from fedserver.configuration import RunConfiguration
 from fedserver.global_model import GlobalModel, next_model
 from fedserver.ledger import Ledger, LedgerError
-from fedserver.planner import largest_rank
 from fedserver.run_folder import read_layout
 
 
@@ -78,12 +76,11 @@ def states(
 ) -> Iterator[tuple[Replayed, GlobalModel]]:
     """The model after every round, made from the recorded updates alone."""
     layout = read_layout(ledger)
-    preset = PRESETS[configuration.preset]
     model = GlobalModel.empty(layout)
     # The order of floating-point sums depends on the number of threads.
     torch.set_num_threads(configuration.threads)
     for entry in ledger.entries("round"):
-        updates: list[tuple[LowRank, int]] = []
+        updates: list[tuple[Update, int]] = []
         for node in entry.content["nodes"]:
             if node["verdict"] != "accepted":
                 continue
@@ -101,14 +98,8 @@ def states(
                     f"round {entry.round}: the recorded update of {node['node']!r} no longer"
                     f" passes the gate: {rejection}"
                 ) from None
-            assert isinstance(admitted.update, LowRank)
+            assert admitted.update is not None
             updates.append((admitted.update, admitted.report.examples))
         if entry.content["quorum"]:
-            model = next_model(
-                model,
-                updates,
-                preset,
-                server_learning_rate=configuration.server_learning_rate,
-                largest_rank=largest_rank(configuration),
-            )
+            model, _ = next_model(model, updates, configuration)
         yield Replayed(entry.round, len(updates), entry.content["state"], model.digest()), model

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
-from aggregators import LowRank, Verdict
+from aggregators import Verdict
 from aggregators.messages import Plan, encode_plan
+from aggregators.methods import LoraMethod
 from aggregators.presets import PRESETS
+from aggregators.view import View
 from fedserver import events, metrics
 from fedserver.configuration import RunConfiguration, to_toml
 from fedserver.exchange import EVALUATE, TRAIN, Exchange
 from fedserver.global_model import GlobalModel, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
 from fedserver.outcome import Outcome, examples, judge, replied, row, sum_evaluations
-from fedserver.planner import check_ranks, largest_rank, make_plan
+from fedserver.planner import check_ranks, make_method, make_plan
 from fedserver.replay import restore
 from fedserver.roster import Member, Roster, gather_roster
 from fedserver.run_folder import open_existing
@@ -104,19 +106,21 @@ class Coordinator:
                 preset=configuration.preset,
                 rounds=configuration.rounds,
                 first_round=first_round,
-                nodes=tuple(self._node_info(member) for member in roster.members),
+                nodes=tuple(self._node_info(member, roster) for member in roster.members),
                 base_model=configuration.base_model,
                 output=str(self._folder),
             )
         )
 
-    def _node_info(self, member: Member) -> events.NodeInfo:
+    def _node_info(self, member: Member, roster: Roster) -> events.NodeInfo:
         node = self._configuration.node(member.capabilities.node)
-        rank = (node.lora_r if node else None) or self._configuration.lora_r
+        method = make_method(
+            self._configuration, member.capabilities, round_number=1, layout=roster.layout
+        )
         categories = ", ".join(node.categories or ()) if node else ""
         return events.NodeInfo(
             node=member.capabilities.node,
-            rank=rank,
+            sends=method.label,
             examples=member.capabilities.examples,
             held_out=member.capabilities.held_out,
             description=(node.description if node else "") or categories,
@@ -148,7 +152,8 @@ class Coordinator:
             "nodes": [row(outcome) for outcome in outcomes],
             "state": state,
             "carry_rank": following.carry.rank,
-            "view_rank": max(head.ranks.values(), default=0),
+            "view_rank": max(head.adapter.ranks.values(), default=0) if head.adapter else 0,
+            "seeds": sum(one.used for one in following.sums),
             "tail_energy": self._tail_energy(following),
         }
         wall = {
@@ -164,19 +169,14 @@ class Coordinator:
 
     def _fold(self, model: GlobalModel, accepted: list[Outcome]) -> GlobalModel:
         weighted = []
-        total = sum(examples(outcome) for outcome in accepted)
         for outcome in accepted:
             assert outcome.admitted is not None
-            assert isinstance(outcome.admitted.update, LowRank)
+            assert outcome.admitted.update is not None
             weighted.append((outcome.admitted.update, examples(outcome)))
-            outcome.share = examples(outcome) / total
-        return next_model(
-            model,
-            weighted,
-            self._preset,
-            server_learning_rate=self._configuration.server_learning_rate,
-            largest_rank=largest_rank(self._configuration),
-        )
+        following, shares = next_model(model, weighted, self._configuration)
+        for outcome, share in zip(accepted, shares, strict=True):
+            outcome.share = share
+        return following
 
     def _final_evaluation(self, model: GlobalModel, ledger: Ledger, roster: Roster) -> None:
         """Ask every node for the loss of the model that the last round produced."""
@@ -201,17 +201,19 @@ class Coordinator:
         members = {member.node_id: member for member in roster.members}
         plans: dict[int, Plan] = {}
         payloads: dict[int, bytes] = {}
+        digests: dict[int, str] = {}
         for node_id, member in members.items():
             plan = make_plan(
                 self._configuration,
                 member.capabilities,
                 round_number=number,
-                layout=roster.layout.fingerprint,
+                layout=roster.layout,
                 base_digest=roster.base_digest,
                 action=action,
             )
             view = self._view(model, plan)
             plans[node_id] = plan
+            digests[node_id] = view.as_sent(self._configuration.view_dtype).digest()
             payloads[node_id] = encode_plan(plan, view, self._configuration.view_dtype)
         answered: dict[int, Outcome] = {}
         others: list[Outcome] = []
@@ -219,7 +221,8 @@ class Coordinator:
         deadline = self._configuration.deadline_seconds
         for reply in self._exchange.ask(payloads, kind, number, deadline):
             plan = plans[reply.node_id]
-            outcome = judge(reply, plan, roster.layout, self._configuration, self._seen)
+            digest = digests[reply.node_id]
+            outcome = judge(reply, plan, roster.layout, self._configuration, self._seen, digest)
             if outcome.admitted is not None and reply.payload is not None:
                 outcome.blob = ledger.put(reply.payload)
             if reply.late or reply.node_id in answered:
@@ -247,12 +250,10 @@ class Coordinator:
             text = f"final evaluation: {outcome.plan.node}: {outcome.reason}"
             self._emit(events.Notice("warning", text))
 
-    def _view(self, model: GlobalModel, plan: Plan) -> LowRank | None:
-        if plan.action == "evaluate":
-            view = model.common_view(self._preset, *self._view_limits())
-        else:
-            view = model.view(self._preset, plan.rank, *self._view_limits())
-        return view if view.factors else None
+    def _view(self, model: GlobalModel, plan: Plan) -> View:
+        if plan.action == "evaluate" or not isinstance(plan.method, LoraMethod):
+            return model.common_view(self._preset, *self._view_limits())
+        return model.view(self._preset, plan.method.rank, *self._view_limits())
 
     def _view_limits(self) -> tuple[int | None, float | None]:
         return self._configuration.view_rank, self._configuration.view_energy

@@ -78,7 +78,7 @@ def refusal_text(event: events.NodeReplied, progress: RunProgress) -> Text:
 
 def reply_text(event: events.NodeReplied, progress: RunProgress) -> Text:
     """The line of an accepted reply, where no table shows it."""
-    parts = [f"rank {event.rank}"]
+    parts = [safe(event.sends)]
     if event.train_loss is not None:
         first = quantities.loss_text(event.train_loss_first)
         parts.append(f"training loss {first} → {quantities.loss_text(event.train_loss)}")
@@ -111,7 +111,7 @@ def live_table(progress: RunProgress, now: float, *, width: int, height: int) ->
     for name, numeric in (
         ("round", True),
         ("node", False),
-        ("rank", True),
+        ("sends", False),
         ("steps", False),
         ("loss", True),
         ("up", True),
@@ -125,7 +125,7 @@ def live_table(progress: RunProgress, now: float, *, width: int, height: int) ->
         table.add_row(
             label if index == 0 else "",
             Text(safe(node.node)),
-            str(node.rank),
+            safe(node.sends),
             _steps(node, progress.evaluating),
             "" if node.loss is None else quantities.loss_text(node.loss),
             _size(node.bytes_up),

@@ -17,7 +17,7 @@ class NodeState:
     """A node in the current round. ``status``: waiting, working, or the verdict of its reply."""
 
     node: str
-    rank: int
+    sends: str
     status: str = WAITING
     step: int = 0
     steps: int = 0
@@ -173,7 +173,7 @@ class RunProgress:
     def _reset(self) -> None:
         """Put every node at the start of a phase."""
         known = self.run.nodes if self.run else ()
-        self.nodes = {info.node: NodeState(info.node, info.rank) for info in known}
+        self.nodes = {info.node: NodeState(info.node, info.sends) for info in known}
 
     def _start_round(self, number: int, now: float) -> None:
         self.current, self.evaluating = number, False
@@ -211,7 +211,7 @@ class RunProgress:
         # A late reply belongs to an earlier round, a second one is not the one that counts.
         if event.verdict == LATE or node.status not in (WAITING, WORKING):
             return
-        node.status, node.rank = event.verdict, event.rank
+        node.status, node.sends = event.verdict, event.sends
         node.bytes_up, node.bytes_down = event.bytes_up, event.bytes_down
         node.loss = event.train_loss if event.train_loss is not None else node.loss
         self._observe(now)
@@ -229,7 +229,7 @@ class RunProgress:
         self._observe(now)
 
     def _node(self, name: str) -> NodeState:
-        return self.nodes.setdefault(name, NodeState(name, 0))
+        return self.nodes.setdefault(name, NodeState(name, ""))
 
     def _observe(self, now: float) -> None:
         if self._pace is not None and not self.evaluating:

@@ -23,7 +23,7 @@ class NodeSummary:
     name: str
     what: str
     key: Markup
-    rank: int | None
+    sends: str
     examples: int | None
     weight: float | None
     first: float | None
@@ -59,6 +59,16 @@ class FamilyColumn(Column):
             for name, count in getattr(row, self.field)
         ]
         return Markup(", ").join(parts) if parts else datum(None, "")
+
+
+@dataclass(frozen=True)
+class TextColumn(Column):
+    """Words, not numbers."""
+
+    def cell(self, row: object) -> Markup:
+        """The words as they are, escaped."""
+        value = self.shown(getattr(row, self.field))
+        return Markup("{}").format(value) if value else datum(None, "")
 
 
 def all_replies(run: Run) -> list[tuple[int, NodeRound]]:
@@ -158,7 +168,7 @@ def _summarise(
         name=name,
         what=what,
         key=charts.key(index) if marked else Markup(""),
-        rank=max((row.rank for row in rows if row.rank is not None), default=None),
+        sends=next((row.sends for row in reversed(rows) if row.sends), ""),
         examples=max((row.examples for row in rows if row.examples is not None), default=None),
         weight=next((row.weight for row in reversed(rows) if row.weight), None),
         first=next((row.train_loss_first for row in trained), None),
@@ -208,7 +218,7 @@ ROUND_COLUMNS = (
     Column("Time", "seconds", quantities.duration_text),
 )
 NODE_COLUMNS = (
-    Column("Rank", "rank", quantities.count_text),
+    TextColumn("Sends", "sends", str),
     Column("Examples", "examples", quantities.count_text),
     Column("Weight", "weight", quantities.share_text),
     Column("Loss, first", "train_loss_first", quantities.loss_text),

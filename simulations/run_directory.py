@@ -37,7 +37,7 @@ class NodeRound:
     """One node's part of one round. ``weight`` is its share of the aggregate."""
 
     node: str
-    rank: int | None
+    sends: str
     examples: int | None
     weight: float | None
     train_loss_first: float | None
@@ -289,7 +289,7 @@ def _round(round_number: int, values: Mapping[str, Any]) -> Round:
 def _node(values: Mapping[str, Any]) -> NodeRound:
     return NodeRound(
         node=text(values.get("node")) or "unnamed",
-        rank=integer(values.get("rank")),
+        sends=text(values.get("sends")) or "",
         examples=integer(values.get("examples")),
         weight=number(values.get("weight")),
         train_loss_first=number(values.get("train_loss_first")),

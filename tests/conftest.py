@@ -10,11 +10,16 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from aggregators.messages import Plan
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -86,3 +91,17 @@ def tiny_data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
             file.write(json.dumps(row) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def lora_plan() -> Callable[..., Plan]:
+    """A maker of LoRA plans, written flat: fields of Plan and of LoraMethod side by side."""
+
+    from aggregators.messages import Plan
+    from aggregators.methods import LoraMethod
+
+    def make(**values: Any) -> Plan:
+        own = {key: values.pop(key) for key in list(values) if key in LoraMethod.model_fields}
+        return Plan.model_validate({"method": {"family": "low_rank"} | own} | values)
+
+    return make

@@ -21,7 +21,11 @@ from torch import Tensor, nn
 import fedkernels as fk
 from aggregators import Layout, LowRank, match_targets
 from aggregators.messages import Plan, shared_a
+from aggregators.view import View
+from fedclient.base_model import LoadedModel
+from fedclient.local.result import TrainingResult
 from fedclient.loss import answer_loss
+from fedclient.state import weights_of
 
 VIEW, LOCAL = "view", "local"
 WEIGHT = ".weight"
@@ -35,13 +39,41 @@ class AdapterError(Exception):
 
 
 @dataclass(frozen=True)
-class TrainingResult:
-    """Losses are means over labelled tokens of the first and of the last optimiser step."""
+class LoraTrainer:
+    """``model``: the base with view and local adapter. ``weights``: digest of the base, if rebuilt."""
 
-    first_loss: float
-    last_loss: float
-    tokens: int
-    steps: int
+    model: PeftModel
+    layout: Layout
+    plan: Plan
+    weights: str | None
+
+    def train(
+        self, batches: Iterable[Batch], progress: Callable[[int, int, float], None] | None = None
+    ) -> tuple[LowRank, TrainingResult]:
+        """Train the local adapter; return what the node sends of it."""
+        before = read_factors(self.model, self.layout, self.plan)
+        result = train(self.model, batches, self.plan, progress)
+        after = read_factors(self.model, self.layout, self.plan)
+        return local_update(before, after, self.layout, self.plan), result
+
+
+@contextmanager
+def trainer(plan: Plan, base: LoadedModel, layout: Layout, view: View) -> Iterator[LoraTrainer]:
+    """A local adapter on the base, beside the view's adapter or on weights rebuilt from the view.
+
+    Change along probes is not low-rank: it can only be in the weights.
+    """
+    method = plan.lora
+    if method.start == "view" and plan.action == "evaluate":
+        # What is evaluated is the view as it is, of whatever rank.
+        fresh = method.model_copy(update={"start": "fresh"})
+        plan = plan.model_copy(update={"method": fresh})
+    model, factors, weights = base.model, view.factors(), None
+    if any(one.used for one in view.sums):
+        made = weights_of(base, layout, view)
+        model, factors, weights = made.model, None, made.digest
+    with adapted(model, layout, plan, factors) as wrapped:
+        yield LoraTrainer(wrapped, layout, plan, weights)
 
 
 @contextmanager
@@ -52,12 +84,12 @@ def adapted(
 
     With ``plan.accelerate`` its known modules run fused (`fk.accelerate`) until the block ends.
 
-    ``view``: layout name -> (B [out, k], A [k, in], scale). With ``plan.start == "view"`` the view
+    ``view``: layout name -> (B [out, k], A [k, in], scale). With ``plan.lora.start == "view"`` the view
     is the trainable adapter's start and nothing is frozen beside it. Raises AdapterError.
     """
-    targets = match_targets(layout, plan.target_modules)
+    targets = match_targets(layout, plan.lora.target_modules)
     modules = {name.removesuffix(WEIGHT): name for name in targets}
-    frozen = view if view and plan.start == "fresh" else None
+    frozen = view if view and plan.lora.start == "fresh" else None
     transposed = {path: _is_transposed(model.get_submodule(path)) for path in modules}
     _check_targets(model, layout, plan, modules)
     training = model.training
@@ -79,7 +111,7 @@ def adapted(
         cast(Any, wrapped.base_model).set_adapter(active)
         for name, parameter in wrapped.named_parameters():
             parameter.requires_grad_(f".{LOCAL}." in name)
-        if not plan.train_a:
+        if not plan.lora.train_a:
             for path, layer in _lora_layers(wrapped):
                 # In the layout's coordinates a Conv1D's A is peft's B.
                 fixed = layer.lora_B if transposed[path] else layer.lora_A
@@ -104,15 +136,15 @@ def train(
     optimiser = torch.optim.AdamW(
         parameters,
         lr=plan.learning_rate,
-        weight_decay=plan.weight_decay,
+        weight_decay=plan.lora.weight_decay,
         fused=plan.accelerate,
     )
     losses: list[float] = []
     tokens = 0
-    wrapped.train(plan.dropout > 0)
+    wrapped.train(plan.lora.dropout > 0)
     for step, batch in enumerate(batches):
         for group in optimiser.param_groups:
-            group["lr"] = plan.learning_rate * min(1.0, (step + 1) / max(1, plan.warmup_steps))
+            group["lr"] = plan.learning_rate * min(1.0, (step + 1) / max(1, plan.lora.warmup_steps))
         loss_sum, labelled, _ = answer_loss(wrapped, batch)
         loss = loss_sum / max(1, labelled)
         optimiser.zero_grad(set_to_none=True)
@@ -139,7 +171,7 @@ def read_factors(wrapped: PeftModel, layout: Layout, plan: Plan) -> dict[str, Fa
             a.clone(memory_format=torch.contiguous_format),
             float(layer.scaling[LOCAL]),
         )
-    return {name: found[name] for name in match_targets(layout, plan.target_modules)}
+    return {name: found[name] for name in match_targets(layout, plan.lora.target_modules)}
 
 
 def local_update(
@@ -147,7 +179,7 @@ def local_update(
 ) -> LowRank:
     """What the node sends: its factors, or their change as a stack [after, before negated]."""
     update = LowRank(layout, dict(after))
-    if plan.sends == "delta":
+    if plan.lora.sends == "delta":
         update = update - LowRank(layout, dict(before))
     return update
 
@@ -157,7 +189,7 @@ def _check_targets(
 ) -> None:
     if not modules:
         raise AdapterError(
-            f"target_modules {list(plan.target_modules)} match no linear layer of this model"
+            f"target_modules {list(plan.lora.target_modules)} match no linear layer of this model"
         )
     for path, name in modules.items():
         module = model.get_submodule(path)
@@ -166,34 +198,36 @@ def _check_targets(
                 f"layer {name!r} is of the type {type(module).__name__}; LoRA adapts linear layers"
                 " here: take it out of target_modules"
             )
-        rank = min(plan.rank, *layout.shape(name))
-        if plan.init == "orthogonal" and rank % 2:
+        rank = min(plan.lora.rank, *layout.shape(name))
+        if plan.lora.init == "orthogonal" and rank % 2:
             raise AdapterError(
                 f"layer {name!r}: orthogonal initialisation needs an even rank, not {rank}"
             )
 
 
 def _configuration(plan: Plan, modules: Mapping[str, str], layout: Layout) -> LoraConfig:
-    ranks = {_pattern(path): min(plan.rank, *layout.shape(name)) for path, name in modules.items()}
+    ranks = {
+        _pattern(path): min(plan.lora.rank, *layout.shape(name)) for path, name in modules.items()
+    }
     inits: dict[str, Any] = {"gaussian": "gaussian", "orthogonal": "orthogonal"}
     return LoraConfig(
-        r=plan.rank,
-        rank_pattern={path: rank for path, rank in ranks.items() if rank != plan.rank},
+        r=plan.lora.rank,
+        rank_pattern={path: rank for path, rank in ranks.items() if rank != plan.lora.rank},
         # alpha / r stays what the plan says where a matrix is too small for the rank.
         alpha_pattern={
-            path: _alpha(plan, rank) for path, rank in ranks.items() if rank != plan.rank
+            path: _alpha(plan, rank) for path, rank in ranks.items() if rank != plan.lora.rank
         },
-        lora_alpha=cast(Any, plan.alpha),
-        lora_dropout=plan.dropout,
-        use_rslora=plan.rslora,
+        lora_alpha=cast(Any, plan.lora.alpha),
+        lora_dropout=plan.lora.dropout,
+        use_rslora=plan.lora.rslora,
         target_modules=list(modules),
-        init_lora_weights=inits.get(plan.init, True),
+        init_lora_weights=inits.get(plan.lora.init, True),
     )
 
 
 def _alpha(plan: Plan, rank: int) -> Any:
-    ratio = math.sqrt(rank / plan.rank) if plan.rslora else rank / plan.rank
-    return plan.alpha * ratio
+    ratio = math.sqrt(rank / plan.lora.rank) if plan.lora.rslora else rank / plan.lora.rank
+    return plan.lora.alpha * ratio
 
 
 def _view_configuration(view: Mapping[str, Factors]) -> LoraConfig:
@@ -221,17 +255,17 @@ def _initialise(
     start: dict[str, Factors] = {}
     for path, name in modules.items():
         rows, columns = layout.shape(name)
-        rank = min(plan.rank, rows, columns)
+        rank = min(plan.lora.rank, rows, columns)
         zeros = torch.zeros(rows, rank)
         seen = view.get(name) if view else None
-        if seen is not None and (plan.start == "view" or plan.init == "carry"):
+        if seen is not None and (plan.lora.start == "view" or plan.lora.init == "carry"):
             b, a = _fold_scale(seen, _scale(wrapped, path))
             start[name] = _resize(
-                b if plan.start == "view" else torch.zeros_like(b), a, rank, plan, layout, name
+                b if plan.lora.start == "view" else torch.zeros_like(b), a, rank, plan, layout, name
             )
-        elif plan.init in ("shared", "previous") or (plan.start == "view" and not seen):
+        elif plan.lora.init in ("shared", "previous") or (plan.lora.start == "view" and not seen):
             start[name] = (zeros, _shared(plan, layout, name, rank), None)
-        elif plan.init in ("random", "carry"):
+        elif plan.lora.init in ("random", "carry"):
             tensor_id = layout.tensor_id(name)
             noise = fk.noise(plan.seed, tensor_id, (rank, columns)) / math.sqrt(3 * columns)
             start[name] = (zeros, noise, None)
@@ -249,7 +283,7 @@ def _resize(b: Tensor, a: Tensor, rank: int, plan: Plan, layout: Layout, name: s
 
 
 def _shared(plan: Plan, layout: Layout, name: str, rank: int) -> Tensor:
-    return shared_a(plan.shared_seed, layout.tensor_id(name), rank, layout.shape(name)[1])
+    return shared_a(plan.lora.shared_seed, layout.tensor_id(name), rank, layout.shape(name)[1])
 
 
 def _fold_scale(factors: Factors, scaling: float) -> tuple[Tensor, Tensor]:

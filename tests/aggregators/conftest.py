@@ -61,7 +61,7 @@ def low_rank(layout: Layout) -> Callable[..., LowRank]:
 
 
 @pytest.fixture(scope="session")
-def make_plan(layout: Layout) -> Callable[..., Plan]:
+def make_plan(layout: Layout, lora_plan: Callable[..., Plan]) -> Callable[..., Plan]:
     """A maker of plans to train the three projections with rank 4."""
 
     def make(**changes: Any) -> Plan:
@@ -103,7 +103,7 @@ def make_plan(layout: Layout) -> Callable[..., Plan]:
             "accelerate": True,
             "data": {"source": "file", "nested": {"depth": 2}},
         }
-        return Plan.model_validate(values | changes)
+        return lora_plan(**values | changes)
 
     return make
 

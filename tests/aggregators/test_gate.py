@@ -32,6 +32,8 @@ Q, UP, DOWN = (f"model.layers.0.{part}.weight" for part in ("q_proj", "up_proj",
 EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 # Verdicts of the round loop: what never reached the gate, and what passed it.
 NOT_OF_THE_GATE = {Verdict.ACCEPTED, Verdict.LATE, Verdict.FAILED, Verdict.MISSING}
+# Verdicts on what lives on probes (test_gate_of_probes.py).
+OF_PROBES = {Verdict.POOL, Verdict.BASIS, Verdict.EMPTY, Verdict.OVERFLOW}
 SEEDS = st.integers(0, 2**32)
 
 
@@ -91,7 +93,7 @@ def test_a_fixed_a_is_put_back(context, make_reply, layout, dtype, seed, rank, s
     for name in (Q, UP, DOWN):
         rows, columns = layout.shape(name)
         a = shared_a(shared_seed, layout.tensor_id(name), rank, columns)
-        factors[name] = (torch.randn(rows, rank, generator=generator), a, asked.plan.scale)
+        factors[name] = (torch.randn(rows, rank, generator=generator), a, asked.plan.lora.scale)
     found = gate(make_reply(LowRank(layout, factors), asked.plan), asked)
     sent = decode(encode(LowRank(layout, factors), dtype), layout)
     for name, (_, a, _) in factors.items():
@@ -262,6 +264,7 @@ CASES = {
     "int8 scales NaN": Case(
         V.NOT_FINITE, (Q,), plan={"wire_dtype": "int8"},
         body=tensor("B.s", torch.tensor([[1.0, math.nan]]))),
+    "another view": Case(V.DIVERGED, ("view",), gate={"view": "a" * 64}),
     "norm overflows": Case(V.NOT_FINITE, ("norm",), body=tensor("B", OVERFLOWING)),
     "loss overflows": Case(V.MALFORMED, ("train_loss",), envelope=in_report(train_loss=1e300)),
     "above the norm": Case(V.NORM, ("0.5",), plan={"max_norm": 0.5}),
@@ -282,7 +285,7 @@ def test_verdicts(context, make_reply, low_rank, forge, case):
 
 
 def test_every_verdict_of_the_gate_is_reached():
-    assert {case.verdict for case in CASES.values()} == set(Verdict) - NOT_OF_THE_GATE
+    assert {case.verdict for case in CASES.values()} == set(Verdict) - NOT_OF_THE_GATE - OF_PROBES
 
 
 def test_a_loss_that_is_not_finite(context, make_reply, low_rank, raw):
@@ -352,7 +355,7 @@ def admitted_or_refused(payload, asked):
     if admitted.update is not None:
         assert math.isfinite(admitted.update.squared_norm())
         assert set(admitted.update.factors) <= set(
-            match_targets(asked.layout, asked.plan.target_modules)
+            match_targets(asked.layout, asked.plan.lora.target_modules)
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregators import Layout, UpdateRejected, Verdict, decode, encode
+from aggregators import Layout, SeedScalars, UpdateRejected, Verdict, decode, encode
 from aggregators.codec import METADATA_KEY, pack, unpack
 from aggregators.messages import (
     Capabilities,
@@ -23,6 +23,8 @@ from aggregators.messages import (
     open_reply,
     shared_a,
 )
+from aggregators.probe_sum import ProbeSum
+from aggregators.view import View
 
 Q = "model.layers.0.q_proj.weight"
 SEEDS = st.integers(0, 2**63 - 1)
@@ -91,17 +93,19 @@ def damaged(choices, data):
     seed=SEEDS,
     threads=st.none() | st.integers(1, 64),
 )
-def test_a_plan_comes_back_equal(make_plan, rank, alpha, rslora, seed, threads):
+def test_a_plan_comes_back_equal(make_plan, layout, rank, alpha, rslora, seed, threads):
     plan = make_plan(rank=rank, alpha=alpha, rslora=rslora, seed=seed, threads=threads)
-    assert decode_plan(encode_plan(plan, None, None)) == (plan, None)
-    assert encode_plan(plan, None, None) == encode_plan(plan.model_copy(), None, None)
-    assert plan.scale == pytest.approx(alpha / (rank**0.5 if rslora else rank))
+    found, sealed = decode_plan(encode_plan(plan, View(), None))
+    assert (found, sealed.read(layout)) == (plan, View())
+    assert encode_plan(plan, View(), None) == encode_plan(plan.model_copy(), View(), None)
+    assert plan.lora.scale == pytest.approx(alpha / (rank**0.5 if rslora else rank))
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16", "int8"])
 def test_a_view_comes_back_as_the_codec_reads_it(make_plan, low_rank, layout, dtype):
     view = low_rank(1, 3, [0.5, 1.0, 2.0])
-    plan, factors = decode_plan(encode_plan(make_plan(), view, dtype))
+    plan, sealed = decode_plan(encode_plan(make_plan(), View(view), dtype))
+    factors = sealed.read(layout).factors()
     expected = decode(encode(view, dtype), layout)
     assert plan == make_plan()
     assert factors.keys() == view.factors.keys()
@@ -131,7 +135,13 @@ def plan_bytes(asked, view, tensors, **changes):
     return pack(header, tensors)
 
 
-LOW_RANK = {"schema": 1, "family": "low_rank"}
+LOW_RANK = {"adapter": {"schema": 1, "family": "low_rank"}}
+SUM = {"seed": 1, "probe": "rank1", "exponent": -9, "sizes": [2]}
+TOTALS = {"sums.0.totals": torch.tensor([1, -2], dtype=torch.int32)}
+
+
+def factors(b, a):
+    return {f"adapter.{Q}#B": b, f"adapter.{Q}#A": a, f"adapter.{Q}#scale": torch.ones(1).double()}
 
 
 @pytest.mark.parametrize(
@@ -140,40 +150,63 @@ LOW_RANK = {"schema": 1, "family": "low_rank"}
         ([], {}, {}),
         (None, {}, {}),
         (7, {}, {}),
-        ({}, {}, {}),
-        ({"schema": 1, "family": "dense"}, {}, {}),
-        ({"schema": 1, "family": "dense"}, {"m#D": torch.ones(2)}, {}),
-        (LOW_RANK, {"m#B": torch.ones(3, 2)}, {}),
-        (LOW_RANK, {"m#B": torch.ones(3, 2), "m#A": torch.ones(2, 3)}, {}),
-        (LOW_RANK, {"m#B": torch.ones(()), "m#A": torch.ones(2, 2)}, {}),
-        (LOW_RANK, {"m#B": torch.ones(2, 2), "m#A": torch.ones(2)}, {}),
-        (LOW_RANK, {"#B": torch.ones(2, 2), "#A": torch.ones(2, 2)}, {}),
-        (LOW_RANK, {"m#B": torch.ones(0, 2), "m#A": torch.ones(2, 2)}, {}),
-        (LOW_RANK, {"m#A": torch.ones(2, 2)}, {}),
+        ({"adapter": 7}, {}, {}),
+        ({"adapter": {}}, {}, {}),
+        ({"adapter": {"schema": 1, "family": "dense"}}, {}, {}),
+        (LOW_RANK, factors(torch.ones(6, 2), torch.ones(3, 6)), {}),
+        (LOW_RANK, factors(torch.ones(()), torch.ones(2, 6)), {}),
+        (LOW_RANK, factors(torch.ones(6, 2), torch.ones(6)), {}),
+        (LOW_RANK, factors(torch.ones(0, 2), torch.ones(2, 6)), {}),
+        (LOW_RANK, {f"adapter.{Q}#A": torch.ones(2, 6)}, {}),
+        ({"sums": 7}, {}, {}),
+        ({"sums": [7]}, TOTALS, {}),
+        ({"sums": [SUM]}, {}, {}),
+        ({"sums": [SUM | {"sizes": [3]}]}, TOTALS, {}),
+        ({"sums": [SUM | {"sizes": []}]}, TOTALS, {}),
+        ({"sums": [SUM | {"probe": "cauchy"}]}, TOTALS, {}),
+        ({"sums": [SUM | {"seed": -1}]}, TOTALS, {}),
+        ({"sums": [SUM | {"exponent": 0.5}]}, TOTALS, {}),
+        ({"sums": [SUM | {"exponent": 10**6}]}, TOTALS, {}),
+        ({"sums": [SUM | {"places": [[99], [0]]}]}, TOTALS, {}),
+        ({"sums": [SUM | {"places": [[0], [1]]}]}, TOTALS, {}),
+        ({"sums": [SUM]}, {"sums.0.totals": torch.tensor([0.5, 1.0])}, {}),
         (LOW_RANK, {}, {"schema": 2}),
         (LOW_RANK, {}, {"plan": None}),
         (LOW_RANK, {}, {"plan": []}),
         (LOW_RANK, {}, {"plan": {}}),
     ],
 )
-def test_a_plan_that_cannot_be_read_is_refused(make_plan, view, tensors, changes):
+def test_a_plan_that_cannot_be_read_is_refused(make_plan, layout, view, tensors, changes):
+    if view is LOW_RANK:
+        view = {"adapter": LOW_RANK["adapter"] | {"layout": layout.fingerprint}}
+    data = plan_bytes(make_plan(), view, tensors, **changes)
     with pytest.raises(UpdateRejected):
-        decode_plan(plan_bytes(make_plan(), view, tensors, **changes))
+        decode_plan(data)[1].read(layout)
 
 
 @settings(max_examples=250)
 @given(choices=st.data())
-def test_damaged_plans_are_plans_or_refused(make_plan, low_rank, choices):
+def test_damaged_plans_are_plans_or_refused(make_plan, layout, low_rank, choices):
     views = [None, low_rank(1, 2), low_rank(2, 1, names=(Q,))]
     view = choices.draw(st.sampled_from(views))
-    data = encode_plan(make_plan(), view, choices.draw(st.sampled_from([None, "int8"])))
-    found, rejection = outcome(decode_plan, damaged(choices, data))
+    pool = ProbeSum.pool(layout, 5, 4, "rank1", -20)
+    moved = pool.add(SeedScalars(layout, 5, 4, [1, 3], [1e-3, 2e-3], "rank1"))
+    sums = choices.draw(st.sampled_from([(), (moved,)]))
+    dtype = choices.draw(st.sampled_from([None, "int8"]))
+    data = encode_plan(make_plan(), View(view, sums), dtype)
+
+    def read(data):
+        plan, sealed = decode_plan(data)
+        return plan, sealed.read(layout)
+
+    found, rejection = outcome(read, damaged(choices, data))
     if rejection is not None:
         assert rejection.detail.isprintable()
         return
-    plan, factors = found
+    plan, seen = found
     assert isinstance(plan, Plan)
-    assert factors is None or all(b.shape[1] == a.shape[0] for b, a, _ in factors.values())
+    assert all(b.shape[1] == a.shape[0] for b, a, _ in (seen.factors() or {}).values())
+    assert all(one.dense() is not None for one in seen.sums)
 
 
 @given(data=st.binary(max_size=100))

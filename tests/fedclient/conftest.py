@@ -30,7 +30,9 @@ def tiny(tiny_model_folder: Path) -> base_model.LoadedModel:
 
 
 @pytest.fixture
-def make_plan(tiny: base_model.LoadedModel, tiny_data_file: Path) -> Callable[..., Plan]:
+def make_plan(
+    tiny: base_model.LoadedModel, tiny_data_file: Path, lora_plan: Callable[..., Plan]
+) -> Callable[..., Plan]:
     """A function (preset, **changes) -> plan for the tiny Llama and the tiny data."""
 
     def make(preset: str = "braid", **changes: Any) -> Plan:
@@ -73,7 +75,7 @@ def make_plan(tiny: base_model.LoadedModel, tiny_data_file: Path) -> Callable[..
             "accelerate": True,
             "data": {"source": str(tiny_data_file), "nodes": 2, "held_out_max": 4},
         }
-        return Plan.model_validate(standard | changes)
+        return lora_plan(**standard | changes)
 
     return make
 

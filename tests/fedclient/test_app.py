@@ -13,6 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from aggregators import GateContext, Layout, UpdateRejected, Verdict, admit
 from aggregators.messages import Capabilities, Plan, encode_plan
+from aggregators.view import View
 from fedclient.app import RECORD, make_app, settings_of
 from fedclient.base_model import BaseModelError, LoadedModel
 from fedclient.data import DataError
@@ -63,7 +64,7 @@ def test_a_query_is_answered(tiny: LoadedModel, make_plan: Callable[..., Plan]) 
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
 def test_a_plan_is_answered(kind: str, tiny: LoadedModel, make_plan: Callable[..., Plan]) -> None:
     plan = make_plan(action=kind)
-    record = asked(kind, encode_plan(plan, None, None))
+    record = asked(kind, encode_plan(plan, View(), None))
     payload, seconds = record["payload"], record["seconds"]
     assert isinstance(payload, bytes)
     assert isinstance(seconds, float)
@@ -71,7 +72,7 @@ def test_a_plan_is_answered(kind: str, tiny: LoadedModel, make_plan: Callable[..
     admitted = admit(payload, GateContext(Layout.from_model(tiny.model), plan))
     assert (admitted.update is not None) == (kind == "train")
     # The same work through the worker alone: the transport adds nothing to the bytes.
-    assert payload == Worker().work(encode_plan(plan, None, None), NodeSettings())
+    assert payload == Worker().work(encode_plan(plan, View(), None), NodeSettings())
 
 
 class Failing(Worker):
@@ -113,7 +114,7 @@ def test_real_failures_travel_as_text(make_plan: Callable[..., Plan], tmp_path: 
         "did you mean 'category'": make_plan(data={**(make_plan().data or {}), "key": "categroy"}),
     }
     for said, plan in failures.items():
-        text = asked("train", encode_plan(plan, None, None))["error"]
+        text = asked("train", encode_plan(plan, View(), None))["error"]
         assert isinstance(text, str)
         assert said in text
         assert "Traceback" not in text

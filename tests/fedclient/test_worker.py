@@ -13,6 +13,7 @@ import torch
 from aggregators import GateContext, Layout, LowRank, admit, match_targets
 from aggregators.messages import Plan, encode_plan
 from aggregators.presets import PRESETS
+from aggregators.view import View
 from fedclient import base_model
 from fedclient.base_model import LoadedModel
 from fedclient.data import DataError
@@ -27,7 +28,7 @@ def layout(tiny: LoadedModel) -> Layout:
 def a_view(layout: Layout, plan: Plan) -> LowRank:
     chance = torch.Generator().manual_seed(8)
     factors = {}
-    for name in match_targets(layout, plan.target_modules):
+    for name in match_targets(layout, plan.lora.target_modules):
         rows, columns = layout.shape(name)
         b = torch.randn(rows, 3, generator=chance) * 0.1
         factors[name] = (b, torch.randn(3, columns, generator=chance) * 0.1, 1.0)
@@ -46,12 +47,12 @@ def test_every_preset_trains_and_passes_the_gate(
 ) -> None:
     plan = make_plan(preset, wire_dtype=wire_dtype, evaluate=True)
     view = a_view(layout, plan) if with_view else None
-    payload = encode_plan(plan, view, "float32")
+    payload = encode_plan(plan, View(view), "float32")
     admitted = admit(Worker().work(payload, NodeSettings()), GateContext(layout, plan))
     update, report = admitted.update, admitted.report
     assert isinstance(update, LowRank)
-    assert list(update.factors) == match_targets(layout, plan.target_modules)
-    expected_rank = plan.rank * (2 if plan.sends == "delta" else 1)
+    assert list(update.factors) == match_targets(layout, plan.lora.target_modules)
+    expected_rank = plan.lora.rank * (2 if plan.lora.sends == "delta" else 1)
     assert set(update.ranks.values()) == {expected_rank}
     assert update.squared_norm() > 0
     assert report.steps == plan.local_steps
@@ -70,7 +71,7 @@ def test_every_start_init_and_message(
 ) -> None:
     plan = make_plan(init=init, start=start, sends=sends, local_steps=1)
     for view in (None, a_view(layout, plan)):
-        reply = Worker().work(encode_plan(plan, view, "float32"), NodeSettings())
+        reply = Worker().work(encode_plan(plan, View(view), "float32"), NodeSettings())
         assert isinstance(admit(reply, GateContext(layout, plan)).update, LowRank)
 
 
@@ -79,18 +80,18 @@ def test_equal_work_gives_equal_bytes(
     preset: str, make_plan: Callable[..., Plan], layout: Layout
 ) -> None:
     plan = make_plan(preset, dropout=0.1, evaluate=True)
-    payload = encode_plan(plan, a_view(layout, plan), "bfloat16")
+    payload = encode_plan(plan, View(a_view(layout, plan)), "bfloat16")
     torch.manual_seed(1)
     first = Worker().work(payload, NodeSettings())
     torch.manual_seed(2)
     other = make_plan("ffa-lora", node="two", seed=77)
-    Worker().work(encode_plan(other, None, None), NodeSettings(index=1))
+    Worker().work(encode_plan(other, View(), None), NodeSettings(index=1))
     state = torch.get_rng_state()
     assert Worker().work(payload, NodeSettings()) == first
     assert torch.equal(torch.get_rng_state(), state)
     another = plan.model_copy(update={"seed": plan.seed + 1})
     assert Worker().work(
-        encode_plan(another, a_view(layout, plan), "bfloat16"), NodeSettings()
+        encode_plan(another, View(a_view(layout, plan)), "bfloat16"), NodeSettings()
     ) != (first)
 
 
@@ -98,7 +99,7 @@ def test_an_evaluation_sends_no_update(make_plan: Callable[..., Plan], layout: L
     plan = make_plan(action="evaluate")
     found = {}
     for name, view in (("base", None), ("view", a_view(layout, plan))):
-        reply = Worker().work(encode_plan(plan, view, "float32"), NodeSettings())
+        reply = Worker().work(encode_plan(plan, View(view), "float32"), NodeSettings())
         admitted = admit(reply, GateContext(layout, plan))
         assert admitted.update is None
         assert admitted.report.steps == 0
@@ -113,7 +114,9 @@ def test_an_evaluation_sees_the_whole_view(make_plan: Callable[..., Plan], layou
     scores = []
     for preset, rank in (("braid", 4), ("fedit", 1)):
         plan = make_plan(preset, action="evaluate", rank=rank)
-        reply = Worker().work(encode_plan(plan, a_view(layout, plan), "float32"), NodeSettings())
+        reply = Worker().work(
+            encode_plan(plan, View(a_view(layout, plan)), "float32"), NodeSettings()
+        )
         scores.append(admit(reply, GateContext(layout, plan)).report.evaluation)
     assert scores[0] is not None
     assert scores[1] is not None
@@ -123,14 +126,14 @@ def test_an_evaluation_sees_the_whole_view(make_plan: Callable[..., Plan], layou
 def test_another_base_is_refused(make_plan: Callable[..., Plan], tiny: LoadedModel) -> None:
     plan = make_plan(base_digest="f" * 64)
     with pytest.raises(NodeError, match=tiny.digest[:12]) as caught:
-        Worker().work(encode_plan(plan, None, None), NodeSettings())
+        Worker().work(encode_plan(plan, View(), None), NodeSettings())
     assert "f" * 12 in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_another_layout_is_refused(make_plan: Callable[..., Plan]) -> None:
     with pytest.raises(NodeError, match="layout"):
-        Worker().work(encode_plan(make_plan(layout="e" * 64), None, None), NodeSettings())
+        Worker().work(encode_plan(make_plan(layout="e" * 64), View(), None), NodeSettings())
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,7 @@ def test_an_impossible_plan_is_refused_in_one_line(
     changes: dict[str, Any], said: str, make_plan: Callable[..., Plan], tiny: LoadedModel
 ) -> None:
     with pytest.raises(NodeError, match=said) as caught:
-        Worker().work(encode_plan(make_plan(**changes), None, None), NodeSettings())
+        Worker().work(encode_plan(make_plan(**changes), View(), None), NodeSettings())
     assert "\n" not in str(caught.value)
     assert base_model.digest(tiny.model) == tiny.digest
 
@@ -159,13 +162,13 @@ def test_a_node_with_a_file_of_its_own(
     rows = [f'{{"question": "number {n}?", "answer": "yes"}}' for n in range(20)]
     path.write_text("\n".join(rows))
     plan = make_plan(data={"source": "chatterbot", "nodes": 5, "key": "x", "held_out": 0.3})
-    reply = Worker().work(encode_plan(plan, None, None), NodeSettings(index=9, data=str(path)))
+    reply = Worker().work(encode_plan(plan, View(), None), NodeSettings(index=9, data=str(path)))
     report = admit(reply, GateContext(layout, plan)).report
     assert 8 <= report.examples < 20
     path.write_text('{"question": 1}')
     with pytest.raises(DataError, match=r"other\.jsonl"):
         Worker().work(
-            encode_plan(plan, None, None), NodeSettings(data=str(tmp_path / "other.jsonl"))
+            encode_plan(plan, View(), None), NodeSettings(data=str(tmp_path / "other.jsonl"))
         )
 
 
@@ -175,7 +178,7 @@ def test_the_plan_decides_the_threads(make_plan: Callable[..., Plan]) -> None:
     before = torch.get_num_threads()
     for threads in (1, 2):
         worker.work(
-            encode_plan(make_plan(threads=threads, local_steps=1), None, None), NodeSettings()
+            encode_plan(make_plan(threads=threads, local_steps=1), View(), None), NodeSettings()
         )
     assert seen == [1, 2]
     assert torch.get_num_threads() == before
@@ -184,7 +187,7 @@ def test_the_plan_decides_the_threads(make_plan: Callable[..., Plan]) -> None:
 def test_progress_is_heard(make_plan: Callable[..., Plan]) -> None:
     heard: list[tuple[str, int, int, float]] = []
     Worker(progress=lambda *report: heard.append(report)).work(
-        encode_plan(make_plan(local_steps=3), None, None), NodeSettings()
+        encode_plan(make_plan(local_steps=3), View(), None), NodeSettings()
     )
     assert [report[:3] for report in heard] == [("one", step, 3) for step in (1, 2, 3)]
 
@@ -212,12 +215,14 @@ def test_capabilities(make_plan: Callable[..., Plan], tiny: LoadedModel, layout:
     assert named.node == "mine"
 
 
-def test_the_embedded_model_learns(default_model_folder: Path) -> None:
+def test_the_embedded_model_learns(
+    default_model_folder: Path, lora_plan: Callable[..., Plan]
+) -> None:
     """A few steps on one topic: the loss on what it has not seen falls."""
     base = base_model.load(str(default_model_folder))
     layout = Layout.from_model(base.model)
-    plan = Plan.model_validate(
-        {
+    plan = lora_plan(
+        **{
             "run": "r" * 16,
             "round": 1,
             "node": "one",
@@ -261,13 +266,13 @@ def test_the_embedded_model_learns(default_model_folder: Path) -> None:
             },
         }
     )
-    reply = Worker().work(encode_plan(plan, None, None), NodeSettings())
+    reply = Worker().work(encode_plan(plan, View(), None), NodeSettings())
     update = admit(reply, GateContext(layout, plan)).update
     assert isinstance(update, LowRank)
     asked = plan.model_copy(update={"action": "evaluate"})
     losses = []
     for view in (None, update):
-        reply = Worker().work(encode_plan(asked, view, "float32"), NodeSettings())
+        reply = Worker().work(encode_plan(asked, View(view), "float32"), NodeSettings())
         score = admit(reply, GateContext(layout, asked)).report.evaluation
         assert score is not None
         losses.append(score.loss_sum / score.tokens)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aggregators import Layout
 from aggregators.messages import Capabilities
 from fedserver.configuration import (
     SCENARIO_FOLDER,
@@ -130,9 +131,10 @@ def test_rslora_keeps_alpha_and_plain_lora_its_ratio_to_the_rank() -> None:
     )  # fmt: skip
     for rslora, alpha in ((False, 4.0), (True, 16.0)):
         found = load("quickstart", [f"lora_rslora={str(rslora).lower()}", "nodes.cafe.lora_r=2"])
-        plan = make_plan(found, capabilities, round_number=1, layout="1" * 64, base_digest="0" * 64)
-        assert plan.alpha == alpha
-        assert plan.scale == pytest.approx(alpha / (2**0.5 if rslora else 2))
+        layout = Layout({"m.weight": (2, 2)})
+        plan = make_plan(found, capabilities, round_number=1, layout=layout, base_digest="0" * 64)
+        assert plan.lora.alpha == alpha
+        assert plan.lora.scale == pytest.approx(alpha / (2**0.5 if rslora else 2))
 
 
 @pytest.mark.parametrize("override", ["rounds", "nodes.nobody.lora_r=3", "rounds.x=1", "nodes=1"])

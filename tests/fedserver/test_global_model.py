@@ -6,6 +6,7 @@ import torch
 
 from aggregators import Layout, LowRank
 from aggregators.presets import PRESETS
+from fedserver.configuration import parse
 from fedserver.global_model import GlobalModel, next_model
 
 LAYOUT = Layout({"layer.weight": (12, 10)})
@@ -21,23 +22,21 @@ def after_one_round(preset: str) -> GlobalModel:
     return next_model(
         GlobalModel.empty(LAYOUT),
         [(update(1, 5), 10), (update(2, 2), 30)],
-        PRESETS[preset],
-        server_learning_rate=1.0,
-        largest_rank=5,
-    )
+        parse({"preset": preset, "lora_r": 5, "nodes": [{"name": "a"}]}),
+    )[0]
 
 
 def test_fedit_is_evaluated_whole_as_its_nodes_average_it() -> None:
     model = after_one_round("fedit")
     common = model.common_view(PRESETS["fedit"], 3, None)
-    assert common.rank("layer.weight") == 5
-    assert model.view(PRESETS["fedit"], 2, 3, None).rank("layer.weight") == 2
+    assert common.adapter.rank("layer.weight") == 5
+    assert model.view(PRESETS["fedit"], 2, 3, None).adapter.rank("layer.weight") == 2
 
 
 def test_braids_common_view_keeps_to_the_rank_of_the_plan() -> None:
     model = after_one_round("braid")
-    assert model.common_view(PRESETS["braid"], 3, None).rank("layer.weight") == 3
-    assert model.common_view(PRESETS["flora"], 3, None).rank("layer.weight") == 7
+    assert model.common_view(PRESETS["braid"], 3, None).adapter.rank("layer.weight") == 3
+    assert model.common_view(PRESETS["flora"], 3, None).adapter.rank("layer.weight") == 7
 
 
 def test_a_state_survives_its_bytes() -> None:

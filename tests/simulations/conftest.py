@@ -128,7 +128,8 @@ def _row(
     last = loss - 0.15 + bias + dice.gauss(0, 0.03)
     return {
         "node": node.name,
-        "rank": node.rank,
+        "family": "low_rank",
+        "sends": f"rank {node.rank}",
         "examples": random.Random(node.name).randint(60, 420),
         "weight": 0.0 if refused else 1 / sum(other.refused_in != number for other in nodes),
         "train_loss_first": None if refused else last + 0.55 / number,
@@ -233,7 +234,7 @@ def make_fake_events(
 
 def _run_started(rounds: int, nodes: Sequence[FakeNode], first_round: int) -> events.RunStarted:
     infos = tuple(
-        events.NodeInfo(node.name, node.rank, 100, 10, node.description) for node in nodes
+        events.NodeInfo(node.name, f"rank {node.rank}", 100, 10, node.description) for node in nodes
     )
     return events.RunStarted(
         "quickstart", "braid", rounds, first_round, infos, "smollm2-135m-instruct", "runs/x"
@@ -254,7 +255,7 @@ def _replied(
         node=node.name,
         verdict=node.verdict if refused else "accepted",
         reason=node.reason if refused else "",
-        rank=node.rank,
+        sends=f"rank {node.rank}",
         train_loss_first=_loss(number - 1) if learned else None,
         train_loss=_loss(number) if learned else None,
         bytes_up=305_000 * node.rank if trained else 900,

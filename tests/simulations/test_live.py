@@ -84,7 +84,7 @@ def test_the_table_shows_every_node_at_work(fake_events: MakeEvents) -> None:
         if isinstance(e, events.NodeProgress) and (e.round, e.node, e.step) == (2, "clinic", 3)
     )  # fmt: skip
     screen = last_screen(told[: cut + 1], terminal())
-    for head in ("round", "node", "rank", "steps", "loss", "up", "down", "verdict"):
+    for head in ("round", "node", "sends", "steps", "loss", "up", "down", "verdict"):
         assert head in screen
     rows = {line.split()[0]: line for line in screen.splitlines() if line.strip()}
     rows["reception"] = next(line for line in screen.splitlines() if "reception" in line)
@@ -183,12 +183,12 @@ def test_json_lines_are_the_events(fake_events: MakeEvents) -> None:
     | st.sampled_from(["[red]x[/red]", "\x1b[2Jx", "a\nround 9/9 loss 0"])
 )
 def test_a_nodes_words_can_neither_move_the_cursor_nor_forge_a_line(words: str) -> None:
-    info = events.NodeInfo(words, 4, 10, 2, words)
+    info = events.NodeInfo(words, words, 10, 2, words)
     told: Timed = [
         (0.0, events.RunStarted(words, words, 2, 1, (info,), words, words)),
         (0.0, events.RoundStarted(1)),
         (1.0, events.NodeProgress(1, words, 1, 2, 1.0)),
-        (1.0, events.NodeReplied(1, words, words or "failed", words, 4, None, None, 1, 1, 1.0)),
+        (1.0, events.NodeReplied(1, words, words or "failed", words, words, None, None, 1, 1, 1.0)),
         (1.0, events.Notice("info", words)),
         (2.0, events.RunFinished(None, None, 2.0, words, words, words)),
     ]

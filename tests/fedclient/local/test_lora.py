@@ -64,7 +64,7 @@ def test_the_base_is_left_as_it_was(
 ) -> None:
     model, plan = make_model(architecture), make_plan(learning_rate=0.1)
     layout = Layout.from_model(model)
-    names = match_targets(layout, plan.target_modules)
+    names = match_targets(layout, plan.lora.target_modules)
     view = random_factors(layout, names[1:], 3, 2) if with_view else None
     before = (base_model.digest(model), structure(model), set(vars(model)), logits(model))
     with lora.adapted(model, layout, plan, view) as wrapped:
@@ -103,7 +103,7 @@ def test_also_after_an_error_while_wrapping(
     model, plan = make_model(LLAMA), make_plan()
     layout = Layout.from_model(model)
     before = (base_model.digest(model), structure(model), set(vars(model)))
-    name = match_targets(layout, plan.target_modules)[0]
+    name = match_targets(layout, plan.lora.target_modules)[0]
     misfit = {name: (torch.ones(3, 2), torch.ones(2, 5), 1.0)}
     with pytest.raises(RuntimeError), lora.adapted(model, layout, plan, misfit):
         pass
@@ -136,12 +136,12 @@ def test_factors_are_pefts_delta_weights(
             for path, layer in wrapped.base_model.model.named_modules()
             if hasattr(layer, "get_delta_weight")
         }
-    assert list(factors) == match_targets(layout, plan.target_modules)
+    assert list(factors) == match_targets(layout, plan.lora.target_modules)
     assert factors.keys() == theirs.keys()
     for name, (b, a, scale) in factors.items():
         assert theirs[name].shape == layout.shape(name)
         assert b.shape[1] == min(rank, *layout.shape(name))
-        assert scale == pytest.approx(plan.scale if not rslora else scale)
+        assert scale == pytest.approx(plan.lora.scale if not rslora else scale)
         torch.testing.assert_close(scale * b @ a, theirs[name], rtol=1e-5, atol=1e-6)
 
 
@@ -153,9 +153,9 @@ def test_a_small_matrix_keeps_the_plans_scale(
     layout = Layout.from_model(model)
     with lora.adapted(model, layout, plan, None) as wrapped:
         scales = {name: f[2] for name, f in lora.read_factors(wrapped, layout, plan).items()}
-    assert set(scales) == set(match_targets(layout, plan.target_modules))
+    assert set(scales) == set(match_targets(layout, plan.lora.target_modules))
     for scale in scales.values():
-        assert scale == pytest.approx(plan.scale)
+        assert scale == pytest.approx(plan.lora.scale)
 
 
 @FIXED
@@ -173,7 +173,7 @@ def test_view_and_local_forward_is_the_base_plus_the_dense_change(
 ) -> None:
     model, plan = make_model(architecture), make_plan(rank=3)
     layout = Layout.from_model(model)
-    names = match_targets(layout, plan.target_modules)
+    names = match_targets(layout, plan.lora.target_modules)
     # Not every tensor has a part in the view, and ranks in it differ.
     view = random_factors(layout, names[seed % 3 :: 2], rank, seed)
     with lora.adapted(model, layout, plan, view) as wrapped:
@@ -196,7 +196,7 @@ def test_a_view_that_is_trained_further_is_the_start(
     """Its first components where the rank is lower; fresh ones, of no effect, where it is higher."""
     model, plan = make_model(architecture), make_plan(preset, rank=rank)
     layout = Layout.from_model(model)
-    names = match_targets(layout, plan.target_modules)
+    names = match_targets(layout, plan.lora.target_modules)
     view = random_factors(layout, names[::2], 4, 3)
     first = {name: (b[:, :rank], a[:rank], scale[:rank]) for name, (b, a, scale) in view.items()}
     with lora.adapted(model, layout, plan, view) as wrapped:
@@ -208,7 +208,7 @@ def test_a_view_that_is_trained_further_is_the_start(
         assert b.shape[1] == a.shape[0] == whole_rank
         old = first[name][0].shape[1] if name in first else 0
         fresh = shared_a(
-            plan.shared_seed, layout.tensor_id(name), whole_rank, layout.shape(name)[1]
+            plan.lora.shared_seed, layout.tensor_id(name), whole_rank, layout.shape(name)[1]
         )
         assert torch.equal(a[old:], fresh[old:])
         assert not b[:, old:].any()
@@ -224,7 +224,7 @@ def test_a_fresh_adapter_changes_nothing_at_first(
 ) -> None:
     model, plan = make_model(architecture), make_plan(init=init)
     layout = Layout.from_model(model)
-    names = match_targets(layout, plan.target_modules)
+    names = match_targets(layout, plan.lora.target_modules)
     view = random_factors(layout, names, 6, 4)
     with lora.adapted(model, layout, plan, view) as wrapped:
         found, local = logits(wrapped), lora.read_factors(wrapped, layout, plan)
@@ -235,11 +235,11 @@ def test_a_fresh_adapter_changes_nothing_at_first(
         torch.testing.assert_close(b @ a, torch.zeros_like(b @ a))
         assert init in ("gaussian", "orthogonal") or not b.any()
         if init == "carry":
-            own = view[name][1][: plan.rank]
+            own = view[name][1][: plan.lora.rank]
             torch.testing.assert_close(a[: len(own)], own)
         if init == "shared":
             assert torch.equal(
-                a, shared_a(plan.shared_seed, layout.tensor_id(name), 4, layout.shape(name)[1])
+                a, shared_a(plan.lora.shared_seed, layout.tensor_id(name), 4, layout.shape(name)[1])
             )
 
 
@@ -269,7 +269,7 @@ def test_a_fixed_a_and_the_view_are_not_trained(
 ) -> None:
     model, plan = make_model(architecture), make_plan("ffa-lora")
     layout = Layout.from_model(model)
-    view = random_factors(layout, match_targets(layout, plan.target_modules), 2, 5)
+    view = random_factors(layout, match_targets(layout, plan.lora.target_modules), 2, 5)
     with lora.adapted(model, layout, plan, view) as wrapped:
         before = lora.read_factors(wrapped, layout, plan)
         frozen = {
@@ -292,7 +292,7 @@ def test_a_delta_is_the_change_since_the_start(
 ) -> None:
     model, plan = make_model(LLAMA), make_plan("flexlora", rank=3)
     layout = Layout.from_model(model)
-    view = random_factors(layout, match_targets(layout, plan.target_modules), 3, 6)
+    view = random_factors(layout, match_targets(layout, plan.lora.target_modules), 3, 6)
     with lora.adapted(model, layout, plan, view) as wrapped:
         before = lora.read_factors(wrapped, layout, plan)
         lora.train(wrapped, some_batches(2), plan)
@@ -302,7 +302,7 @@ def test_a_delta_is_the_change_since_the_start(
     for name, change in update.dense().items():
         torch.testing.assert_close(change, end[name] - start[name])
         assert change.any()
-    whole = plan.model_copy(update={"sends": "factors"})
+    whole = make_plan("flexlora", rank=3, sends="factors")
     assert lora.local_update(before, after, layout, whole) == LowRank(layout, after)
 
 

@@ -1,0 +1,69 @@
+"""What a plan allows of updates along probes: the pool, the count, and the size of every number."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aggregators.methods import ProjectedMethod, ZerothOrderMethod
+from aggregators.projected import ProjectedGradient
+from aggregators.seed_scalars import SeedScalars
+from aggregators.update import UpdateRejected, Verdict
+
+# Beyond this no model survives the step, and the sum's integers would lose their finest digits.
+LARGEST_NUMBER = 2.0**30
+
+
+def check_scalars(update: SeedScalars, method: Any) -> None:
+    """Refuse scalars of another pool than the plan's, and numbers that no walk makes."""
+    assert isinstance(method, ZerothOrderMethod)
+    asked = (method.master_seed, method.pool_size, method.probe)
+    if update.pool != asked:
+        raise UpdateRejected(
+            Verdict.POOL,
+            f"pool of {update.pool_size} {update.probe} probes of seed {update.master_seed}, the plan"
+            f" asks for {method.pool_size} {method.probe} of {method.master_seed}",
+        )
+    _check_numbers(update.scalars, "scalar")
+
+
+def check_coordinates(update: ProjectedGradient, method: Any) -> None:
+    """Refuse projections on other probes, of other tensors or counts than the plan's."""
+    assert isinstance(method, ProjectedMethod)
+    if (update.master_seed, update.probe) != (method.master_seed, method.probe):
+        raise UpdateRejected(
+            Verdict.POOL,
+            f"{update.probe} probes of seed {update.master_seed}, the plan asks for {method.probe} of"
+            f" {method.master_seed}",
+        )
+    for name, values in update.coordinates.items():
+        wanted = method.coordinates.get(name)
+        if wanted is None:
+            raise UpdateRejected(
+                Verdict.UNKNOWN_TENSOR, f"layer {name!r} is not one that the plan projects"
+            )
+        if len(values) != wanted:
+            raise UpdateRejected(
+                Verdict.SHAPE, f"layer {name!r}: {len(values)} coordinates, not {wanted}"
+            )
+        _check_numbers(values, f"layer {name!r}: coordinate")
+    if missing := sorted(method.coordinates.keys() - update.coordinates.keys()):
+        raise UpdateRejected(Verdict.SHAPE, f"layer {missing[0]!r} has no coordinates")
+
+
+def _check_numbers(values: Tensor, what: str) -> None:
+    sizes = values.abs()
+    if not bool((sizes > 0).any()):
+        raise UpdateRejected(Verdict.EMPTY, f"every {what} is zero: there is no change")
+    if bool(((sizes > 0) & (sizes < sys.float_info.min)).any()):
+        raise UpdateRejected(Verdict.NOT_FINITE, f"a {what} is denormal")
+    largest = float(sizes.max())
+    if largest > LARGEST_NUMBER:
+        raise UpdateRejected(
+            Verdict.OVERFLOW, f"the {what} {largest:.4g} exceeds the limit of {LARGEST_NUMBER:g}"
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise UpdateRejected(Verdict.NOT_FINITE, f"a {what} is NaN or infinite")

@@ -1,0 +1,124 @@
+"""What a node is told of the global model: one low-rank adapter, and exact sums along probes.
+
+Base and view are the model. Nodes that hold full weights add both to a copy of the base with one
+rounding; others put them beside the base (docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aggregators.codec import Header, pack, update_from_parts, update_parts
+from aggregators.layout import Layout
+from aggregators.low_rank import LowRank
+from aggregators.probe_sum import ProbeSum
+from aggregators.update import UpdateRejected, Verdict
+
+Factors = tuple[Tensor, Tensor, Tensor]
+ADAPTER, SUMS = "adapter", "sums"
+
+
+@dataclass(frozen=True)
+class View:
+    """``adapter``: low-rank change, None for none. ``sums``: change along probes, exact."""
+
+    adapter: LowRank | None = None
+    sums: tuple[ProbeSum, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether this is the base model itself."""
+        return self.adapter is None and not any(one.used for one in self.sums)
+
+    def factors(self) -> dict[str, Factors] | None:
+        """The adapter's float32 factors (B, A, scale) by tensor name; None where there is none."""
+        if self.adapter is None:
+            return None
+        return {n: (f.B.float(), f.A.float(), f.scale) for n, f in self.adapter.factors.items()}
+
+    def moved(self, name: str, weight: Tensor) -> Tensor:
+        """A tensor's weight with the view's change: float32, memory of its own.
+
+        The adapter's product is added in float64, so that devices that order its sums otherwise still
+        round to the same float32; sums along probes are exact until their one rounding.
+        """
+        result = weight.detach().to(torch.float32, copy=True)
+        if self.adapter is not None and name in self.adapter.factors:
+            factors = self.adapter.factors[name]
+            change = (factors.B.double() * factors.scale) @ factors.A.double()
+            result = change.add_(weight.double()).float()
+        for one in self.sums:
+            one.replay_(name, result)
+        return result
+
+    def digest(self) -> str:
+        """SHA-256 of what the view says; "" for the base itself."""
+        if self.empty:
+            return ""
+        header, tensors = view_parts(self, None)
+        return hashlib.sha256(pack(header, tensors)).hexdigest()
+
+    def as_sent(self, dtype: str | None) -> View:
+        """The view with its adapter rounded as the wire's type rounds it: what nodes really see."""
+        if self.adapter is None:
+            return self
+        header, tensors = update_parts(self.adapter, dtype)
+        adapter = update_from_parts(header, tensors, self.adapter.layout)
+        assert isinstance(adapter, LowRank)
+        return View(adapter, self.sums)
+
+
+@dataclass(frozen=True)
+class SealedView:
+    """A view as it came: unread until the node knows the layout."""
+
+    header: Header
+    tensors: dict[str, Tensor]
+
+    def read(self, layout: Layout) -> View:
+        """The view. Raises UpdateRejected where it is none of this layout."""
+        return read_view(self.header, self.tensors, layout)
+
+
+def view_parts(view: View, dtype: str | None) -> tuple[Header, dict[str, Tensor]]:
+    """Header and tensors of a view; ``dtype`` is the adapter's, sums are exact."""
+    header: Header = {}
+    tensors: dict[str, Tensor] = {}
+    if view.adapter is not None:
+        fields, factors = update_parts(view.adapter, dtype)
+        header[ADAPTER] = fields
+        tensors |= {f"{ADAPTER}.{key}": tensor for key, tensor in factors.items()}
+    if view.sums:
+        header[SUMS] = []
+        for place, one in enumerate(view.sums):
+            fields, totals = one.parts(f"{SUMS}.{place}.")
+            header[SUMS].append(fields)
+            tensors |= totals
+    return header, tensors
+
+
+def read_view(header: dict[str, Any], tensors: dict[str, Tensor], layout: Layout) -> View:
+    """The view that ``view_parts`` wrote. Raises UpdateRejected for anything else."""
+    adapter = None
+    if ADAPTER in header:
+        prefix = f"{ADAPTER}."
+        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        if not isinstance(header[ADAPTER], dict):
+            raise UpdateRejected(Verdict.MALFORMED, "the view's adapter is not a JSON object")
+        found = update_from_parts(header[ADAPTER], own, layout)
+        if not isinstance(found, LowRank):
+            raise UpdateRejected(Verdict.WRONG_FAMILY, f"a view cannot be {found.family!r}")
+        adapter = found
+    described = header.get(SUMS, [])
+    if not isinstance(described, list):
+        raise UpdateRejected(Verdict.MALFORMED, "a view's sums are no list")
+    sums = tuple(
+        ProbeSum.from_parts(fields, tensors, f"{SUMS}.{place}.", layout)
+        for place, fields in enumerate(described)
+    )
+    return View(adapter, sums)

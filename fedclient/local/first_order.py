@@ -1,0 +1,6 @@
+"""To come."""
+
+from typing import Any
+
+train: Any = None
+send: Any = None

@@ -1,0 +1,66 @@
+"""Training on full weights: forward passes alone, or backpropagation and a projection of the change."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+import fedkernels as fk
+from aggregators import Layout
+from aggregators.messages import Plan
+from aggregators.methods import ZerothOrderMethod
+from aggregators.view import View
+from fedclient.base_model import LoadedModel
+from fedclient.local import first_order, projection, zeroth_order
+from fedclient.local.result import TrainingResult
+from fedclient.state import weights_of
+
+
+@dataclass(frozen=True)
+class FullWeightsTrainer:
+    """``model``: the weights of the round's start, for evaluation; ``weights``: their digest."""
+
+    model: nn.Module
+    layout: Layout
+    plan: Plan
+    weights: str
+
+    def train(
+        self,
+        batches: Iterable[dict[str, Tensor]],
+        progress: Callable[[int, int, float], None] | None = None,
+    ) -> tuple[Any, TrainingResult]:
+        """Walk on a copy of the weights; return what the plan's method makes of the walk."""
+        plan, method = self.plan, self.plan.method
+        # The model may run fused, and its copy is trained: fused modules are put on anew.
+        fk.restore(self.model)
+        own = copy.deepcopy(self.model)
+        walk: dict[str, Any] = {
+            "seed": plan.seed,
+            "learning_rate": plan.learning_rate,
+            "steps": plan.local_steps,
+            "progress": progress,
+        }
+        if isinstance(method, ZerothOrderMethod):
+            return zeroth_order.train(own, self.layout, batches, method, **walk)
+        change, result = first_order.train(own, self.layout, batches, method, **walk)
+        return projection.send(change, self.layout, method), result
+
+
+@contextmanager
+def trainer(
+    plan: Plan, base: LoadedModel, layout: Layout, view: View
+) -> Iterator[FullWeightsTrainer]:
+    """The weights that the view is, run fused where the plan says so until the block ends."""
+    weights = weights_of(base, layout, view)
+    try:
+        if plan.accelerate:
+            fk.accelerate(weights.model)
+        yield FullWeightsTrainer(weights.model, layout, plan, weights.digest)
+    finally:
+        fk.restore(weights.model)
