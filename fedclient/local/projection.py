@@ -1,6 +1,0 @@
-"""To come."""
-
-from typing import Any
-
-train: Any = None
-send: Any = None
