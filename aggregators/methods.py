@@ -1,0 +1,109 @@
+"""How a node is asked to train: one method a family of updates, each with all that decides its numbers.
+
+    LoraMethod          low-rank factors by backpropagation             -> LowRank
+    ZerothOrderMethod   forward passes alone, scalars along probes      -> SeedScalars
+    ProjectedMethod     backpropagation through weights, projected      -> ProjectedGradient
+    SketchMethod        the same, seen through the public basis         -> Sketch
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# What leaves the base as it is; peft's other initialisations move a part of it into the adapter.
+Initialisation = Literal["random", "shared", "carry", "previous", "gaussian", "orthogonal"]
+Probe = Literal["rademacher", "popcount", "gaussian", "rank1"]
+Estimator = Literal["spsa", "forward-gradient", "sign", "momentum", "adam", "conservative"]
+Objective = Literal["loss", "accuracy", "exact-match", "rouge-l"]
+Optimiser = Literal["sgd", "adamw"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Modules = tuple[str, ...]
+
+
+class _Method(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LoraMethod(_Method):
+    """A LoRA adapter of ``rank`` on ``target_modules``; the rest is the preset's way of doing it."""
+
+    family: Literal["low_rank"] = "low_rank"
+    target_modules: Modules
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    rslora: bool
+    dropout: float = Field(ge=0, lt=1)
+    init: Initialisation
+    train_a: bool
+    start: Literal["fresh", "view"]
+    sends: Literal["factors", "delta"]
+    shared_seed: Seed
+    weight_decay: float = Field(ge=0)
+    warmup_steps: int = Field(ge=0)
+    rank_cap: int | None = Field(ge=1)
+
+    @property
+    def scale(self) -> float:
+        """s in the change s B A: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski, 2023)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class ZerothOrderMethod(_Method):
+    """Steps along probes of a pool that the run shares (MeZO, Malladi et al., 2023; FedKSeed).
+
+    A step draws ``directions`` probes z, measures g = (l(W + epsilon z) - l(W - epsilon z)) / (2
+    epsilon) along each, and moves by what ``estimator`` makes of the g. A g beyond ``clip`` is cut to
+    it. ``target_modules`` () means all weights.
+    """
+
+    family: Literal["seed_scalars"] = "seed_scalars"
+    target_modules: Modules = ()
+    master_seed: Seed
+    pool_size: int = Field(ge=1, le=1 << 24)
+    probe: Probe
+    estimator: Estimator = "spsa"
+    objective: Objective = "loss"
+    epsilon: float = Field(gt=0, le=1)
+    clip: float | None = Field(gt=0)
+    directions: int = Field(default=1, ge=1, le=64)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+
+
+class ProjectedMethod(_Method):
+    """All weights of ``target_modules`` (() means all) by backpropagation; the change is projected.
+
+    ``coordinates``: K by tensor name, from what the server knows (Ferret, Shu et al., 2024). The
+    probes are those of ``master_seed``, another one each round.
+    """
+
+    family: Literal["projected_gradient"] = "projected_gradient"
+    target_modules: Modules
+    master_seed: Seed
+    probe: Probe
+    coordinates: dict[str, Annotated[int, Field(ge=1, le=1 << 20)]]
+    optimiser: Optimiser
+    error_feedback: bool
+
+
+class SketchMethod(_Method):
+    """All weights of ``target_modules`` by backpropagation; the change is seen in the public basis.
+
+    ``rank`` columns on the right, ``rank + oversampling`` on the left. The basis comes with the plan,
+    or from ``master_seed`` where the run has none yet.
+    """
+
+    family: Literal["sketch"] = "sketch"
+    target_modules: Modules
+    master_seed: Seed
+    rank: int = Field(ge=1, le=1024)
+    oversampling: int = Field(ge=0, le=1024)
+    optimiser: Optimiser
+    error_feedback: bool
+
+
+Method = Annotated[
+    LoraMethod | ZerothOrderMethod | ProjectedMethod | SketchMethod, Field(discriminator="family")
+]
