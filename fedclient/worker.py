@@ -29,6 +29,7 @@ from aggregators.messages import (
 from fedclient import base_model, data
 from fedclient.evaluation import evaluate
 from fedclient.local import lora
+from fedclient.local.result import TrainingResult
 
 EVALUATION_BATCH = 16
 
@@ -106,7 +107,7 @@ class Worker:
         own = _load_data(plan.data, settings)
         pad = _pad_id(base.tokenizer)
         evaluation, update = None, None
-        result: lora.TrainingResult | None = None
+        result: TrainingResult | None = None
         whole_view = plan.start == "view" and plan.action == "evaluate"
         shown = plan.model_copy(update={"start": "fresh"}) if whole_view else plan
         with lora.adapted(base.model, layout, shown, view) as wrapped:

@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 import fedkernels as fk
 from aggregators import Layout, LowRank, match_targets
 from aggregators.messages import Plan, shared_a
+from fedclient.local.result import TrainingResult
 from fedclient.loss import answer_loss
 
 VIEW, LOCAL = "view", "local"
@@ -32,16 +32,6 @@ Batch = dict[str, Tensor]
 
 class AdapterError(Exception):
     """Why this plan's adapter cannot be put on this model."""
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """Losses are means over labelled tokens of the first and of the last optimiser step."""
-
-    first_loss: float
-    last_loss: float
-    tokens: int
-    steps: int
 
 
 @contextmanager
