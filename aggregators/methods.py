@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 # What leaves the base as it is; peft's other initialisations move a part of it into the adapter.
 Initialisation = Literal["random", "shared", "carry", "previous", "gaussian", "orthogonal"]
 Probe = Literal["rademacher", "popcount", "gaussian", "rank1"]
-Estimator = Literal["spsa", "forward-gradient", "sign", "momentum", "adam", "conservative"]
+Estimator = Literal["spsa", "forward-gradient", "fzoo", "sign", "momentum", "adam", "conservative"]
 Objective = Literal["loss", "accuracy", "exact-match", "rouge-l"]
 Optimiser = Literal["sgd", "adamw"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -33,11 +33,20 @@ TYPES = {
 
 def seed_scalars_parts(update: SeedScalars, dtype: str | None) -> tuple[dict[str, Any], Any]:
     """Header fields and tensors of seed scalars."""
-    header = {"seed": update.master_seed, "pool": update.pool_size, "probe": update.probe}
-    coded = bytearray(encode_indices(update.indices.tolist()))
+    header: dict[str, Any] = {
+        "seed": update.master_seed,
+        "pool": update.pool_size,
+        "probe": update.probe,
+    }
     sections = torch.tensor([len(update.scalars)])
     tensors = _numbers(update.scalars, sections, dtype)
-    return header, tensors | {"indices": torch.frombuffer(coded, dtype=torch.uint8)}
+    if (largest := tensors.pop("largest", None)) is not None:
+        # A tensor of its own would cost three times the bytes; nine digits give float32 back.
+        header["largest"] = float(f"{float(largest):.9g}")
+    if update.names is not None:
+        ids = [update.layout.tensor_id(name) for name in update.names]
+        tensors["tensors"] = _as_tensor(len(ids).to_bytes(4, "little") + encode_indices(ids))
+    return header, tensors | {"indices": _as_tensor(encode_indices(update.indices.tolist()))}
 
 
 def read_seed_scalars(
@@ -48,20 +57,44 @@ def read_seed_scalars(
     pool = header.get("pool")
     if type(pool) is not int or not 1 <= pool <= LARGEST_POOL:
         raise UpdateRejected(Verdict.MALFORMED, f"a pool of {pool!r} seeds")
-    _only(tensors, {"indices", "numbers", "largest"})
+    _only(tensors, {"indices", "numbers", "tensors"})
     coded, numbers = tensors.get("indices"), tensors.get("numbers")
-    if coded is None or coded.dtype != torch.uint8 or coded.ndim != 1 or numbers is None:
+    if coded is None or numbers is None:
         raise UpdateRejected(Verdict.MALFORMED, "seed scalars need coded indices and numbers")
     if numbers.ndim != 1 or len(numbers) > pool:
         raise UpdateRejected(
             Verdict.SHAPE, f"numbers {list(numbers.shape)} for a pool of {pool} seeds"
         )
-    scalars = _read_numbers(tensors, torch.tensor([len(numbers)]))
+    units = _units(header)
+    scalars = _read_numbers({"numbers": numbers} | units, torch.tensor([len(numbers)]))
     try:
-        indices = decode_indices(bytes(coded.tolist()), len(numbers), pool)
-        return SeedScalars(layout, seed, pool, indices, scalars, probe)
+        indices = decode_indices(_bytes(coded), len(numbers), pool)
+        return SeedScalars(
+            layout, seed, pool, indices, scalars, probe, _scope(tensors.get("tensors"), layout)
+        )
     except ValueError as error:
         raise UpdateRejected(Verdict.MALFORMED, str(error)) from None
+
+
+def _units(header: dict[str, Any]) -> dict[str, Tensor]:
+    """What the numbers are relative to, float32 [1], where the header says it."""
+    if "largest" not in header:
+        return {}
+    largest = header["largest"]
+    if type(largest) not in (int, float) or not 0 <= largest < 1e300:
+        raise UpdateRejected(Verdict.NOT_FINITE, f"the unit {largest!r:.20} is none")
+    return {"largest": torch.tensor([largest], dtype=torch.float64).float()}
+
+
+def _scope(coded: Tensor | None, layout: Layout) -> list[str] | None:
+    """Names of the tensors that the probes reach; ValueError for bytes that name none."""
+    if coded is None:
+        return None
+    data = _bytes(coded)
+    ids = decode_indices(data[4:], int.from_bytes(data[:4], "little"), len(layout))
+    if not 0 < len(ids) < len(layout):
+        raise ValueError(f"{len(ids)} of {len(layout)} tensors is no part of them")
+    return [layout.tensors[index].name for index in ids]
 
 
 def projected_parts(update: ProjectedGradient, dtype: str | None) -> tuple[dict[str, Any], Any]:
@@ -152,6 +185,16 @@ def _probe(header: dict[str, Any]) -> str:
     if probe not in fk.PROBES:
         raise UpdateRejected(Verdict.MALFORMED, f"unknown probe {probe!r}")
     return str(probe)
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _bytes(coded: Tensor) -> bytes:
+    if coded.dtype != torch.uint8 or coded.ndim != 1:
+        raise ValueError("coded indices are not a string of bytes")
+    return bytes(coded.tolist())
 
 
 def _only(tensors: dict[str, Tensor], known: set[str]) -> None:

@@ -6,7 +6,8 @@ along their probes, so its whole change is one scalar for each seed that it used
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -20,10 +21,11 @@ LARGEST_POOL = 1 << 24
 
 
 class SeedScalars:
-    """change = sum_j scalars[j] * z(derive_seed(master_seed, indices[j])), over all tensors.
+    """change = sum_j scalars[j] * z(derive_seed(master_seed, indices[j])), over the tensors ``names``.
 
     indices: int64 [n], ascending, each in [0, pool_size); scalars: float64 [n]. ``probe`` is one of
-    fedkernels.PROBES. Updates of one pool add by index. Raises ValueError for anything else.
+    fedkernels.PROBES. ``names``: the tensors that the probes reach, None: all of the layout. Updates
+    of one pool and the same tensors add by index. Raises ValueError for anything else.
     """
 
     family: ClassVar[str] = "seed_scalars"
@@ -36,6 +38,7 @@ class SeedScalars:
         indices: Iterable[int] | Tensor,
         scalars: Iterable[float] | Tensor,
         probe: str = "rademacher",
+        names: Collection[str] | None = None,
     ) -> None:
         if not 0 <= master_seed < 2**63:
             raise ValueError(f"master_seed must be in [0, 2**63), and it is {master_seed}")
@@ -43,7 +46,13 @@ class SeedScalars:
             raise ValueError(f"pool_size must be in [1, {LARGEST_POOL}], and it is {pool_size}")
         if probe not in fk.PROBES:
             raise ValueError(f"unknown probe {probe!r}; available: {', '.join(fk.PROBES)}")
+        if unknown := [name for name in names or () if name not in layout]:
+            raise ValueError(f"the layout has no tensor {unknown[0]!r}")
+        scope = tuple(spec for spec in layout if names is None or spec.name in names)
+        if not scope:
+            raise ValueError("names must have a tensor, or be None for all of them")
         self._layout = layout
+        self._scope = scope
         self.master_seed, self.pool_size, self.probe = master_seed, pool_size, probe
         self.indices = torch.as_tensor(_as_list(indices), dtype=torch.int64)
         self.scalars = torch.as_tensor(_as_list(scalars), dtype=torch.float64)
@@ -62,16 +71,23 @@ class SeedScalars:
         return self._layout
 
     @property
+    def names(self) -> tuple[str, ...] | None:
+        """The tensors that the probes reach, in the layout's order; None: all."""
+        if len(self._scope) == len(self._layout):
+            return None
+        return tuple(spec.name for spec in self._scope)
+
+    @property
     def seeds(self) -> list[int]:
         """The probes' seeds, in the order of the scalars."""
         return [fk.derive_seed(self.master_seed, index) for index in self.indices.tolist()]
 
     def dense(self, layout: Layout | None = None) -> dict[str, Tensor]:
-        """The change as float64 tensors: all tensors of the layout, none where no seed was used."""
+        """The change as float64 tensors: all that the probes reach, none where no seed was used."""
         require_layout(layout or self.layout, self.layout)
         if len(self.indices) == 0:
             return {}
-        return {spec.name: self.dense_tensor(spec.name) for spec in self.layout}
+        return {spec.name: self.dense_tensor(spec.name) for spec in self._scope}
 
     def dense_tensor(self, name: str) -> Tensor:
         """The change of one tensor, float64; probes are made one at a time."""
@@ -116,9 +132,9 @@ class SeedScalars:
     __hash__ = None  # type: ignore[assignment]
 
     @property
-    def pool(self) -> tuple[int, int, str]:
-        """What must agree for scalars to be of the same directions: master seed, size, probe."""
-        return self.master_seed, self.pool_size, self.probe
+    def pool(self) -> tuple[int, int, str, tuple[str, ...] | None]:
+        """What must agree for scalars to be of the same directions: master seed, size, probe, tensors."""
+        return self.master_seed, self.pool_size, self.probe, self.names
 
     def squared_norm(self) -> float:
         """Sum of squares of all elements; probes are not quite orthogonal, so they are made."""
@@ -129,7 +145,8 @@ class SeedScalars:
 
         Independent probes of unit variance are orthogonal on average.
         """
-        return float(self.scalars.square().sum()) * self.layout.elements
+        elements = sum(math.prod(spec.shape) for spec in self._scope)
+        return float(self.scalars.square().sum()) * elements
 
     def inner(self, other: Any) -> float:
         """Inner product with an update of any family, tensor by tensor."""
@@ -138,8 +155,11 @@ class SeedScalars:
             return 0.0
         theirs = None if isinstance(other, SeedScalars) else other.dense()
         total = 0.0
-        for spec in self.layout:
-            if theirs is not None and spec.name not in theirs:
+        reached = {spec.name for spec in self._scope}
+        if isinstance(other, SeedScalars):
+            reached &= {spec.name for spec in other._scope}
+        for spec in self._scope:
+            if spec.name not in (reached if theirs is None else theirs):
                 continue
             mine = self.dense_tensor(spec.name)
             if other is self:
@@ -156,7 +176,7 @@ class SeedScalars:
 
     def _with(self, indices: Tensor, scalars: Tensor) -> SeedScalars:
         return SeedScalars(
-            self.layout, self.master_seed, self.pool_size, indices, scalars, self.probe
+            self.layout, self.master_seed, self.pool_size, indices, scalars, self.probe, self.names
         )
 
 

@@ -1,4 +1,4 @@
-"""What local training says of itself, whatever the method."""
+"""What a node reports of its local training, whatever the method."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Losses are means over labelled tokens of the first and of the last step."""
+    """Losses are means over labelled tokens of the first and of the last optimiser step.
+
+    ``skipped``: measurements without a finite result, from which nothing was learnt.
+    """
 
     first_loss: float
     last_loss: float
     tokens: int
     steps: int
+    skipped: int = 0

@@ -20,7 +20,13 @@ from fedkernels.stack_svd import METHODS, stack_svd
 from fedkernels.training.acceleration import Acceleration, accelerate, accelerated, restore
 from fedkernels.training.adapted_linear import AdaptedLinear, Factor, adapted_linears
 from fedkernels.training.attention import attention
-from fedkernels.training.loss import Loss, causal_loss, cross_entropy
+from fedkernels.training.loss import (
+    Loss,
+    body_and_head,
+    causal_loss,
+    cross_entropy,
+    logit_losses,
+)
 from fedkernels.training.rows import rms_norm, swiglu
 
 __all__ = [
@@ -41,11 +47,13 @@ __all__ = [
     "attention",
     "backend",
     "backends",
+    "body_and_head",
     "causal_loss",
     "cross_entropy",
     "dequantize",
     "derive_seed",
     "linear",
+    "logit_losses",
     "lora_linear",
     "noise",
     "perturb_",

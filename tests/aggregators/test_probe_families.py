@@ -42,6 +42,8 @@ def scalars(**changes):
         ({"indices": [1, 5, 5]}, "ascend"),
         ({"indices": [1, 5]}, "one length"),
         ({"scalars": [0.5, math.nan, 2.0]}, "finite"),
+        ({"names": ["nowhere"]}, "nowhere"),
+        ({"names": []}, "names"),
     ],
 )
 def test_seed_scalars_that_mean_nothing_are_refused(changes, words):
@@ -66,6 +68,8 @@ def test_projections_that_mean_nothing_are_refused(coordinates, words):
 def test_updates_on_other_probes_do_not_add():
     with pytest.raises(ValueError, match="pool"):
         scalars() + scalars(master_seed=4)
+    with pytest.raises(ValueError, match="pool"):
+        scalars() + scalars(names=["norm"])
     one = ProjectedGradient(LAYOUT, 3, {"first": torch.ones(2)})
     with pytest.raises(ValueError, match="probes"):
         one + ProjectedGradient(LAYOUT, 4, {"first": torch.ones(2)})
@@ -76,6 +80,7 @@ def test_updates_on_other_probes_do_not_add():
 def test_the_expected_norm_is_the_mean_over_seeds():
     for make in (
         lambda seed: scalars(master_seed=seed),
+        lambda seed: scalars(master_seed=seed, names=["norm"]),
         lambda seed: ProjectedGradient(LAYOUT, seed, {"first": torch.tensor([1.0, -2.0, 0.5])}),
     ):
         squares = [make(seed).squared_norm() for seed in range(200)]
@@ -100,6 +105,7 @@ def test_two_hundred_steps_of_a_pool_of_4096_fit_into_a_short_message():
     update = SeedScalars(LAYOUT, 3, 4096, indices, values)
     _, tensors = unpack(encode(update, "float16"))
     assert sum(t.numel() * t.element_size() for t in tensors.values()) <= 560
+    assert len(encode(update, "int8")) <= 764
     assert len(encode(update, "int8")) < len(encode(update, "float16")) < len(encode(update))
 
 
@@ -125,6 +131,10 @@ def hostile(update, change):
     return refusal.value.verdict
 
 
+def part_of_the_tensors():
+    return scalars(names=["norm"])
+
+
 def projection():
     return ProjectedGradient(LAYOUT, 3, {"first": torch.ones(3), "norm": torch.ones(2)})
 
@@ -140,11 +150,24 @@ def projection():
         (scalars, lambda h, t: h.update(probe=["rademacher"]), Verdict.MALFORMED),
         (scalars, lambda h, t: t.pop("indices"), Verdict.MALFORMED),
         (scalars, lambda h, t: t.pop("numbers"), Verdict.MALFORMED),
-        (scalars, lambda h, t: t.pop("largest"), Verdict.DTYPE),
+        (scalars, lambda h, t: h.pop("largest"), Verdict.DTYPE),
+        (projection, lambda h, t: t.pop("largest"), Verdict.DTYPE),
         (scalars, lambda h, t: t.update(extra=torch.ones(1)), Verdict.UNKNOWN_TENSOR),
         (scalars, lambda h, t: t.update(indices=t["indices"][:1]), Verdict.MALFORMED),
         (scalars, lambda h, t: t["numbers"].fill_(math.nan), Verdict.NOT_FINITE),
-        (scalars, lambda h, t: t["largest"].fill_(math.inf), Verdict.NOT_FINITE),
+        (projection, lambda h, t: t["largest"].fill_(math.inf), Verdict.NOT_FINITE),
+        (scalars, lambda h, t: h.update(largest=1e39), Verdict.NOT_FINITE),
+        (scalars, lambda h, t: h.update(largest=10**400), Verdict.NOT_FINITE),
+        (scalars, lambda h, t: h.update(largest=-1.0), Verdict.NOT_FINITE),
+        (scalars, lambda h, t: h.update(largest="1"), Verdict.NOT_FINITE),
+        (part_of_the_tensors, lambda h, t: t["tensors"].fill_(0), Verdict.MALFORMED),
+        (part_of_the_tensors, lambda h, t: t["tensors"][:4].fill_(255), Verdict.MALFORMED),
+        (part_of_the_tensors, lambda h, t: t.update(tensors=torch.ones(2)), Verdict.MALFORMED),
+        (
+            part_of_the_tensors,
+            lambda h, t: t.update(tensors=torch.tensor([2, 0, 0, 0, 0, 63], dtype=torch.uint8)),
+            Verdict.MALFORMED,
+        ),
         (scalars, lambda h, t: t.update(numbers=t["numbers"].double()), Verdict.MALFORMED),
         (scalars, lambda h, t: t.update(numbers=torch.ones(3, dtype=torch.int32)), Verdict.DTYPE),
         (projection, lambda h, t: t.pop("ids"), Verdict.MALFORMED),
@@ -178,3 +201,21 @@ def test_probes_are_those_of_the_kernels():
     update = SeedScalars(LAYOUT, 3, 32, [7], [2.0])
     expected = 2.0 * fk.noise(fk.derive_seed(3, 7), 0, (6, 5)).double()
     assert torch.equal(update.dense()["first"], expected)
+
+
+@pytest.mark.parametrize("names", [["first"], ["norm"]])
+def test_a_scope_keeps_the_probes_and_leaves_out_the_other_tensors(names):
+    whole, part = scalars(), scalars(names=names)
+    expected = {name: whole.dense()[name] for name in names}
+    for update in (part, part * 2.0 - part, decode(encode(part), LAYOUT)):
+        assert update.names == tuple(names)
+        assert update.dense().keys() == expected.keys()
+        for name in names:
+            torch.testing.assert_close(update.dense()[name], expected[name], rtol=1e-14, atol=1e-14)
+    squares = sum(float(change.square().sum()) for change in expected.values())
+    for other in (whole, part):
+        assert part.inner(other) == pytest.approx(squares)
+        assert other.inner(part) == pytest.approx(squares)
+    assert part != whole
+    assert decode(encode(part), LAYOUT) == part
+    assert scalars(names=["norm", "first"]) == whole

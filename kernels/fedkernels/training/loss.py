@@ -108,6 +108,32 @@ class _CrossEntropy(torch.autograd.Function):
         return ctx.drows * float(dtotal), None, None, None, None
 
 
+def logit_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy in nats, float32 [rows], and the best index, int64 [rows], of each row.
+
+    logits: [rows, vocabulary], floating; labels: int64 [rows], each an index of the vocabulary, else
+    ValueError. Not differentiable.
+    """
+    check_floating("logits", logits, 2)
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, not {labels.dtype}")
+    check_shape("labels", labels, (len(logits),))
+    if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise ValueError(f"labels has values outside the vocabulary of {logits.shape[1]}")
+    isa = compiled_for(logits)
+    if isa is None:
+        scores = logits.detach().float()
+        wanted = scores.gather(1, labels[:, None])[:, 0]
+        return scores.logsumexp(dim=1) - wanted, scores.argmax(dim=1)
+    from fedkernels import _cpu
+
+    losses = torch.empty(len(logits), dtype=torch.float32)
+    best = torch.empty_like(labels)
+    logits = logits.detach().contiguous()
+    _cpu.cross_entropy_(logits, losses, best, labels.contiguous(), False, isa, threads())
+    return losses, best
+
+
 def causal_loss(model: nn.Module, batch: Mapping[str, Tensor], chunk: int = CHUNK) -> Loss:
     """Return the loss of a Hugging Face causal model, or of peft's wrapping of one, on a batch.
 
@@ -117,7 +143,7 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Tensor], chunk: int = CHUN
     """
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     targets = batch["labels"][:, 1:]
-    parts = _body_and_head(model)
+    parts = body_and_head(model)
     if parts is None:
         logits: Tensor = model(**inputs, use_cache=False).logits
         return _loss_of_logits(logits[:, :-1][targets != IGNORED], targets)
@@ -138,7 +164,7 @@ def _loss_of_logits(logits: Tensor, targets: Tensor) -> Loss:
     return Loss(total, int(wanted.numel()), correct)
 
 
-def _body_and_head(model: nn.Module) -> tuple[Any, Any] | None:
+def body_and_head(model: nn.Module) -> tuple[Any, Any] | None:
     """The transformer body and the head of a causal model, None where they are not enough."""
     causal: Any = model
     if hasattr(causal, "get_base_model"):

@@ -80,6 +80,20 @@ def _linears(*modules: nn.Module) -> list[AdaptedLinear] | None:
     return whole if len(whole) == len(found) else None
 
 
+def _joint(x: Tensor, *modules: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
+    """What gives every module's y of rows like x: one function of frozen linears with adapters.
+
+    A module whose forward pass on this instance is marked ``stands_in`` (whoever put it there says
+    that it is a function of x alone) is called instead, and its siblings with it. None: neither.
+    """
+    if any(getattr(m.__dict__.get("forward"), "stands_in", False) for m in modules):
+        return lambda rows: tuple(module(rows) for module in modules)
+    linears = _linears(*modules)
+    if linears is None or not _multiplies(linears[0], x):
+        return None
+    return lambda rows: adapted_linears(rows, linears)
+
+
 def _multiplies(linear: AdaptedLinear, x: Tensor) -> bool:
     """Whether the types go together; a quantised weight takes either of the two it knows."""
     if isinstance(linear.weight, Tensor):
@@ -112,12 +126,12 @@ def _norm_forward(module: Any, plain: Forward) -> Forward:
 
 def _mlp_forward(module: Any, plain: Forward) -> Forward:
     def forward(x: Tensor) -> Tensor:
-        linears = _linears(module.gate_proj, module.up_proj, module.down_proj)
-        if linears is None or is_watched(module.act_fn) or not _multiplies(linears[0], x):
+        read, write = _joint(x, module.gate_proj, module.up_proj), _joint(x, module.down_proj)
+        if read is None or write is None or is_watched(module.act_fn):
             result: Tensor = plain(x)
             return result
-        gate, up = adapted_linears(x, linears[:2])
-        return adapted_linears(swiglu(gate, up), linears[2:])[0]
+        gate, up = read(x)
+        return write(swiglu(gate, up))[0]
 
     return forward
 
@@ -130,10 +144,12 @@ def _attention_forward(module: Any, plain: Forward) -> Forward:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        linears = _linears(module.q_proj, module.k_proj, module.v_proj, module.o_proj)
+        read = _joint(hidden_states, module.q_proj, module.k_proj, module.v_proj)
+        write = _joint(hidden_states, module.o_proj)
         mask = _mask_of(attention_mask, hidden_states)
         served = (
-            linears is not None
+            read is not None
+            and write is not None
             and past_key_values is None
             and not kwargs.get("output_attentions")
             and kwargs.get("is_causal") is None
@@ -141,9 +157,8 @@ def _attention_forward(module: Any, plain: Forward) -> Forward:
             and module.config._attn_implementation in _ATTENTION_IMPLEMENTATIONS
             and not (module.training and module.attention_dropout > 0)
             and _are_tables(position_embeddings, hidden_states, module.head_dim)
-            and _multiplies(linears[0], hidden_states)
         )
-        if linears is None or not served:
+        if read is None or write is None or not served:
             return plain(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
@@ -151,14 +166,11 @@ def _attention_forward(module: Any, plain: Forward) -> Forward:
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        q, k, v = (
-            y.view(*y.shape[:-1], -1, module.head_dim)
-            for y in adapted_linears(hidden_states, linears[:3])
-        )
+        q, k, v = (y.view(*y.shape[:-1], -1, module.head_dim) for y in read(hidden_states))
         if hasattr(module, "q_norm"):
             q, k = module.q_norm(q), module.k_norm(k)
         out = attention(q, k, v, position_embeddings, mask, module.scaling)
-        return adapted_linears(out.flatten(-2), linears[3:])[0], None
+        return write(out.flatten(-2))[0], None
 
     return forward
 
