@@ -25,6 +25,8 @@ from aggregators.probe_codec import (
 )
 from aggregators.projected import ProjectedGradient
 from aggregators.seed_scalars import SeedScalars
+from aggregators.sketch import Sketch
+from aggregators.sketch_codec import read_sketch, sketch_parts
 from aggregators.update import Update, UpdateRejected, Verdict
 
 SCHEMA = 1
@@ -93,7 +95,7 @@ def encode(update: Update, dtype: str | None = None) -> bytes:
     """An update as bytes: lossless by default, or with float32, bfloat16, float16 or int8 values.
 
     int8 is symmetric with one float32 scale per rank component (Dense: per row). Scalars and
-    coordinates in float16 and int8 are relative to the largest of their vector or tensor.
+    coordinates in float16 and int8 are relative to the largest of their vector, tensor or column.
     """
     header, tensors = update_parts(update, dtype)
     return pack(header, tensors)
@@ -125,6 +127,9 @@ def update_parts(update: Update, dtype: str | None = None) -> tuple[Header, dict
     elif isinstance(update, ProjectedGradient):
         fields, tensors = projected_parts(update, dtype)
         header |= fields
+    elif isinstance(update, Sketch):
+        fields, tensors = sketch_parts(update, dtype)
+        header |= fields
     else:
         raise TypeError(f"no codec for the family {update.family!r}")
     return header, tensors
@@ -144,6 +149,7 @@ def update_from_parts(header: Header, tensors: dict[str, Tensor], layout: Layout
         Dense.family: _read_dense,
         SeedScalars.family: read_seed_scalars,
         ProjectedGradient.family: read_projected,
+        Sketch.family: read_sketch,
     }
     family = header.get("family")
     if not isinstance(family, str) or family not in readers:

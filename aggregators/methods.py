@@ -9,9 +9,9 @@ SketchMethod        the same, seen through the public basis         -> Sketch
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # What leaves the base as it is; peft's other initialisations move a part of it into the adapter.
 Initialisation = Literal["random", "shared", "carry", "previous", "gaussian", "orthogonal"]
@@ -19,6 +19,7 @@ Probe = Literal["rademacher", "popcount", "gaussian", "rank1"]
 Estimator = Literal["spsa", "forward-gradient", "fzoo", "sign", "momentum", "adam", "conservative"]
 Objective = Literal["loss", "accuracy", "exact-match", "rouge-l"]
 Optimiser = Literal["sgd", "adamw"]
+Subset = Literal["all", "owlore", "hft", "green-trainer"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Modules = tuple[str, ...]
 
@@ -82,20 +83,58 @@ class ZerothOrderMethod(_Method):
         return f"{self.pool_size:,} seeds"
 
 
-class ProjectedMethod(_Method):
-    """All weights of ``target_modules`` (() means all) by backpropagation; the change is projected.
+class FirstOrderMethod(_Method):
+    """Backpropagation through the weights of ``target_modules`` (() means all).
 
-    ``coordinates``: K by tensor name, from what the server knows (Ferret, Shu et al., 2024). The
-    probes are those of ``master_seed``, another one each round.
+    ``subset`` chooses among them, anew each round, those that are trained; the others need no
+    gradients and no optimiser state. ``subset_share`` in (0, 1] is how much of them:
+
+        all             every one
+        owlore          layers, drawn by the share of outliers in their weights (OwLore, Li et al., 2024)
+        hft             half of every group of like parameters (HFT, Hui et al., 2024); no share
+        green-trainer   those of the largest gain for a share of the backward pass's operations
+                        (GreenTrainer, Huang et al., 2024)
+
+    With ``gradient_rank`` AdamW's moments of a matrix are kept in so many leading directions of its
+    gradient (GaLore, Zhao et al., 2024): "owlore" with it is the paper's method.
+
+    ``error_feedback``: what a message does not carry is added to the node's next change.
+    """
+
+    target_modules: Modules
+    master_seed: Seed
+    optimiser: Optimiser
+    error_feedback: bool
+    subset: Subset = "all"
+    subset_share: float = Field(default=0.5, gt=0, le=1)
+    gradient_rank: int | None = Field(default=None, ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _has_moments(self) -> Self:
+        if self.gradient_rank is not None and self.optimiser != "adamw":
+            raise ValueError("gradient_rank is for the optimiser 'adamw', which has moments")
+        return self
+
+
+class ProjectedMethod(FirstOrderMethod):
+    """The change is projected on random probes (Ferret, Shu et al., 2024).
+
+    ``coordinates``: K by tensor name, from what the server knows: ``aggregators.allocation``. The
+    probes are those of ``master_seed``, another one each round. ``scale``: "unbiased" is 1/K, as in
+    the paper; "mmse" is shorter and nearest (``ProjectedGradient.shrunk``). Error feedback needs the
+    latter: with the former what is left is longer than what was sent, and grows without bound.
     """
 
     family: Literal["projected_gradient"] = "projected_gradient"
-    target_modules: Modules
-    master_seed: Seed
     probe: Probe
     coordinates: dict[str, Annotated[int, Field(ge=1, le=1 << 20)]]
-    optimiser: Optimiser
-    error_feedback: bool
+    scale: Literal["unbiased", "mmse"] = "mmse"
+
+    @model_validator(mode="after")
+    def _contracts(self) -> Self:
+        if self.error_feedback and self.scale == "unbiased":
+            raise ValueError("error feedback needs the scale 'mmse'; 'unbiased' diverges with it")
+        return self
 
     @property
     def label(self) -> str:
@@ -103,20 +142,18 @@ class ProjectedMethod(_Method):
         return f"K {sum(self.coordinates.values()):,}"
 
 
-class SketchMethod(_Method):
-    """All weights of ``target_modules`` by backpropagation; the change is seen in the public basis.
+class SketchMethod(FirstOrderMethod):
+    """The change is seen in the public basis (``aggregators.Basis``).
 
     ``rank`` columns on the right, ``rank + oversampling`` on the left. The basis comes with the plan,
-    or from ``master_seed`` where the run has none yet.
+    or from ``master_seed`` where the run has none yet. ``cut`` is the reconstruction's, on the server
+    and, for error feedback, on the node.
     """
 
     family: Literal["sketch"] = "sketch"
-    target_modules: Modules
-    master_seed: Seed
     rank: int = Field(ge=1, le=1024)
     oversampling: int = Field(ge=0, le=1024)
-    optimiser: Optimiser
-    error_feedback: bool
+    cut: float = Field(default=0.1, ge=0, lt=1)
 
     @property
     def label(self) -> str:

@@ -19,11 +19,12 @@ from aggregators.layout import Layout
 from aggregators.low_rank import LowRank, stack
 from aggregators.projected import ProjectedGradient
 from aggregators.seed_scalars import SeedScalars
+from aggregators.sketch import Sketch
 from aggregators.update import Update, require_layout
 
 Weighted = tuple[Any, float]
 
-FAMILIES = (LowRank.family, SeedScalars.family, ProjectedGradient.family, Dense.family)
+FAMILIES = tuple(kind.family for kind in (LowRank, SeedScalars, ProjectedGradient, Sketch, Dense))
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Aggregate:
     layout: Layout
 
     def dense(self, layout: Layout | None = None) -> dict[str, Tensor]:
-        """The whole change as float64 tensors."""
+        """The whole change as float64 tensors; of a sketch, which is none yet, its coordinates."""
         require_layout(layout or self.layout, self.layout)
         total: dict[str, Tensor] = {}
         for _, update in sorted(self.updates.items()):

@@ -39,7 +39,7 @@ def seed_scalars_parts(update: SeedScalars, dtype: str | None) -> tuple[dict[str
         "probe": update.probe,
     }
     sections = torch.tensor([len(update.scalars)])
-    tensors = _numbers(update.scalars, sections, dtype)
+    tensors = numbers_parts(update.scalars, sections, dtype)
     if (largest := tensors.pop("largest", None)) is not None:
         # A tensor of its own would cost three times the bytes; nine digits give float32 back.
         header["largest"] = float(f"{float(largest):.9g}")
@@ -57,7 +57,7 @@ def read_seed_scalars(
     pool = header.get("pool")
     if type(pool) is not int or not 1 <= pool <= LARGEST_POOL:
         raise UpdateRejected(Verdict.MALFORMED, f"a pool of {pool!r} seeds")
-    _only(tensors, {"indices", "numbers", "tensors"})
+    only_parts(tensors, {"indices", "numbers", "tensors"})
     coded, numbers = tensors.get("indices"), tensors.get("numbers")
     if coded is None or numbers is None:
         raise UpdateRejected(Verdict.MALFORMED, "seed scalars need coded indices and numbers")
@@ -66,7 +66,7 @@ def read_seed_scalars(
             Verdict.SHAPE, f"numbers {list(numbers.shape)} for a pool of {pool} seeds"
         )
     units = _units(header)
-    scalars = _read_numbers({"numbers": numbers} | units, torch.tensor([len(numbers)]))
+    scalars = read_numbers({"numbers": numbers} | units, torch.tensor([len(numbers)]))
     try:
         indices = decode_indices(_bytes(coded), len(numbers), pool)
         return SeedScalars(
@@ -104,7 +104,7 @@ def projected_parts(update: ProjectedGradient, dtype: str | None) -> tuple[dict[
     ids = torch.tensor([update.layout.tensor_id(name) for name in names], dtype=torch.int32)
     counts = torch.tensor([len(update.coordinates[name]) for name in names], dtype=torch.int32)
     values = torch.cat([update.coordinates[name] for name in names] or [torch.zeros(0).double()])
-    return header, _numbers(values, counts.long(), dtype) | {"ids": ids, "counts": counts}
+    return header, numbers_parts(values, counts.long(), dtype) | {"ids": ids, "counts": counts}
 
 
 def read_projected(
@@ -112,7 +112,7 @@ def read_projected(
 ) -> ProjectedGradient:
     """A projection from what ``projected_parts`` wrote. Raises UpdateRejected alone."""
     seed, probe = _seed(header), _probe(header)
-    _only(tensors, {"ids", "counts", "numbers", "largest"})
+    only_parts(tensors, {"ids", "counts", "numbers", "largest"})
     ids, counts = tensors.get("ids"), tensors.get("counts")
     numbers = tensors.get("numbers")
     if ids is None or counts is None or numbers is None:
@@ -129,7 +129,7 @@ def read_projected(
         len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < len(layout)
     ):
         raise UpdateRejected(Verdict.UNKNOWN_TENSOR, "tensor ids must ascend and be in the layout")
-    values = _read_numbers(tensors, counts.long())
+    values = read_numbers(tensors, counts.long())
     parts = torch.split(values, counts.tolist())
     names = [layout.tensors[index].name for index in ids.tolist()]
     try:
@@ -138,7 +138,7 @@ def read_projected(
         raise UpdateRejected(Verdict.MALFORMED, str(error)) from None
 
 
-def _numbers(values: Tensor, sections: Tensor, dtype: str | None) -> dict[str, Tensor]:
+def numbers_parts(values: Tensor, sections: Tensor, dtype: str | None) -> dict[str, Tensor]:
     """``values`` in the wire's type; a section is what shares one largest value."""
     kind = TYPES[dtype]
     if kind not in RELATIVE:
@@ -154,7 +154,8 @@ def _numbers(values: Tensor, sections: Tensor, dtype: str | None) -> dict[str, T
     return {"numbers": numbers, "largest": largest}
 
 
-def _read_numbers(tensors: dict[str, Tensor], sections: Tensor) -> Tensor:
+def read_numbers(tensors: dict[str, Tensor], sections: Tensor) -> Tensor:
+    """What ``numbers_parts`` wrote, float64. Raises UpdateRejected alone."""
     numbers, largest = tensors["numbers"], tensors.get("largest")
     if numbers.dtype not in TYPES.values():
         raise UpdateRejected(Verdict.DTYPE, f"numbers have the type {numbers.dtype}")
@@ -197,6 +198,7 @@ def _bytes(coded: Tensor) -> bytes:
     return bytes(coded.tolist())
 
 
-def _only(tensors: dict[str, Tensor], known: set[str]) -> None:
+def only_parts(tensors: dict[str, Tensor], known: set[str]) -> None:
+    """Refuse parts that a family does not have."""
     if unknown := sorted(tensors.keys() - known):
         raise UpdateRejected(Verdict.UNKNOWN_TENSOR, f"unknown part {unknown[0]!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -11,6 +12,8 @@ from torch import Tensor
 
 import fedkernels as fk
 from aggregators.layout import Layout
+from aggregators.probe_sums import probe_products, probe_sum
+from aggregators.sketch import Sketch
 from aggregators.update import require_layout
 
 
@@ -60,18 +63,12 @@ class ProjectedGradient:
     ) -> ProjectedGradient:
         """Project ``change`` (name -> tensor of the layout's shape) on ``counts[name]`` probes each."""
         found = {}
+        seeds = _pool(master_seed, max((counts[name] for name in change), default=0))
         for name, tensor in change.items():
             if tuple(tensor.shape) != layout.shape(name):
                 raise ValueError(f"layer {name!r}: shape {list(tensor.shape)} is not the layout's")
-            seeds = [fk.derive_seed(master_seed, k) for k in range(counts[name])]
             tensor_id = layout.tensor_id(name)
-            found[name] = torch.tensor(
-                [
-                    float((tensor.double() * fk.noise(seed, tensor_id, tensor.shape, probe)).sum())
-                    for seed in seeds
-                ],
-                dtype=torch.float64,
-            )
+            found[name] = probe_products(tensor, seeds[: counts[name]], tensor_id, probe)
         return cls(layout, master_seed, found, probe)
 
     @property
@@ -90,14 +87,28 @@ class ProjectedGradient:
         return {name: self.dense_tensor(name) for name in self.coordinates}
 
     def dense_tensor(self, name: str) -> Tensor:
-        """The change of one tensor, float64; probes are made one at a time."""
-        shape, tensor_id = self.layout.shape(name), self.layout.tensor_id(name)
+        """The change of one tensor, float64."""
         values = self.coordinates[name]
-        total = torch.zeros(shape, dtype=torch.float64)
-        for k, value in enumerate((values / len(values)).tolist()):
-            seed = fk.derive_seed(self.master_seed, k)
-            total += value * fk.noise(seed, tensor_id, shape, self.probe).double()
-        return total
+        return probe_sum(
+            self.layout.shape(name),
+            self._seeds[: len(values)],
+            values / len(values),
+            self.layout.tensor_id(name),
+            self.probe,
+        )
+
+    def shrunk(self) -> ProjectedGradient:
+        """The same direction at the length of least expected squared error (``shrinkage``).
+
+        What a projection stands for is unbiased, and sqrt((K + d) / K) times too long: averaging over
+        rounds takes that away. Error feedback cannot, for a residual would grow by sqrt(d / K) a
+        round; it needs this scale, of which what is left is shorter than what was.
+        """
+        scaled = {}
+        for name, values in self.coordinates.items():
+            elements = math.prod(self.layout.shape(name))
+            scaled[name] = values * shrinkage(len(values), elements, self.probe)
+        return ProjectedGradient(self.layout, self.master_seed, scaled, self.probe)
 
     def __mul__(self, coefficient: float) -> ProjectedGradient:
         scaled = {name: values * float(coefficient) for name, values in self.coordinates.items()}
@@ -150,6 +161,8 @@ class ProjectedGradient:
     def inner(self, other: Any) -> float:
         """Inner product with an update of any family, tensor by tensor."""
         require_layout(other.layout, self.layout)
+        if isinstance(other, Sketch):
+            return other.inner(self)
         theirs = {} if other is self else other.dense()
         total = 0.0
         for name in self.coordinates:
@@ -159,22 +172,54 @@ class ProjectedGradient:
             total += float((mine * (mine if other is self else theirs[name])).sum())
         return total
 
+    @functools.cached_property
+    def _seeds(self) -> list[int]:
+        return _pool(self.master_seed, max(self.counts.values(), default=0))
+
     def __repr__(self) -> str:
         counts = sorted(set(self.counts.values()))
         return f"ProjectedGradient({len(self.coordinates)} tensors, K {counts}, {self.probe})"
 
 
-# E[z^4] of the probes' elements, where the variance is 1.
+# E[z^4] of an element of a probe: what the squared length of a probe varies by.
 KURTOSIS = {"rademacher": 1.0, "popcount": 3.0 - 2.0 / 32, "gaussian": 3.0, "rank1": 1.0}
 
 
-def shrinkage(update: ProjectedGradient) -> dict[str, float]:
-    """K / (K + d + kurtosis - 2) by tensor: the gain of least mean squared error, d its elements.
+def shrinkage(count: int, elements: int, probe: str = "rademacher") -> float:
+    """K / (K + d + kappa - 2): the c that minimises E || c/K sum_k <D, z_k> z_k - D ||^2.
 
-    E |c/K sum <D, z> z - D|^2 is least for this c where D is any change of d elements.
+    It is <D, E> / E||.||^2 of the unbiased estimate, whose mean is D and whose second moment is
+    ||D||^2 (K + d + kappa - 2) / K, kappa the fourth moment of a probe's elements. For rank-one probes
+    elements are only pairwise independent, but their squared length is always d, as if kappa were 1.
     """
-    gains = {}
-    for name, count in update.counts.items():
-        size = math.prod(update.layout.shape(name))
-        gains[name] = count / (count + size + KURTOSIS[update.probe] - 2)
-    return gains
+    return count / (count + elements + KURTOSIS[probe] - 2.0)
+
+
+def allocation(norms: Mapping[str, float], total: int) -> dict[str, int]:
+    """``total`` probes over tensors in proportion to ``norms``, at least one each.
+
+    ``norms``: name -> norm of the last aggregate's change, known to all. Largest remainders get what
+    rounding leaves, ties go by name; all zero means equal parts. ValueError for a norm that is negative
+    or not finite, and for fewer probes than tensors.
+    """
+    if total < len(norms):
+        raise ValueError(f"{total} probes are too few for {len(norms)} tensors")
+    if not all(math.isfinite(norm) and norm >= 0 for norm in norms.values()):
+        raise ValueError("norms must be finite and not negative")
+    spare = total - len(norms)
+    largest = max(norms.values(), default=0.0)
+    # Relative to the largest, so that no sum overflows and equal ratios give equal parts.
+    parts = {name: norm / largest if largest > 0 else 1.0 for name, norm in norms.items()}
+    whole = math.fsum(parts.values())
+    shares = {name: spare * part / whole for name, part in parts.items()}
+    counts = {name: int(share) for name, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda name: (counts[name] - shares[name], name))
+    for name in by_remainder[: spare - sum(counts.values())]:
+        counts[name] += 1
+    return {name: 1 + counts[name] for name in norms}
+
+
+# One for each probe, and the same for every tensor, node and pass of a round.
+@functools.lru_cache(maxsize=8)
+def _pool(master_seed: int, count: int) -> list[int]:
+    return [fk.derive_seed(master_seed, k) for k in range(count)]

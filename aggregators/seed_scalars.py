@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fedkernels as fk
 from aggregators.layout import Layout
+from aggregators.sketch import Sketch
 from aggregators.update import require_layout
 
 LARGEST_POOL = 1 << 24
@@ -151,6 +152,8 @@ class SeedScalars:
     def inner(self, other: Any) -> float:
         """Inner product with an update of any family, tensor by tensor."""
         require_layout(other.layout, self.layout)
+        if isinstance(other, Sketch):
+            return other.inner(self)
         if len(self.indices) == 0:
             return 0.0
         theirs = None if isinstance(other, SeedScalars) else other.dense()

@@ -3,6 +3,7 @@
     UpdateRejected          anything that a node's bytes can be wrong in, with its Verdict
 
 An update is an element of a vector space: ``dense(a * u + b * v) == a * dense(u) + b * dense(v)``.
+For all families but one ``dense`` is the change of the weights; for "sketch" it is the coordinates.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Verdict(StrEnum):
     WRONG_NODE = "wrong_node"
     WRONG_LAYOUT = "wrong_layout"
     WRONG_BASE = "wrong_base"
+    WRONG_BASIS = "wrong_basis"
     WRONG_FAMILY = "wrong_family"
     DUPLICATE = "duplicate"
     DIVERGED = "diverged"
@@ -91,7 +93,10 @@ class Update(Protocol):
         ...
 
     def inner(self, other: Any) -> float:
-        """Inner product with another update of the same layout, of any family."""
+        """Inner product with another update of the same layout, of any family but "sketch".
+
+        A sketch's coordinates are of a space of their own: it has one with sketches of its basis.
+        """
         ...
 
 

@@ -146,9 +146,16 @@ def _with(model: GlobalModel, change: Update, configuration: RunConfiguration) -
         return replace(model, sums=_with_scalars(model.sums, change, configuration))
     if isinstance(change, ProjectedGradient):
         mmse = configuration.projected.gain == "mmse"
-        gains = shrinkage(change) if mmse else None
+        gains = _shrunk(change) if mmse else None
         return replace(model, sums=(*model.sums, ProbeSum.of_projection(change, gains)))
     raise TypeError(f"no state for the family {change.family!r}")
+
+
+def _shrunk(change: ProjectedGradient) -> dict[str, float]:
+    return {
+        name: shrinkage(count, math.prod(change.layout.shape(name)), change.probe)
+        for name, count in change.counts.items()
+    }
 
 
 def _with_scalars(

@@ -14,6 +14,7 @@ from aggregators import Layout, match_targets
 from aggregators.messages import Capabilities, Plan
 from aggregators.methods import LoraMethod, Method, ProjectedMethod, ZerothOrderMethod
 from aggregators.presets import PRESETS
+from aggregators.projected import allocation
 from fedserver.configuration import ConfigurationError, RunConfiguration
 
 # What every strand has its own of, and every node may have.
@@ -165,17 +166,13 @@ def _projected(
         target_modules=modules,
         master_seed=_seed(configuration, "projection", round_number),
         probe=settings.probe,
-        coordinates=allocation(layout, names, settings.coordinates),
+        # What a change's norm is like where nothing is known of it yet.
+        coordinates=allocation(
+            {name: math.sqrt(math.prod(layout.shape(name))) for name in names}, settings.coordinates
+        ),
         optimiser=settings.optimiser,
         error_feedback=settings.error_feedback,
     )
-
-
-def allocation(layout: Layout, names: Sequence[str], total: int) -> dict[str, int]:
-    """``total`` coordinates over tensors in proportion to the roots of their sizes, one at least."""
-    roots = {name: math.sqrt(math.prod(layout.shape(name))) for name in names}
-    whole = math.fsum(roots.values())
-    return {name: max(1, round(total * root / whole)) for name, root in roots.items()}
 
 
 def _seed(configuration: RunConfiguration, *parts: Any) -> int:

@@ -1,0 +1,265 @@
+"""The public basis of sketches: random at first, then one step of power iteration a round.
+
+Every node of a round uses the same basis, so their sketches add. It follows from the run's seed and
+its aggregates, hence from the ledger; because factorisations round differently on unlike machines it
+is also a message, and its digest, not the way to it, is what must agree.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fedkernels as fk
+from aggregators.codec import pack, unpack
+from aggregators.layout import Layout
+from aggregators.sketch import Sketch, leading
+from aggregators.update import UpdateRejected, Verdict
+
+SCHEMA = 1
+# Seeds of one basis's streams: the first right sides, the first left sides, then fresh columns.
+RIGHT, LEFT, FRESH = 0, 1, 2
+# A column that keeps less than this beside the earlier ones is made of them.
+DEPENDENT = 1e-4
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Q float32 [n, r] and Y float32 [m, r + p] of one matrix [m, n], each of orthonormal columns."""
+
+    Q: Tensor
+    Y: Tensor
+
+
+class Basis:
+    """What the changes of a layout's tensors are seen through. Immutable.
+
+    ``sides``: name -> (Q, Y). ``whole``: names of tensors that are sent as they are. ``refinement``
+    counts the steps since the random basis of ``master_seed``. Raises ValueError for tensors that the
+    layout does not have and for sides that do not fit.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        sides: Mapping[str, tuple[Tensor, Tensor]],
+        whole: Iterable[str] = (),
+        master_seed: int = 0,
+        refinement: int = 0,
+    ) -> None:
+        if not 0 <= master_seed < 2**63 or refinement < 0:
+            raise ValueError(f"no basis has the seed {master_seed} and {refinement} refinements")
+        self._layout = layout
+        self.master_seed, self.refinement = master_seed, refinement
+        whole = set(whole)
+        for name in [*sides, *whole]:
+            if name not in layout:
+                raise ValueError(f"the layout has no tensor {name!r}")
+            if name in sides and name in whole:
+                raise ValueError(f"layer {name!r}: it is sketched or whole, not both")
+        for name, (q, y) in sides.items():
+            _check(layout, name, q, y)
+        self.sides = {name: Sides(*sides[name]) for name in sorted(sides, key=layout.tensor_id)}
+        self.whole = tuple(sorted(whole, key=layout.tensor_id))
+
+    @classmethod
+    def random(
+        cls, layout: Layout, names: Iterable[str], master_seed: int, rank: int, oversampling: int
+    ) -> Basis:
+        """The basis before anything is known: Gaussian probes, made orthonormal.
+
+        A tensor that its views would not make smaller is whole: vectors, and matrices [m, n] with
+        m r + n (r + p) >= m n or with less than r + p rows or columns. The columns of a smaller rank
+        are the first ones of a larger. Raises ValueError for a rank below 1, oversampling below 0 and
+        names that the layout does not have.
+        """
+        if rank < 1 or oversampling < 0:
+            raise ValueError(f"rank {rank} with oversampling {oversampling} is no basis")
+        sides: dict[str, tuple[Tensor, Tensor]] = {}
+        whole = []
+        for name in names:
+            if name not in layout:
+                raise ValueError(f"the layout has no tensor {name!r}")
+            shape, wide = layout.shape(name), rank + oversampling
+            if not _shrinks(shape, rank, wide):
+                whole.append(name)
+            else:
+                tensor_id = layout.tensor_id(name)
+                right = _noise(master_seed, RIGHT, tensor_id, shape[1], rank)
+                left = _noise(master_seed, LEFT, tensor_id, shape[0], wide)
+                sides[name] = (
+                    independent([right], rank).float(),
+                    independent([left], wide).float(),
+                )
+        return cls(layout, sides, whole, master_seed)
+
+    def refined(self, aggregate: Sketch) -> Basis:
+        """The next basis, from the sum of sketches in this one: one step of power iteration.
+
+        P = D Q leads to left singular vectors of the change, R = D^T Y to right ones: the new Q is
+        R's r leading left singular vectors, and Y begins with P's. Of Y's other p columns the first
+        half are what the old Y saw most of: without this memory the two iterations do not know of each
+        other, and where singular values are close P may turn to where Y is blind. The rest are fresh
+        random columns, which see what is new. Where the aggregate has no change, or one of a smaller
+        rank, earlier columns stay. ValueError for a sketch in another basis.
+        """
+        if aggregate.basis_digest != self.digest:
+            raise ValueError("a basis is refined by a sketch in it, and this one is of another")
+        following: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, old in self.sides.items():
+            rank, wide = old.Q.shape[1], old.Y.shape[1]
+            left, seen, right = old.Y[:, :0], old.Y[:, :0], old.Q[:, :0]
+            if name in aggregate.views:
+                view = aggregate.views[name]
+                left, _ = leading(view.P)
+                right, mixture = leading(view.R)
+                seen = old.Y.double() @ mixture
+            stream, tensor_id = FRESH + self.refinement, self.layout.tensor_id(name)
+            fresh = _noise(self.master_seed, stream, tensor_id, old.Y.shape[0], wide)
+            known = independent([left, seen, old.Y], rank + (wide - rank) // 2)
+            following[name] = (
+                independent([right, old.Q], rank).float(),
+                independent([known, fresh], wide).float(),
+            )
+        return Basis(self.layout, following, self.whole, self.master_seed, self.refinement + 1)
+
+    @property
+    def layout(self) -> Layout:
+        """The coordinate system."""
+        return self._layout
+
+    @property
+    def size(self) -> int:
+        """How many numbers a sketch of all its tensors has."""
+        viewed = sum(len(s.Y) * s.Q.shape[1] + len(s.Q) * s.Y.shape[1] for s in self.sides.values())
+        return viewed + Layout({name: self.layout.shape(name) for name in self.whole}).elements
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of ``to_bytes``."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def check(self, sketch: Sketch) -> None:
+        """Raise UpdateRejected unless ``sketch`` is one in this basis; fewer tensors are allowed."""
+        if sketch.layout != self.layout:
+            raise UpdateRejected(Verdict.WRONG_LAYOUT, "the sketch is of another layout")
+        if sketch.basis_digest != self.digest:
+            raise UpdateRejected(
+                Verdict.WRONG_BASIS,
+                f"a sketch in the basis {sketch.basis_digest[:12]}, this round's is"
+                f" {self.digest[:12]}",
+            )
+        for name, view in sketch.views.items():
+            if name not in self.sides:
+                raise UpdateRejected(
+                    Verdict.UNKNOWN_TENSOR, f"layer {name!r} is not sketched in this basis"
+                )
+            widths = (view.P.shape[1], view.R.shape[1])
+            expected = (self.sides[name].Q.shape[1], self.sides[name].Y.shape[1])
+            if widths != expected:
+                raise UpdateRejected(
+                    Verdict.SHAPE, f"layer {name!r}: widths {widths}, the basis has {expected}"
+                )
+        for name in sketch.whole:
+            if name not in self.whole:
+                raise UpdateRejected(
+                    Verdict.UNKNOWN_TENSOR, f"layer {name!r} is not sent whole in this basis"
+                )
+
+    def to_bytes(self) -> bytes:
+        """Deterministic bytes."""
+        tensors: dict[str, Tensor] = {}
+        for name, sides in self.sides.items():
+            tensors |= {f"{name}#Q": sides.Q, f"{name}#Y": sides.Y}
+        header = {
+            "schema": SCHEMA,
+            "basis": self.layout.fingerprint,
+            "seed": self.master_seed,
+            "refinement": self.refinement,
+            "whole": [self.layout.tensor_id(name) for name in self.whole],
+        }
+        return pack(header, tensors)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, layout: Layout) -> Basis:
+        """Read ``to_bytes``'s bytes. ValueError for anything else."""
+        try:
+            header, tensors = unpack(data)
+        except UpdateRejected as error:
+            raise ValueError(f"not a basis: {error}") from None
+        if header.get("schema") != SCHEMA or header.get("basis") != layout.fingerprint:
+            raise ValueError("this basis is of another layout, or no basis")
+        seed, refinement, whole = (header.get(key) for key in ("seed", "refinement", "whole"))
+        if type(seed) is not int or type(refinement) is not int or not isinstance(whole, list):
+            raise ValueError("not a basis: its header is incomplete")
+        if not all(type(index) is int and 0 <= index < len(layout) for index in whole):
+            raise ValueError("not a basis: it names tensors that the layout does not have")
+        names = {key.rpartition("#")[0] for key in tensors}
+        expected = {f"{name}#{part}" for name in names for part in "QY"}
+        if unlike := sorted(expected ^ tensors.keys()):
+            raise ValueError(f"not a basis: {unlike[0]!r} is missing or has no place")
+        sides = {name: (tensors[f"{name}#Q"], tensors[f"{name}#Y"]) for name in names}
+        return cls(layout, sides, [layout.tensors[i].name for i in whole], seed, refinement)
+
+    def __repr__(self) -> str:
+        return f"Basis({len(self.sides)} matrices, {len(self.whole)} whole, {self.digest[:12]})"
+
+
+def independent(blocks: Sequence[Tensor], width: int) -> Tensor:
+    """The first ``width`` independent directions of the blocks' columns: orthonormal float64 [., width].
+
+    Gram and Schmidt's way, twice over and in float64: unlike a library's QR it has no freedom of
+    sign, and leaves out what depends on earlier columns. ValueError where there are too few.
+    """
+    columns = torch.cat([block.double() for block in blocks], dim=1)
+    found = torch.zeros(columns.shape[0], width, dtype=torch.float64)
+    count = 0
+    for column in columns.T:
+        if count == width:
+            break
+        size = column.norm()
+        for _ in range(2):
+            column = column - found[:, :count] @ (found[:, :count].T @ column)
+        rest = column.norm()
+        if rest > DEPENDENT * size:
+            found[:, count] = column / rest
+            count += 1
+    if count < width:
+        raise ValueError(f"there are {count} independent columns, and {width} are needed")
+    return found
+
+
+def _shrinks(shape: Sequence[int], rank: int, wide: int) -> bool:
+    if len(shape) != 2 or wide > min(shape):
+        return False
+    rows, columns = shape
+    return rows * rank + columns * wide < rows * columns
+
+
+def _noise(master_seed: int, stream: int, tensor_id: int, rows: int, columns: int) -> Tensor:
+    """Gaussian columns; fewer columns are the first ones of more."""
+    seed = fk.derive_seed(master_seed, stream)
+    return fk.noise(seed, tensor_id, (columns, rows), "gaussian").T
+
+
+def _check(layout: Layout, name: str, q: Tensor, y: Tensor) -> None:
+    shape = layout.shape(name)
+    if len(shape) != 2 or q.ndim != 2 or y.ndim != 2 or (y.shape[0], q.shape[0]) != shape:
+        raise ValueError(
+            f"layer {name!r}: Q {list(q.shape)} and Y {list(y.shape)} are no sides of a matrix of"
+            f" shape {list(shape)}"
+        )
+    if not 1 <= q.shape[1] <= y.shape[1] <= min(shape):
+        raise ValueError(f"layer {name!r}: Q has {q.shape[1]} columns, and Y {y.shape[1]}")
+    for side in (q, y):
+        if side.dtype != torch.float32:
+            raise ValueError(f"layer {name!r}: sides are float32, not {side.dtype}")
+        gram = side.double().T @ side.double()
+        # Written so that NaN fails.
+        if not bool(((gram - torch.eye(len(gram))).abs() < 1e-3).all()):
+            raise ValueError(f"layer {name!r}: a side's columns are not orthonormal")
