@@ -11,6 +11,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,6 +174,10 @@ class Basis:
 
     def to_bytes(self) -> bytes:
         """Deterministic bytes."""
+        return pack(*self.parts())
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Header and tensors, for a message that carries more beside them."""
         tensors: dict[str, Tensor] = {}
         for name, sides in self.sides.items():
             tensors |= {f"{name}#Q": sides.Q, f"{name}#Y": sides.Y}
@@ -183,7 +188,7 @@ class Basis:
             "refinement": self.refinement,
             "whole": [self.layout.tensor_id(name) for name in self.whole],
         }
-        return pack(header, tensors)
+        return header, tensors
 
     @classmethod
     def from_bytes(cls, data: bytes, layout: Layout) -> Basis:
@@ -192,6 +197,13 @@ class Basis:
             header, tensors = unpack(data)
         except UpdateRejected as error:
             raise ValueError(f"not a basis: {error}") from None
+        return cls.from_parts(header, tensors, layout)
+
+    @classmethod
+    def from_parts(
+        cls, header: dict[str, Any], tensors: dict[str, Tensor], layout: Layout
+    ) -> Basis:
+        """What ``parts`` wrote. ValueError for anything else."""
         if header.get("schema") != SCHEMA or header.get("basis") != layout.fingerprint:
             raise ValueError("this basis is of another layout, or no basis")
         seed, refinement, whole = (header.get(key) for key in ("seed", "refinement", "whole"))

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from aggregators.basis import Basis
 from aggregators.codec import WIRE_DTYPES, unpack, update_from_parts
 from aggregators.layout import Layout
 from aggregators.messages import Envelope, Plan, Report, body_digest, open_reply, shared_a
 from aggregators.methods import LoraMethod
-from aggregators.probe_checks import check_coordinates, check_scalars
+from aggregators.probe_checks import check_coordinates, check_scalars, check_sketch
 from aggregators.projected import ProjectedGradient
 from aggregators.seed_scalars import SeedScalars
+from aggregators.sketch import Sketch
 from aggregators.update import Update, UpdateRejected, Verdict
 
 ALL_LINEAR = "all-linear"
@@ -26,7 +28,9 @@ LARGEST_NORM = 1e15
 
 @dataclass(frozen=True)
 class GateContext:
-    """What the server knows when a reply arrives. ``view``: digest of what the node was sent."""
+    """What the server knows when a reply arrives. ``view``: digest of what the node was sent,
+    ``basis``: the round's, where sketches are asked for.
+    """
 
     layout: Layout
     plan: Plan
@@ -34,6 +38,7 @@ class GateContext:
     max_bytes: int = 1 << 30
     max_examples: int = 10**7
     view: str | None = None
+    basis: Basis | None = None
 
 
 @dataclass(frozen=True)
@@ -145,11 +150,20 @@ def _read_update(body: bytes, context: GateContext) -> Update:
             tensors = _with_shared_a(tensors, context)
     update = update_from_parts(header, tensors, context.layout)
     if isinstance(update, SeedScalars):
-        check_scalars(update, plan.method)
+        check_scalars(update, plan.method, _reach(plan, context.layout))
     elif isinstance(update, ProjectedGradient):
         check_coordinates(update, plan.method)
+    elif isinstance(update, Sketch):
+        check_sketch(update, context.basis)
     _check_norm(update, plan)
     return update
+
+
+def _reach(plan: Plan, layout: Layout) -> list[str] | None:
+    """The tensors that a plan's probes reach; None for all."""
+    modules = plan.method.target_modules
+    names = match_targets(layout, modules)
+    return names if modules and len(names) < len(layout) else None
 
 
 def _check_tensors(tensors: dict[str, Tensor], context: GateContext) -> None:

@@ -13,13 +13,15 @@ STRANDS: tuple[str, ...] = get_args(Strand)
 class Preset:
     """One federated method.
 
-    ``strand``: how all nodes train; None: each as its own entry says, LoRA where it says nothing. The
-    rest is of LoRA nodes. ``view``: "capped" (rank limit), "whole", or "node_rank".
+    ``strand``: how all nodes train; None: each as its own entry says, LoRA where it says nothing.
+    ``basis``: of projected nodes; None: as the scenario says. The rest is of LoRA nodes. ``view``:
+    "capped" (rank limit), "whole", or "node_rank".
     """
 
     name: str
     summary: str
     strand: Strand | None = "lora"
+    basis: Literal["adaptive", "random"] | None = None
     start: Literal["fresh", "view"] = "fresh"
     init: str = "random"
     train_a: bool = True
@@ -43,7 +45,9 @@ PRESETS: dict[str, Preset] = {
         Preset("fedkseed", "forward passes alone; scalars along a pool of seeds (Qin et al., 2024)",
                strand="zeroth-order"),
         Preset("ferret", "all weights by backpropagation, projected on random probes (Shu et al., 2024)",
-               strand="projected"),
+               strand="projected", basis="random"),
+        Preset("braid-projected", "the same, seen through a public basis that follows the aggregate",
+               strand="projected", basis="adaptive"),
         Preset("mixed", "each node by its own strand; the families of a round add", strand=None),
     )
 }  # fmt: skip

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aggregators.basis import Basis
 from aggregators.methods import ProjectedMethod, ZerothOrderMethod
 from aggregators.projected import ProjectedGradient
 from aggregators.seed_scalars import SeedScalars
+from aggregators.sketch import Sketch
 from aggregators.update import UpdateRejected, Verdict
 
 # Beyond this no model survives the step, and the sum's integers would lose their finest digits.
 LARGEST_NUMBER = 2.0**30
 
 
-def check_scalars(update: SeedScalars, method: Any) -> None:
-    """Refuse scalars of another pool than the plan's, and numbers that no walk makes."""
+def check_scalars(update: SeedScalars, method: Any, names: Sequence[str] | None) -> None:
+    """Refuse scalars of another pool than the plan's, and numbers that no walk makes.
+
+    ``names``: the tensors that the plan's probes reach, None for all.
+    """
     assert isinstance(method, ZerothOrderMethod)
-    asked = (method.master_seed, method.pool_size, method.probe)
+    asked = (
+        method.master_seed,
+        method.pool_size,
+        method.probe,
+        None if names is None else tuple(names),
+    )
     if update.pool != asked:
         raise UpdateRejected(
             Verdict.POOL,
-            f"pool of {update.pool_size} {update.probe} probes of seed {update.master_seed}, the plan"
-            f" asks for {method.pool_size} {method.probe} of {method.master_seed}",
+            f"pool of {update.pool_size} {update.probe} probes of seed {update.master_seed} over"
+            f" {_extent(update.names)}, the plan asks for {method.pool_size} {method.probe} of"
+            f" {method.master_seed} over {_extent(names)}",
         )
     _check_numbers(update.scalars, "scalar")
 
@@ -52,6 +64,19 @@ def check_coordinates(update: ProjectedGradient, method: Any) -> None:
         _check_numbers(values, f"layer {name!r}: coordinate")
     if missing := sorted(method.coordinates.keys() - update.coordinates.keys()):
         raise UpdateRejected(Verdict.SHAPE, f"layer {missing[0]!r} has no coordinates")
+
+
+def check_sketch(update: Sketch, basis: Basis | None) -> None:
+    """Refuse sketches in another basis than the round's, and those of no change."""
+    if basis is None:
+        raise UpdateRejected(Verdict.WRONG_BASIS, "a sketch, and the round has no basis")
+    basis.check(update)
+    if update.squared_norm() == 0.0:
+        raise UpdateRejected(Verdict.EMPTY, "every coordinate is zero: there is no change")
+
+
+def _extent(names: Sequence[str] | None) -> str:
+    return "all tensors" if names is None else f"{len(names)} tensors"
 
 
 def _check_numbers(values: Tensor, what: str) -> None:

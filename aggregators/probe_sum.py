@@ -63,11 +63,18 @@ class ProbeSum:
 
     @classmethod
     def pool(
-        cls, layout: Layout, master_seed: int, pool_size: int, probe: str, exponent: int
+        cls,
+        layout: Layout,
+        master_seed: int,
+        pool_size: int,
+        probe: str,
+        exponent: int,
+        names: Iterable[str] | None = None,
     ) -> ProbeSum:
-        """No change yet along the probes of a pool, which cover all tensors of the layout."""
-        names = {spec.name: 0 for spec in layout}
-        return cls(layout, master_seed, probe, exponent, [torch.zeros(pool_size)], names)
+        """No change yet along the probes of a pool, which reach ``names`` (None: all tensors)."""
+        reached = [spec.name for spec in layout] if names is None else names
+        places = dict.fromkeys(reached, 0)
+        return cls(layout, master_seed, probe, exponent, [torch.zeros(pool_size)], places)
 
     @classmethod
     def of_projection(
@@ -93,7 +100,7 @@ class ProbeSum:
         Steps are doubled where a total would leave 32 bits. Raises ValueError for another pool.
         """
         require_layout(update.layout, self.layout)
-        if len(self.vectors) != 1 or update.pool != (self.master_seed, self.size, self.probe):
+        if not self.is_of(update):
             raise ValueError(f"the pool {update.pool} is not this sum's")
         steps = torch.round(torch.ldexp(update.scalars, torch.tensor(-self.exponent)))
         if len(steps) and float(steps.abs().max()) > 2**62:
@@ -103,6 +110,12 @@ class ProbeSum:
         while int(totals.abs().max()) > LARGEST_TOTAL:
             totals, exponent = torch.round(totals.double() / 2).to(torch.int64), exponent + 1
         return ProbeSum(self.layout, self.master_seed, self.probe, exponent, [totals], self.places)
+
+    def is_of(self, update: SeedScalars) -> bool:
+        """Whether scalars are along this sum's probes."""
+        names = tuple(self.places) if len(self.places) < len(self.layout) else None
+        own = (self.master_seed, self.size, self.probe, names)
+        return len(self.vectors) == 1 and update.pool == own
 
     @property
     def size(self) -> int:

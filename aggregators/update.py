@@ -38,7 +38,6 @@ class Verdict(StrEnum):
     DTYPE = "dtype"
     RANK = "rank"
     POOL = "pool"
-    BASIS = "basis"
     EMPTY = "empty"
     OVERFLOW = "overflow"
     NOT_FINITE = "not_finite"

@@ -7,33 +7,46 @@ rounding; others put them beside the base (docs/architecture.md).
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from aggregators.basis import Basis
 from aggregators.codec import Header, pack, update_from_parts, update_parts
+from aggregators.dense import Dense
 from aggregators.layout import Layout
 from aggregators.low_rank import LowRank
 from aggregators.probe_sum import ProbeSum
 from aggregators.update import UpdateRejected, Verdict
 
 Factors = tuple[Tensor, Tensor, Tensor]
-ADAPTER, SUMS = "adapter", "sums"
+ADAPTER, SUMS, WHOLE, BASIS = "adapter", "sums", "whole", "basis"
 
 
 @dataclass(frozen=True)
 class View:
-    """``adapter``: low-rank change, None for none. ``sums``: change along probes, exact."""
+    """``adapter``: low-rank change, None for none. ``sums``: change along probes, exact.
+
+    ``whole``: change of small tensors, element by element. ``basis``: no change, but what a node that
+    sends a sketch is to see its own through.
+    """
 
     adapter: LowRank | None = None
     sums: tuple[ProbeSum, ...] = ()
+    whole: Dense | None = None
+    basis: Basis | None = None
 
     @property
     def empty(self) -> bool:
         """Whether this is the base model itself."""
-        return self.adapter is None and not any(one.used for one in self.sums)
+        return self.adapter is None and not self.full_rank
+
+    @property
+    def full_rank(self) -> bool:
+        """Whether there is change that no adapter holds."""
+        return self.whole is not None or any(one.used for one in self.sums)
 
     def factors(self) -> dict[str, Factors] | None:
         """The adapter's float32 factors (B, A, scale) by tensor name; None where there is none."""
@@ -52,6 +65,8 @@ class View:
             factors = self.adapter.factors[name]
             change = (factors.B.double() * factors.scale) @ factors.A.double()
             result = change.add_(weight.double()).float()
+        if self.whole is not None and name in self.whole.tensors:
+            result = (result.double() + self.whole.tensors[name]).float()
         for one in self.sums:
             one.replay_(name, result)
         return result
@@ -60,7 +75,7 @@ class View:
         """SHA-256 of what the view says; "" for the base itself."""
         if self.empty:
             return ""
-        header, tensors = view_parts(self, None)
+        header, tensors = view_parts(replace(self, basis=None), None)
         return hashlib.sha256(pack(header, tensors)).hexdigest()
 
     def as_sent(self, dtype: str | None) -> View:
@@ -70,7 +85,7 @@ class View:
         header, tensors = update_parts(self.adapter, dtype)
         adapter = update_from_parts(header, tensors, self.adapter.layout)
         assert isinstance(adapter, LowRank)
-        return View(adapter, self.sums)
+        return replace(self, adapter=adapter)
 
 
 @dataclass(frozen=True)
@@ -99,21 +114,25 @@ def view_parts(view: View, dtype: str | None) -> tuple[Header, dict[str, Tensor]
             fields, totals = one.parts(f"{SUMS}.{place}.")
             header[SUMS].append(fields)
             tensors |= totals
+    if view.whole is not None:
+        header[WHOLE], elements = update_parts(view.whole, "float32")
+        tensors |= {f"{WHOLE}.{key}": tensor for key, tensor in elements.items()}
+    if view.basis is not None:
+        header[BASIS], sides = view.basis.parts()
+        tensors |= {f"{BASIS}.{key}": tensor for key, tensor in sides.items()}
     return header, tensors
 
 
 def read_view(header: dict[str, Any], tensors: dict[str, Tensor], layout: Layout) -> View:
     """The view that ``view_parts`` wrote. Raises UpdateRejected for anything else."""
-    adapter = None
-    if ADAPTER in header:
-        prefix = f"{ADAPTER}."
-        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        if not isinstance(header[ADAPTER], dict):
-            raise UpdateRejected(Verdict.MALFORMED, "the view's adapter is not a JSON object")
-        found = update_from_parts(header[ADAPTER], own, layout)
-        if not isinstance(found, LowRank):
-            raise UpdateRejected(Verdict.WRONG_FAMILY, f"a view cannot be {found.family!r}")
-        adapter = found
+    adapter = _part(header, tensors, ADAPTER, LowRank, layout)
+    whole = _part(header, tensors, WHOLE, Dense, layout)
+    basis = None
+    if BASIS in header:
+        try:
+            basis = Basis.from_parts(header[BASIS], _own(tensors, BASIS), layout)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UpdateRejected(Verdict.MALFORMED, f"unreadable basis: {error}") from None
     described = header.get(SUMS, [])
     if not isinstance(described, list):
         raise UpdateRejected(Verdict.MALFORMED, "a view's sums are no list")
@@ -121,4 +140,25 @@ def read_view(header: dict[str, Any], tensors: dict[str, Tensor], layout: Layout
         ProbeSum.from_parts(fields, tensors, f"{SUMS}.{place}.", layout)
         for place, fields in enumerate(described)
     )
-    return View(adapter, sums)
+    return View(adapter, sums, whole, basis)
+
+
+Part = TypeVar("Part", LowRank, Dense)
+
+
+def _part(
+    header: dict[str, Any], tensors: dict[str, Tensor], name: str, kind: type[Part], layout: Layout
+) -> Part | None:
+    if name not in header:
+        return None
+    if not isinstance(header[name], dict):
+        raise UpdateRejected(Verdict.MALFORMED, f"the view's {name} is not a JSON object")
+    found = update_from_parts(header[name], _own(tensors, name), layout)
+    if not isinstance(found, kind):
+        raise UpdateRejected(Verdict.WRONG_FAMILY, f"a view's {name} cannot be {found.family!r}")
+    return found
+
+
+def _own(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"{name}."
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

@@ -30,12 +30,19 @@ from aggregators.methods import LoraMethod
 from aggregators.view import SealedView, View
 from fedclient import base_model, data
 from fedclient.evaluation import evaluate
-from fedclient.local import full_weights, lora
+from fedclient.local import first_order, full_weights, lora, zeroth_order
+from fedclient.local.placement import PlacementError
 from fedclient.local.result import TrainingResult
 
 EVALUATION_BATCH = 16
 
 Progress = Callable[[str, int, int, float], None]
+TRAINING_ERRORS = (
+    lora.AdapterError,
+    first_order.TrainingError,
+    zeroth_order.ZerothOrderError,
+    PlacementError,
+)
 
 
 class NodeError(Exception):
@@ -91,7 +98,7 @@ class Worker:
         with base_model.IN_USE, _threads(plan.threads), _scoped_randomness(plan.seed):
             try:
                 return self._work(plan, sealed, settings)
-            except lora.AdapterError as error:
+            except TRAINING_ERRORS as error:
                 raise NodeError(str(error)) from None
 
     def _work(self, plan: Plan, sealed: SealedView, settings: NodeSettings) -> bytes:

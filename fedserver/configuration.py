@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from aggregators.methods import Estimator, Objective, Optimiser, Probe
+from aggregators.methods import Estimator, Objective, Optimiser, Probe, Subset
 from aggregators.presets import PRESETS, Strand
 
 SCENARIO_FOLDER = Path(__file__).resolve().parent.parent / "simulations" / "scenarios"
@@ -86,10 +86,21 @@ class ProjectedConfiguration(_Strict):
     probe: Probe = "rademacher"
     coordinates: int = Field(default=4096, ge=1, le=1 << 24, description="K, over all tensors")
     target_modules: tuple[str, ...] = Field(default=(), description="empty: all weights")
-    gain: Literal["unbiased", "mmse"] = Field(
-        default="mmse", description="1/K, or shrunk to the least mean squared error"
+    scale: Literal["unbiased", "mmse"] = Field(
+        default="mmse", description="of random probes: 1/K, or the least mean squared error"
     )
-    error_feedback: bool = False
+    basis: Literal["adaptive", "random"] = "adaptive"
+    rank: int = Field(default=4, ge=1, le=1024, description="of the adaptive basis")
+    oversampling: int = Field(default=4, ge=0, le=1024, description="more columns on its left side")
+    cut: float = Field(
+        default=0.1, ge=0, lt=1, description="of the reconstruction's pseudo-inverse"
+    )
+    subset: Subset = Field(default="all", description="which of the weights train in a round")
+    subset_share: float = Field(default=0.5, gt=0, le=1)
+    gradient_rank: int | None = Field(default=None, ge=1, le=4096, description="GaLore's rank")
+    error_feedback: bool = Field(
+        default=True, description="what a message leaves out is in the node's next one"
+    )
 
 
 class MixingConfiguration(_Strict):
@@ -244,6 +255,11 @@ class RunConfiguration(_Strict):
         """How a node trains: as the preset says, else as its entry says, else LoRA."""
         node = self.node(name)
         return PRESETS[self.preset].strand or (node.strand if node else None) or "lora"
+
+    @property
+    def basis(self) -> str:
+        """What projected nodes see their change through: as the preset says, else the scenario."""
+        return PRESETS[self.preset].basis or self.projected.basis
 
     def largest_rank(self) -> int:
         """The highest rank that any node trains."""

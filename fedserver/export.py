@@ -36,7 +36,7 @@ def final_change(folder: Path, *, exact: bool = False) -> tuple[RunConfiguration
     finally:
         ledger.close()
     if exact:
-        return configuration, View(model.carry.head(None, None), model.sums)
+        return configuration, View(model.carry.head(None, None), model.sums, model.whole)
     preset = PRESETS[configuration.preset]
     view = model.common_view(preset, configuration.view_rank, configuration.view_energy)
     return configuration, view
@@ -45,9 +45,9 @@ def final_change(folder: Path, *, exact: bool = False) -> tuple[RunConfiguration
 def export_peft(folder: Path, target: Path, base_folder: Path, *, exact: bool = False) -> Path:
     """Write a LoRA adapter that plain peft loads (``adapter_model.safetensors`` and its config)."""
     configuration, found = final_change(folder, exact=exact)
-    if any(one.used for one in found.sums):
+    if found.full_rank:
         raise LedgerError(
-            f"{folder}: the model's change along probes has full rank, so no adapter holds it; use"
+            f"{folder}: the model's change is more than low-rank factors, so no adapter holds it; use"
             " export merged"
         )
     change = _without_empty(found.adapter)
@@ -102,6 +102,7 @@ def export_merged(folder: Path, target: Path, base_folder: Path, *, exact: bool 
     merged: set[str] = set()
     adapter = change.adapter.factors if change.adapter is not None else {}
     touched = {*adapter, *(name for one in change.sums for name in one.places)}
+    touched |= set(change.whole.tensors) if change.whole is not None else set()
     for file in files:
         weights = load_file(file)
         for name in [n for n in weights if n in touched]:

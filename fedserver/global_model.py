@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from aggregators import (
+    Basis,
     Carry,
+    Dense,
     Layout,
     LowRank,
     ProjectedGradient,
     SeedScalars,
+    Sketch,
     Update,
     aggregate,
     average_factors,
@@ -28,12 +31,13 @@ from aggregators.probe_sum import ProbeSum
 from aggregators.projected import shrinkage
 from aggregators.view import View, read_view, view_parts
 from fedserver.configuration import RunConfiguration
+from fedserver.planner import basis_seed, trained
 
 FAMILY_OF = {
     "lora": LowRank.family,
     "zeroth-order": SeedScalars.family,
-    "projected": ProjectedGradient.family,
 }
+PROJECTED_FAMILY = {"adaptive": Sketch.family, "random": ProjectedGradient.family}
 # Of the learning rate: the finest step of a scalar that a run's sum tells apart.
 STEP_BITS = 16
 
@@ -42,12 +46,15 @@ STEP_BITS = 16
 class GlobalModel:
     """``carry``: the exact running sum of all low-rank change. ``sums``: of all change along probes.
 
-    ``adapter``: FedIT's averaged factors, or None.
+    ``adapter``: FedIT's averaged factors, or None. ``whole``: small tensors' change, element by element.
+    ``basis``: what the next round's sketches are seen through, None before the first.
     """
 
     carry: Carry
     adapter: LowRank | None = None
     sums: tuple[ProbeSum, ...] = ()
+    whole: Dense | None = None
+    basis: Basis | None = None
 
     @classmethod
     def empty(cls, layout: Layout) -> GlobalModel:
@@ -59,8 +66,9 @@ class GlobalModel:
         parts = {"carry": self.carry.to_bytes()}
         if self.adapter is not None:
             parts["adapter"] = encode(self.adapter)
-        if self.sums:
-            parts["sums"] = pack(*view_parts(View(sums=self.sums), None))
+        rest = View(sums=self.sums, whole=self.whole, basis=self.basis)
+        if rest != View():
+            parts["rest"] = pack(*view_parts(rest, None))
         header = {"state": {name: len(part) for name, part in sorted(parts.items())}}
         return pack(header, {}) + b"".join(part for _, part in sorted(parts.items()))
 
@@ -75,8 +83,9 @@ class GlobalModel:
             start += size
         adapter = decode(parts["adapter"], layout) if "adapter" in parts else None
         assert adapter is None or isinstance(adapter, LowRank)
-        sums = read_view(*unpack(parts["sums"]), layout).sums if "sums" in parts else ()
-        return cls(Carry.from_bytes(parts["carry"], layout), adapter, sums)
+        rest = read_view(*unpack(parts["rest"]), layout) if "rest" in parts else View()
+        carry = Carry.from_bytes(parts["carry"], layout)
+        return cls(carry, adapter, rest.sums, rest.whole, rest.basis)
 
     def digest(self) -> str:
         """SHA-256 of ``to_bytes``."""
@@ -98,7 +107,7 @@ class GlobalModel:
         return self._seen(self.carry.head(view_rank, energy))
 
     def _seen(self, adapter: LowRank) -> View:
-        return View(adapter if adapter.factors else None, self.sums)
+        return View(adapter if adapter.factors else None, self.sums, self.whole)
 
     def _adapter_for(
         self, preset: Preset, rank: int, view_rank: int | None, energy: float | None
@@ -110,6 +119,19 @@ class GlobalModel:
         if self.adapter is not None:
             return first_components(self.adapter, rank)
         return self.carry.head(rank, None)
+
+
+def first_basis(configuration: RunConfiguration, layout: Layout) -> Basis | None:
+    """What the first sketches of a run are seen through; None where it asks for none."""
+    for node in configuration.nodes:
+        if configuration.strand(node.name) == "projected" and configuration.basis == "adaptive":
+            break
+    else:
+        return None
+    settings = configuration.projected
+    names = trained(layout, settings.target_modules)
+    seed = basis_seed(configuration)
+    return Basis.random(layout, names, seed, settings.rank, settings.oversampling)
 
 
 def next_model(
@@ -128,7 +150,8 @@ def next_model(
         total = sum(examples for _, examples in updates)
         shares = [examples / total for _, examples in updates]
         return GlobalModel(Carry.empty(layout).add(adapter), adapter), shares
-    weights = {FAMILY_OF[strand]: w for strand, w in configuration.mixing.weights.items()}
+    families = FAMILY_OF | {"projected": PROJECTED_FAMILY[configuration.basis]}
+    weights = {families[strand]: w for strand, w in configuration.mixing.weights.items()}
     mixed = aggregate(list(updates), layout, configuration.mixing.rule, weights)
     following = model
     for change in mixed.updates.values():
@@ -144,11 +167,31 @@ def _with(model: GlobalModel, change: Update, configuration: RunConfiguration) -
         return replace(model, carry=model.carry.add(change))
     if isinstance(change, SeedScalars):
         return replace(model, sums=_with_scalars(model.sums, change, configuration))
+    if isinstance(change, Sketch):
+        return _with_sketch(model, change, configuration)
     if isinstance(change, ProjectedGradient):
-        mmse = configuration.projected.gain == "mmse"
+        mmse = configuration.projected.scale == "mmse"
         gains = _shrunk(change) if mmse else None
         return replace(model, sums=(*model.sums, ProbeSum.of_projection(change, gains)))
     raise TypeError(f"no state for the family {change.family!r}")
+
+
+def _with_sketch(
+    model: GlobalModel, change: Sketch, configuration: RunConfiguration
+) -> GlobalModel:
+    """Read a round's sketch in the round's basis, and turn the basis towards what it shows."""
+    basis = model.basis or first_basis(configuration, change.layout)
+    assert basis is not None, "a sketch, and no node was asked for one"
+    read = change.reconstruct(basis, configuration.projected.cut)
+    whole = change.whole_change() if change.whole else None
+    if whole is not None and model.whole is not None:
+        whole = model.whole + whole
+    return replace(
+        model,
+        carry=model.carry.add(read) if read.factors else model.carry,
+        whole=whole or model.whole,
+        basis=basis.refined(change),
+    )
 
 
 def _shrunk(change: ProjectedGradient) -> dict[str, float]:
@@ -163,10 +206,11 @@ def _with_scalars(
 ) -> tuple[ProbeSum, ...]:
     """The pool's sum with one round's scalars; a run has one pool, and it stands first."""
     layout, seed, size, probe = change.layout, change.master_seed, change.pool_size, change.probe
-    if sums and (sums[0].master_seed, sums[0].size, sums[0].probe) == change.pool:
+    if sums and sums[0].is_of(change):
         return (sums[0].add(change), *sums[1:])
     exponent = math.frexp(configuration.zeroth_order.learning_rate)[1] - STEP_BITS
-    return (ProbeSum.pool(layout, seed, size, probe, exponent).add(change), *sums)
+    pool = ProbeSum.pool(layout, seed, size, probe, exponent, change.names)
+    return (pool.add(change), *sums)
 
 
 def first_components(adapter: LowRank, rank: int) -> LowRank:

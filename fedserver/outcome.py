@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from aggregators import Layout, UpdateRejected, Verdict
+from aggregators import UpdateRejected, Verdict
 from aggregators.gate import Admitted, GateContext, admit, norm_of
 from aggregators.messages import Evaluation, Plan
 from fedserver import events
-from fedserver.configuration import RunConfiguration
 from fedserver.exchange import Reply
 
 
@@ -29,15 +28,9 @@ class Outcome:
     share: float = 0.0
 
 
-def judge(
-    reply: Reply,
-    plan: Plan,
-    layout: Layout,
-    configuration: RunConfiguration,
-    seen: set[str],
-    view: str,
-) -> Outcome:
+def judge(reply: Reply, context: GateContext, seen: set[str]) -> Outcome:
     """Pass a reply through the gate. Every way that it can be wrong ends in a verdict."""
+    plan = context.plan
     outcome = Outcome(
         plan,
         Verdict.ACCEPTED,
@@ -52,14 +45,6 @@ def judge(
         outcome.verdict = Verdict.LATE
         outcome.reason = f"answers round {reply.round} after its deadline"
         return outcome
-    context = GateContext(
-        layout=layout,
-        plan=plan,
-        seen_nonces=frozenset(seen),
-        max_bytes=configuration.max_update_bytes,
-        max_examples=configuration.max_examples,
-        view=view,
-    )
     try:
         outcome.admitted = admit(reply.payload, context)
     except UpdateRejected as rejection:

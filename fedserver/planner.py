@@ -12,7 +12,13 @@ from typing import Any
 
 from aggregators import Layout, match_targets
 from aggregators.messages import Capabilities, Plan
-from aggregators.methods import LoraMethod, Method, ProjectedMethod, ZerothOrderMethod
+from aggregators.methods import (
+    LoraMethod,
+    Method,
+    ProjectedMethod,
+    SketchMethod,
+    ZerothOrderMethod,
+)
 from aggregators.presets import PRESETS
 from aggregators.projected import allocation
 from fedserver.configuration import ConfigurationError, RunConfiguration
@@ -157,22 +163,44 @@ def _lora(configuration: RunConfiguration, capabilities: Capabilities) -> LoraMe
 
 def _projected(
     configuration: RunConfiguration, layout: Layout, round_number: int
-) -> ProjectedMethod:
-    """Probes that nobody has seen: a pool that stays would confine training to its span."""
+) -> ProjectedMethod | SketchMethod:
     settings = configuration.projected
-    modules = settings.target_modules
-    names = match_targets(layout, modules) if modules else [spec.name for spec in layout]
+    shared = settings.model_dump(
+        include={
+            "target_modules", "optimiser", "error_feedback", "subset", "subset_share",
+            "gradient_rank",
+        }
+    )  # fmt: skip
+    if configuration.basis == "adaptive":
+        return SketchMethod(
+            master_seed=basis_seed(configuration),
+            rank=settings.rank,
+            oversampling=settings.oversampling,
+            cut=settings.cut,
+            **shared,
+        )
+    names = trained(layout, settings.target_modules)
     return ProjectedMethod(
-        target_modules=modules,
+        # Probes that nobody has seen: a pool that stays would confine training to its span.
         master_seed=_seed(configuration, "projection", round_number),
         probe=settings.probe,
+        scale=settings.scale,
         # What a change's norm is like where nothing is known of it yet.
         coordinates=allocation(
             {name: math.sqrt(math.prod(layout.shape(name))) for name in names}, settings.coordinates
         ),
-        optimiser=settings.optimiser,
-        error_feedback=settings.error_feedback,
+        **shared,
     )
+
+
+def trained(layout: Layout, target_modules: Sequence[str]) -> list[str]:
+    """The tensors that full-weight training may change; () means all."""
+    return match_targets(layout, target_modules) if target_modules else [s.name for s in layout]
+
+
+def basis_seed(configuration: RunConfiguration) -> int:
+    """The seed of a run's first basis, and of what later ones have at random."""
+    return _seed(configuration, "basis")
 
 
 def _seed(configuration: RunConfiguration, *parts: Any) -> int:

@@ -14,7 +14,7 @@ from aggregators import Update, UpdateRejected
 from aggregators.gate import GateContext, admit
 from aggregators.messages import Plan
 from fedserver.configuration import RunConfiguration
-from fedserver.global_model import GlobalModel, next_model
+from fedserver.global_model import GlobalModel, first_basis, next_model
 from fedserver.ledger import Ledger, LedgerError
 from fedserver.run_folder import read_layout
 
@@ -90,6 +90,7 @@ def states(
                 seen_nonces=frozenset(),
                 max_bytes=configuration.max_update_bytes,
                 max_examples=configuration.max_examples,
+                basis=model.basis or first_basis(configuration, layout),
             )
             try:
                 admitted = admit(ledger.get(node["update"]), context)

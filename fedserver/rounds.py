@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aggregators import Verdict
+from aggregators import Basis, GateContext, Layout, Verdict
 from aggregators.messages import Plan, encode_plan
-from aggregators.methods import LoraMethod
+from aggregators.methods import LoraMethod, SketchMethod
 from aggregators.presets import PRESETS
 from aggregators.view import View
 from fedserver import events, metrics
 from fedserver.configuration import RunConfiguration, to_toml
 from fedserver.exchange import EVALUATE, TRAIN, Exchange
-from fedserver.global_model import GlobalModel, next_model
+from fedserver.global_model import GlobalModel, first_basis, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
 from fedserver.outcome import Outcome, examples, judge, replied, row, sum_evaluations
 from fedserver.planner import check_ranks, make_method, make_plan
@@ -199,6 +200,7 @@ class Coordinator:
     ) -> list[Outcome]:
         """Send every member its plan and turn each reply, or its absence, into an outcome."""
         members = {member.node_id: member for member in roster.members}
+        basis = model.basis or first_basis(self._configuration, roster.layout)
         plans: dict[int, Plan] = {}
         payloads: dict[int, bytes] = {}
         digests: dict[int, str] = {}
@@ -211,7 +213,7 @@ class Coordinator:
                 base_digest=roster.base_digest,
                 action=action,
             )
-            view = self._view(model, plan)
+            view = self._view(model, plan, basis)
             plans[node_id] = plan
             digests[node_id] = view.as_sent(self._configuration.view_dtype).digest()
             payloads[node_id] = encode_plan(plan, view, self._configuration.view_dtype)
@@ -221,8 +223,8 @@ class Coordinator:
         deadline = self._configuration.deadline_seconds
         for reply in self._exchange.ask(payloads, kind, number, deadline):
             plan = plans[reply.node_id]
-            digest = digests[reply.node_id]
-            outcome = judge(reply, plan, roster.layout, self._configuration, self._seen, digest)
+            context = self._context(roster.layout, plan, digests[reply.node_id], basis)
+            outcome = judge(reply, context, self._seen)
             if outcome.admitted is not None and reply.payload is not None:
                 outcome.blob = ledger.put(reply.payload)
             if reply.late or reply.node_id in answered:
@@ -242,6 +244,17 @@ class Coordinator:
         in_order = sorted(answered.values(), key=lambda outcome: outcome.plan.node)
         return in_order + sorted(others, key=lambda outcome: (outcome.plan.node, outcome.reason))
 
+    def _context(self, layout: Layout, plan: Plan, view: str, basis: Basis | None) -> GateContext:
+        return GateContext(
+            layout=layout,
+            plan=plan,
+            seen_nonces=frozenset(self._seen),
+            max_bytes=self._configuration.max_update_bytes,
+            max_examples=self._configuration.max_examples,
+            view=view,
+            basis=basis,
+        )
+
     def _tell(self, outcome: Outcome, number: int) -> None:
         """Announce a reply of a round; of the final evaluation only what went wrong."""
         if outcome.plan.action == "train":
@@ -250,9 +263,11 @@ class Coordinator:
             text = f"final evaluation: {outcome.plan.node}: {outcome.reason}"
             self._emit(events.Notice("warning", text))
 
-    def _view(self, model: GlobalModel, plan: Plan) -> View:
+    def _view(self, model: GlobalModel, plan: Plan, basis: Basis | None) -> View:
         if plan.action == "evaluate" or not isinstance(plan.method, LoraMethod):
-            return model.common_view(self._preset, *self._view_limits())
+            view = model.common_view(self._preset, *self._view_limits())
+            wanted = plan.action == "train" and isinstance(plan.method, SketchMethod)
+            return replace(view, basis=basis) if wanted else view
         return model.view(self._preset, plan.method.rank, *self._view_limits())
 
     def _view_limits(self) -> tuple[int | None, float | None]:

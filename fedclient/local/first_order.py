@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from aggregators import Layout, match_targets
 from aggregators.methods import FirstOrderMethod
 from fedclient.local import subsets
-from fedclient.local.lora import Batch, TrainingResult
+from fedclient.local.lora import Batch
 from fedclient.local.low_rank_adamw import LowRankAdamW
+from fedclient.local.result import TrainingResult
 from fedclient.loss import answer_loss
 
 

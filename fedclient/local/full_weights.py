@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 import fedkernels as fk
-from aggregators import Layout
+from aggregators import Basis, Layout, ProjectedGradient, Sketch, Update
 from aggregators.messages import Plan
-from aggregators.methods import ZerothOrderMethod
+from aggregators.methods import ProjectedMethod, SketchMethod, ZerothOrderMethod
 from aggregators.view import View
 from fedclient.base_model import LoadedModel
 from fedclient.local import first_order, projection, zeroth_order
 from fedclient.local.result import TrainingResult
+from fedclient.residual import Residuals
 from fedclient.state import weights_of
 
 
@@ -29,12 +30,13 @@ class FullWeightsTrainer:
     layout: Layout
     plan: Plan
     weights: str
+    basis: Basis | None
 
     def train(
         self,
         batches: Iterable[dict[str, Tensor]],
         progress: Callable[[int, int, float], None] | None = None,
-    ) -> tuple[Any, TrainingResult]:
+    ) -> tuple[Update, TrainingResult]:
         """Walk on a copy of the weights; return what the plan's method makes of the walk."""
         plan, method = self.plan, self.plan.method
         # The model may run fused, and its copy is trained: fused modules are put on anew.
@@ -48,8 +50,31 @@ class FullWeightsTrainer:
         }
         if isinstance(method, ZerothOrderMethod):
             return zeroth_order.train(own, self.layout, batches, method, **walk)
+        assert isinstance(method, (ProjectedMethod, SketchMethod))
         change, result = first_order.train(own, self.layout, batches, method, **walk)
-        return projection.send(change, self.layout, method), result
+        del own  # the projection needs its room
+        return self._seen(method, change), result
+
+    def _seen(
+        self, method: ProjectedMethod | SketchMethod, change: dict[str, Tensor]
+    ) -> ProjectedGradient | Sketch:
+        """The change, and what earlier messages left out, as the method sends it."""
+        plan = self.plan
+        kept = Residuals(plan.run, plan.node)
+        before = kept.before(plan.round) if method.error_feedback else {}
+        update: ProjectedGradient | Sketch
+        if isinstance(method, ProjectedMethod):
+            update, left = projection.project(self.layout, method, change, before, plan.wire_dtype)
+        else:
+            if self.basis is None:
+                raise first_order.TrainingError(
+                    "the plan asks for a sketch and came without a basis"
+                )
+            update, left = projection.sketch(
+                self.layout, method, self.basis, change, before, plan.wire_dtype
+            )
+        kept.keep(plan.round, left)
+        return update
 
 
 @contextmanager
@@ -61,6 +86,6 @@ def trainer(
     try:
         if plan.accelerate:
             fk.accelerate(weights.model)
-        yield FullWeightsTrainer(weights.model, layout, plan, weights.digest)
+        yield FullWeightsTrainer(weights.model, layout, plan, weights.digest, view.basis)
     finally:
         fk.restore(weights.model)

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -68,7 +69,7 @@ def trainer(plan: Plan, base: LoadedModel, layout: Layout, view: View) -> Iterat
         fresh = method.model_copy(update={"start": "fresh"})
         plan = plan.model_copy(update={"method": fresh})
     model, factors, weights = base.model, view.factors(), None
-    if any(one.used for one in view.sums):
+    if view.full_rank:
         made = weights_of(base, layout, view)
         model, factors, weights = made.model, None, made.digest
     with adapted(model, layout, plan, factors) as wrapped:

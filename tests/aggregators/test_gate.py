@@ -33,7 +33,7 @@ EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 # Verdicts of the round loop: what never reached the gate, and what passed it.
 NOT_OF_THE_GATE = {Verdict.ACCEPTED, Verdict.LATE, Verdict.FAILED, Verdict.MISSING}
 # Verdicts on what lives on probes (test_gate_of_probes.py).
-OF_PROBES = {Verdict.POOL, Verdict.BASIS, Verdict.EMPTY, Verdict.OVERFLOW}
+OF_PROBES = {Verdict.POOL, Verdict.WRONG_BASIS, Verdict.EMPTY, Verdict.OVERFLOW}
 SEEDS = st.integers(0, 2**32)
 
 
