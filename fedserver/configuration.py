@@ -166,6 +166,9 @@ class RunConfiguration(_Strict):
     wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "bfloat16"
     server_learning_rate: float = Field(default=1.0, gt=0)
     evaluate: bool = True
+    contributions: bool = Field(
+        default=False, description="at the end, evaluate the model without each family of updates"
+    )
 
     quorum: int | None = Field(
         default=None, ge=1, description="accepted updates that a round needs"

@@ -145,6 +145,21 @@ class Notice:
 
 
 @dataclasses.dataclass(frozen=True)
+class FamilyWork:
+    """What the nodes of one family of updates did in a run: bytes, seconds of work, and what it adds.
+
+    ``contribution``: nats a token that the loss would be higher without it; None: not evaluated.
+    """
+
+    family: str
+    nodes: int
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    contribution: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class RunFinished:
     """The last event. Paths are empty where nothing was written. Bytes: of all messages of the run."""
 
@@ -156,6 +171,7 @@ class RunFinished:
     adapter: str
     bytes_up: int | None = None
     bytes_down: int | None = None
+    families: tuple[FamilyWork, ...] = ()
 
 
 Event: TypeAlias = (

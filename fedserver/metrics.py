@@ -20,6 +20,9 @@ FP32_BYTES = 4
 EVALUATED = tuple(Evaluation.model_fields)
 
 
+ABLATION = "ablation"  # the kind of an entry: an evaluation of the model without one family
+
+
 def rows(ledger: Ledger) -> list[dict[str, Any]]:
     """One dictionary a round. ``eval_loss`` is of the model that the round produced.
 
@@ -95,6 +98,38 @@ def scores(sums: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
+def families(ledger: Ledger) -> dict[str, dict[str, Any]]:
+    """By family of updates: nodes, accepted updates, bytes, seconds of work, and what it adds.
+
+    ``contribution``: by how many nats a token the loss would be higher without the family's updates;
+    None where that was not evaluated.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for entry in ledger.entries("round"):
+        for node in entry.content["nodes"]:
+            if node["verdict"] != "accepted":
+                continue
+            one = found.setdefault(
+                node["family"],
+                {"nodes": set(), "updates": 0, "bytes_up": 0, "bytes_down": 0, "seconds": 0.0},
+            )
+            one["nodes"].add(node["node"])
+            one["updates"] += 1
+            one["bytes_up"] += node["bytes_up"]
+            one["bytes_down"] += node["bytes_down"]
+            one["seconds"] += entry.wall["nodes"].get(node["node"]) or 0.0
+    last = ledger.last("evaluation")
+    whole = scores(last.content["entering"]) if last is not None else None
+    for entry in ledger.entries(ABLATION):
+        lost = scores(entry.content["entering"])
+        if whole and lost and last is not None and entry.round == last.round:
+            found[entry.content["without"]]["contribution"] = lost["loss"] - whole["loss"]
+    return {
+        family: one | {"nodes": len(one["nodes"]), "contribution": one.get("contribution")}
+        for family, one in sorted(found.items())
+    }
+
+
 def summarise(
     ledger: Ledger, configuration: RunConfiguration, layout: Layout, targets: Sequence[str]
 ) -> dict[str, Any]:
@@ -116,6 +151,7 @@ def summarise(
         "nodes": len(configuration.nodes),
         "before": before,
         "after": after,
+        "families": families(ledger),
         "bytes_up": _bytes(ledger, "bytes_up"),
         "bytes_down": _bytes(ledger, "bytes_down"),
         "bytes_full_model": 2 * FP32_BYTES * weights * len(ranks) * len(lines),
@@ -143,8 +179,9 @@ def _bytes(ledger: Ledger, direction: str) -> int:
 
 
 def _messages(ledger: Ledger) -> list[Entry]:
-    """What nodes were asked: all rounds, and the final evaluation."""
-    return [*ledger.entries("round"), *ledger.entries("evaluation")]
+    """What nodes were asked: all rounds, and the evaluations at the end."""
+    kinds = ("round", "evaluation", ABLATION)
+    return [entry for kind in kinds for entry in ledger.entries(kind)]
 
 
 def _before_and_after(ledger: Ledger) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

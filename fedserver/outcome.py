@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +59,30 @@ def judge(reply: Reply, context: GateContext, seen: set[str]) -> Outcome:
 def examples(outcome: Outcome) -> int:
     assert outcome.admitted is not None
     return outcome.admitted.report.examples
+
+
+def unlike_weights(outcomes: Sequence[Outcome]) -> list[str]:
+    """What to say of nodes whose weights are not those that most made of the same view.
+
+    Digests are compared among nodes of one base type; ties go to the lower digest, so that every replay
+    says the same. The digests themselves stand in the nodes' reports.
+    """
+    made: dict[str, dict[str, str]] = {}
+    for outcome in outcomes:
+        if outcome.admitted is not None and outcome.admitted.report.weights is not None:
+            kind = made.setdefault(outcome.plan.dtype, {})
+            kind[outcome.plan.node] = outcome.admitted.report.weights
+    found = []
+    for digests in made.values():
+        votes = Counter(digests.values())
+        expected = min(votes, key=lambda digest: (-votes[digest], digest))
+        found += [
+            f"{node}'s weights {digest[:12]} are not the {expected[:12]} that"
+            f" {votes[expected]} nodes made of the same view"
+            for node, digest in sorted(digests.items())
+            if digest != expected
+        ]
+    return found
 
 
 def sum_evaluations(outcomes: list[Outcome]) -> dict[str, Any] | None:

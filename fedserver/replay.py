@@ -71,10 +71,21 @@ def replay(
     return replayed
 
 
+def without(ledger: Ledger, configuration: RunConfiguration, family: str) -> GlobalModel:
+    """The last model as it would be if no update of one family had been added."""
+    model = GlobalModel.empty(read_layout(ledger))
+    for _, following in states(ledger, configuration, skipped=family):
+        model = following
+    return model
+
+
 def states(
-    ledger: Ledger, configuration: RunConfiguration
+    ledger: Ledger, configuration: RunConfiguration, skipped: str | None = None
 ) -> Iterator[tuple[Replayed, GlobalModel]]:
-    """The model after every round, made from the recorded updates alone."""
+    """The model after every round, made from the recorded updates alone.
+
+    ``skipped``: a family whose updates are left out.
+    """
     layout = read_layout(ledger)
     model = GlobalModel.empty(layout)
     # The order of floating-point sums depends on the number of threads.
@@ -82,7 +93,7 @@ def states(
     for entry in ledger.entries("round"):
         updates: list[tuple[Update, int]] = []
         for node in entry.content["nodes"]:
-            if node["verdict"] != "accepted":
+            if node["verdict"] != "accepted" or node["plan"]["method"]["family"] == skipped:
                 continue
             context = GateContext(
                 layout=layout,
@@ -101,6 +112,6 @@ def states(
                 ) from None
             assert admitted.update is not None
             updates.append((admitted.update, admitted.report.examples))
-        if entry.content["quorum"]:
+        if entry.content["quorum"] and updates:
             model, _ = next_model(model, updates, configuration)
         yield Replayed(entry.round, len(updates), entry.content["state"], model.digest()), model

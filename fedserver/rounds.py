@@ -19,9 +19,17 @@ from fedserver.configuration import RunConfiguration, to_toml
 from fedserver.exchange import EVALUATE, TRAIN, Exchange
 from fedserver.global_model import GlobalModel, first_basis, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
-from fedserver.outcome import Outcome, examples, judge, replied, row, sum_evaluations
+from fedserver.outcome import (
+    Outcome,
+    examples,
+    judge,
+    replied,
+    row,
+    sum_evaluations,
+    unlike_weights,
+)
 from fedserver.planner import check_ranks, make_method, make_plan
-from fedserver.replay import restore
+from fedserver.replay import restore, without
 from fedserver.roster import Member, Roster, gather_roster
 from fedserver.run_folder import open_existing
 
@@ -71,6 +79,8 @@ class Coordinator:
             metrics.write(ledger, self._folder / "metrics.jsonl")
         if configuration.evaluate and not _evaluated(ledger, configuration.rounds):
             self._final_evaluation(model, ledger, roster)
+        if configuration.contributions:
+            self._contributions(ledger, roster)
         metrics.write(ledger, self._folder / "metrics.jsonl")
         summary = metrics.summarise(ledger, configuration, roster.layout, targets)
         metrics.write_json(summary, self._folder / "summary.json")
@@ -195,6 +205,39 @@ class Coordinator:
         ledger.append("evaluation", self._configuration.rounds, content, wall)
         self._emit_evaluation(self._configuration.rounds, entering)
 
+    def _contributions(self, ledger: Ledger, roster: Roster) -> None:
+        """Ask for the loss of the model without each family; recorded as "ablation" entries."""
+        configuration = self._configuration
+        families = sorted(metrics.families(ledger))
+        done = {
+            entry.content["without"]
+            for entry in ledger.entries(metrics.ABLATION)
+            if entry.round == configuration.rounds
+        }
+        if len(families) < 2:
+            return
+        for place, family in enumerate(families):
+            if family in done:
+                continue
+            words = family.replace("_", " ")
+            self._emit(events.Notice("info", f"evaluation of the model without {words} updates"))
+            started = time.time()
+            model = without(ledger, configuration, family)
+            number = configuration.rounds + 2 + place
+            outcomes = self._collect(number, "evaluate", model, roster, ledger)
+            entering = sum_evaluations([o for o in outcomes if o.verdict is Verdict.ACCEPTED])
+            content = {
+                "without": family,
+                "entering": entering,
+                "nodes": [row(outcome) for outcome in outcomes],
+            }
+            wall = {
+                "started": started,
+                "seconds": time.time() - started,
+                "nodes": _seconds(outcomes),
+            }
+            ledger.append(metrics.ABLATION, configuration.rounds, content, wall)
+
     def _collect(
         self, number: int, action: str, model: GlobalModel, roster: Roster, ledger: Ledger
     ) -> list[Outcome]:
@@ -242,6 +285,8 @@ class Coordinator:
                 answered[node_id] = missing
                 self._tell(missing, number)
         in_order = sorted(answered.values(), key=lambda outcome: outcome.plan.node)
+        for diverged in unlike_weights(in_order):
+            self._emit(events.Notice("warning", f"round {number}: {diverged}"))
         return in_order + sorted(others, key=lambda outcome: (outcome.plan.node, outcome.reason))
 
     def _context(self, layout: Layout, plan: Plan, view: str, basis: Basis | None) -> GateContext:

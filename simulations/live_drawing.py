@@ -198,10 +198,25 @@ def summary_rows(progress: RunProgress, finished: events.RunFinished) -> list[tu
             f" {quantities.bytes_text(_known(finished.bytes_down, progress.bytes_down))} down",
         )
     )
+    if len(finished.families) > 1:
+        rows += [(words(work.family), _work(work)) for work in finished.families]
     rows.append(("replies", f"{progress.accepted} accepted, {progress.refused} refused"))
     rows.append(("time", quantities.duration_text(finished.seconds)))
     paths = (("report", finished.report), ("adapter", finished.adapter), ("head", finished.head))
     return rows + [(name, safe(value)) for name, value in paths if value]
+
+
+def _work(work: events.FamilyWork) -> str:
+    """What a family cost, and what it is worth."""
+    nodes = "1 node" if work.nodes == 1 else f"{work.nodes} nodes"
+    parts = [
+        nodes,
+        f"{quantities.bytes_text(work.bytes_up)} up, {quantities.bytes_text(work.bytes_down)} down",
+        f"{quantities.duration_text(work.seconds)} of work",
+    ]
+    if work.contribution is not None:
+        parts.append(f"loss {work.contribution:+.3f} without it")
+    return ", ".join(parts)
 
 
 def _label(number: int, progress: RunProgress) -> str:

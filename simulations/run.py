@@ -10,7 +10,7 @@ from typing import Any
 from fedclient import base_model
 from fedserver import events, metrics
 from fedserver.configuration import ConfigurationError, RunConfiguration
-from fedserver.export import export_peft
+from fedserver.export import export_peft, final_change
 from fedserver.ledger import Ledger, LedgerError
 from simulations.engines import ENGINES
 from simulations.report import write_report
@@ -63,8 +63,9 @@ def simulate(
             folder.rmdir()
         raise
     adapter = _export(folder, base_folder, emit)
-    if samples and adapter is not None:
-        answers = sample_answers(configuration, base_folder, adapter, samples)
+    if samples:
+        _, view = final_change(folder)
+        answers = sample_answers(configuration, base_folder, view, samples)
         metrics.write_json(answers, folder / "samples.json")
     report = write_report(folder)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -78,12 +79,28 @@ def simulate(
             adapter=str(adapter or ""),
             bytes_up=summary["bytes_up"],
             bytes_down=summary["bytes_down"],
+            families=tuple(
+                events.FamilyWork(
+                    family=family,
+                    nodes=work["nodes"],
+                    bytes_up=work["bytes_up"],
+                    bytes_down=work["bytes_down"],
+                    seconds=work["seconds"],
+                    contribution=work["contribution"],
+                )
+                for family, work in summary["families"].items()
+            ),
         )
     )
     return summary
 
 
 def _export(folder: Path, base_folder: Path, emit: events.Listener) -> Path | None:
+    _, view = final_change(folder)
+    if view.full_rank:
+        text = f"the model is more than an adapter; fedbraid export merged {folder} writes it whole"
+        emit(events.Notice("info", text))
+        return None
     try:
         return export_peft(folder, folder / ADAPTER, base_folder)
     except LedgerError as error:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
 
+from aggregators import Layout
+from aggregators.view import View
 from fedclient import base_model
 from fedclient.data import DataSpec, Example, load_partition
 from fedclient.prompts import end_ids, prompt_ids
+from fedclient.state import weights_of
 from fedserver.configuration import RunConfiguration
 from fedserver.planner import data_specification
 
@@ -19,9 +20,9 @@ NEW_TOKENS = 40
 
 
 def sample_answers(
-    configuration: RunConfiguration, base_folder: Path, adapter: Path, count: int
+    configuration: RunConfiguration, base_folder: Path, view: View, count: int
 ) -> list[dict[str, str]]:
-    """Greedy answers to ``count`` held-out questions, each of another node's data.
+    """Greedy answers to ``count`` held-out questions, each of another node's data, before and after.
 
     A row that repeats a learnt one would show memory, so none is chosen.
     """
@@ -29,28 +30,21 @@ def sample_answers(
     questions = _questions(configuration, count)
     threads = torch.get_num_threads()
     torch.set_num_threads(configuration.threads)
-    with warnings.catch_warnings():
-        # peft 0.21 reads a property that transformers 5 renamed.
-        warnings.simplefilter("ignore", FutureWarning)
-        tuned = PeftModel.from_pretrained(cast(Any, base.model), str(adapter))
     try:
+        tuned = weights_of(base, Layout.from_model(base.model), view).model
         answered = []
         for question in questions:
-            with tuned.disable_adapter():
-                before = _answer(tuned, base.tokenizer, question)
-            after = _answer(tuned, base.tokenizer, question)
             answered.append(
                 {
                     "question": question.messages[-2][1],
                     "expected": question.messages[-1][1],
-                    "base": before,
-                    "tuned": after,
+                    "base": _answer(base.model, base.tokenizer, question),
+                    "tuned": _answer(tuned, base.tokenizer, question),
                     "category": question.category,
                 }
             )
         return answered
     finally:
-        tuned.unload()
         torch.set_num_threads(threads)
 
 

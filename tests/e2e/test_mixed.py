@@ -1,0 +1,192 @@
+"""Three kinds of updates in one round, end to end: exact, the same on replay, resume and every node."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aggregators import LowRank, ProjectedGradient, SeedScalars, Sketch
+from aggregators.gate import GateContext, admit
+from aggregators.messages import Plan
+from aggregators.projected import shrinkage
+from fedserver.configuration import RunConfiguration, parse
+from fedserver.export import export_merged, final_change
+from fedserver.global_model import GlobalModel, first_basis
+from fedserver.ledger import Ledger
+from fedserver.replay import replay, states
+from fedserver.run_folder import read_layout
+from simulations.run import ledger_head, simulate
+
+NODES = (
+    {"name": "clinic"},
+    {"name": "school", "strand": "projected"},
+    {"name": "office", "strand": "projected"},
+    {"name": "phone", "strand": "zeroth-order"},
+    {"name": "cafe", "strand": "zeroth-order"},
+)
+
+
+@pytest.fixture
+def configuration(
+    tiny_model_folder: Path, tiny_data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    monkeypatch.setenv("FEDBRAID_CACHE", str(tmp_path / "cache"))
+
+    def make(**changes: Any) -> RunConfiguration:
+        values: dict[str, Any] = {
+            "base_model": str(tiny_model_folder),
+            "preset": "mixed",
+            "rounds": 3,
+            "threads": 1,
+            "seed": 4,
+            "local_steps": 2,
+            "max_length": 48,
+            "lora_r": 3,
+            "view_rank": 6,
+            "micro_batch_size": 4,
+            "data": {"source": str(tiny_data_file), "held_out_max": 3, "limit_per_node": 16},
+            "zeroth_order": {"learning_rate": 1e-3, "pool_size": 64, "local_steps": 3},
+            "projected": {"learning_rate": 1e-3, "coordinates": 200},
+            "nodes": NODES,
+        }
+        return parse(values | changes)
+
+    return make
+
+
+def run(configuration: RunConfiguration, folder: Path, **options: Any) -> dict[str, Any]:
+    return simulate(configuration, folder, lambda event: None, samples=0, **options)
+
+
+@pytest.mark.parametrize("basis", ["adaptive", "random"])
+def test_a_round_adds_the_mean_of_every_family(
+    basis: str, configuration: Any, tmp_path: Path
+) -> None:
+    """Law 2: the state's change is the sum of the families' weighted means, in float64."""
+    asked = configuration()
+    asked = asked.model_copy(
+        update={"projected": asked.projected.model_copy(update={"basis": basis})}
+    )
+    run(asked, tmp_path / "run")
+    ledger = Ledger(tmp_path / "run")
+    layout = read_layout(ledger)
+    expected: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+    before = GlobalModel.empty(layout)
+    for entry, (_, after) in zip(ledger.entries("round"), states(ledger, asked), strict=True):
+        in_use = before.basis or first_basis(asked, layout)
+        for name, change in _mean_changes(entry.content["nodes"], ledger, asked, in_use).items():
+            expected[name] = expected[name] + change
+        before = after
+    ledger.close()
+    _, view = final_change(tmp_path / "run", exact=True)
+    names = {spec.name for spec in layout}
+    assert set(expected) == names
+    for name, change in expected.items():
+        weight = torch.zeros(layout.shape(name))
+        found = view.moved(name, weight).double()
+        assert float((found - change).norm()) <= 1e-5 * float(change.norm()), name
+
+
+def _mean_changes(
+    nodes: list[dict[str, Any]], ledger: Ledger, asked: RunConfiguration, basis: Any
+) -> dict[str, torch.Tensor]:
+    """The mixing rule by its definition: dense, float64, a family at a time."""
+    layout = read_layout(ledger)
+    groups: dict[str, list[tuple[Any, int]]] = defaultdict(list)
+    for node in nodes:
+        plan = Plan.model_validate(node["plan"])
+        admitted = admit(ledger.get(node["update"]), GateContext(layout, plan, basis=basis))
+        groups[plan.family].append((admitted.update, admitted.report.examples))
+    total: dict[str, torch.Tensor] = {}
+    for members in groups.values():
+        examples = sum(count for _, count in members)
+        mean = None
+        for update, count in members:
+            part = update * (count / examples)
+            mean = part if mean is None else mean + part
+        for name, change in _dense(mean, basis, asked).items():
+            total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + change
+    return total
+
+
+def _dense(mean: Any, basis: Any, asked: RunConfiguration) -> dict[str, torch.Tensor]:
+    if isinstance(mean, Sketch):
+        assert basis is not None
+        return {
+            **mean.reconstruct(basis, asked.projected.cut).dense(),
+            **mean.whole_change().dense(),
+        }
+    dense: dict[str, torch.Tensor] = mean.dense()
+    if isinstance(mean, ProjectedGradient):
+        for name, count in mean.counts.items():
+            dense[name] = dense[name] * shrinkage(count, dense[name].numel(), mean.probe)
+    assert isinstance(mean, (LowRank, SeedScalars, ProjectedGradient))
+    return dense
+
+
+def test_a_mixed_ledger_replays_and_says_what_each_family_is_worth(
+    configuration: Any, tmp_path: Path
+) -> None:
+    asked = configuration(contributions=True)
+    summary = run(asked, tmp_path / "run")
+    ledger = Ledger(tmp_path / "run")
+    assert ledger.verify() == []
+    assert all(one.equal for one in replay(ledger, asked))
+    ledger.close()
+    families = summary["families"]
+    assert {name: one["nodes"] for name, one in families.items()} == {
+        "low_rank": 1, "seed_scalars": 2, "sketch": 2,
+    }  # fmt: skip
+    for one in families.values():
+        assert one["updates"] == 3 * one["nodes"]
+        assert one["contribution"] is not None
+    assert families["seed_scalars"]["bytes_up"] < families["low_rank"]["bytes_up"] / 3
+    assert families["sketch"]["contribution"] > 0
+
+
+def test_every_node_makes_the_same_weights_of_the_same_view(
+    configuration: Any, tmp_path: Path
+) -> None:
+    """Ten rounds with a node that joins late and one that is often away; digests agree in each."""
+    nodes = (*NODES[:-1], {**NODES[-1], "fault": "late"})
+    run(configuration(rounds=10, nodes=nodes, deadline_seconds=60.0), tmp_path / "run")
+    ledger = Ledger(tmp_path / "run")
+    previous = None
+    for entry in ledger.entries("round"):
+        rows = [n for n in entry.content["nodes"] if n["verdict"] == "accepted"]
+        digests = {n["report"]["weights"] for n in rows} - {None}
+        assert len(digests) == 1
+        assert digests != previous
+        previous = digests
+    ledger.close()
+
+
+def test_a_mixed_run_that_is_resumed_is_the_run_that_was_not(
+    configuration: Any, tmp_path: Path
+) -> None:
+    """Also what nodes keep for themselves, the residuals, comes back."""
+    whole = configuration(evaluate=False)
+    run(whole, tmp_path / "whole")
+    run(whole.model_copy(update={"rounds": 2}), tmp_path / "parts")
+    run(whole, tmp_path / "parts", resume=True)
+    assert ledger_head(tmp_path / "parts") == ledger_head(tmp_path / "whole")
+
+
+def test_a_mixed_model_is_exported_whole(
+    configuration: Any, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    run(configuration(), tmp_path / "run")
+    _, view = final_change(tmp_path / "run")
+    export_merged(tmp_path / "run", tmp_path / "merged", tiny_model_folder)
+    base = load_file(tiny_model_folder / "model.safetensors")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, weight in base.items():
+        assert torch.equal(merged[name], view.moved(name, weight))
+        assert not torch.equal(merged[name], weight)
+    assert not (tmp_path / "run" / "adapter").exists()
