@@ -1,0 +1,106 @@
+"""How nodes of unlike strands are asked to train, and what is said of weights that differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from aggregators import Layout
+from aggregators.messages import Capabilities, Report
+from aggregators.methods import LoraMethod, ProjectedMethod, SketchMethod, ZerothOrderMethod
+from fedserver.configuration import ConfigurationError, parse, to_toml
+from fedserver.outcome import unlike_weights
+from fedserver.planner import make_plan
+
+LAYOUT = Layout({"a.q_proj.weight": (8, 6), "a.down_proj.weight": (4, 8), "norm.weight": (6,)})
+MIXED: dict[str, Any] = {
+    "preset": "mixed",
+    "learning_rate": 0.01,
+    "local_steps": 7,
+    "zeroth_order": {"learning_rate": 1e-6, "pool_size": 32, "local_steps": 90},
+    "projected": {"learning_rate": 1e-5, "coordinates": 50, "basis": "random"},
+    "nodes": [
+        {"name": "a"},
+        {"name": "b", "strand": "zeroth-order", "local_steps": 5},
+        {"name": "c", "strand": "projected", "learning_rate": 0.5},
+    ],
+}
+
+
+def plan_of(configuration: Any, node: str, round_number: int = 1) -> Any:
+    capabilities = Capabilities(
+        node=node, examples=1, held_out=1, rank_limit=64, base_digest="0" * 64,
+        layout_json=LAYOUT.to_json(), threads=1, memory_bytes=1, device="cpu", versions={},
+    )  # fmt: skip
+    return make_plan(
+        configuration, capabilities, round_number=round_number, layout=LAYOUT, base_digest="0" * 64
+    )
+
+
+def test_each_node_has_the_method_and_the_pace_of_its_strand() -> None:
+    found = parse(MIXED)
+    a, b, c = (plan_of(found, name) for name in "abc")
+    assert [type(p.method) for p in (a, b, c)] == [LoraMethod, ZerothOrderMethod, ProjectedMethod]
+    assert [p.learning_rate for p in (a, b, c)] == [0.01, 1e-6, 0.5]
+    assert [p.local_steps for p in (a, b, c)] == [7, 5, 7]
+    assert sum(c.method.coordinates.values()) == 50
+    assert set(c.method.coordinates) == {spec.name for spec in LAYOUT}
+
+
+def test_the_pool_stays_and_projections_rotate() -> None:
+    found = parse(MIXED)
+    seeds = [
+        [plan_of(found, name, number).method.master_seed for number in (1, 2)] for name in "bc"
+    ]
+    assert seeds[0][0] == seeds[0][1]
+    assert seeds[1][0] != seeds[1][1]
+
+
+@pytest.mark.parametrize(
+    ("preset", "method"),
+    [
+        ("fedkseed", ZerothOrderMethod),
+        ("ferret", ProjectedMethod),
+        ("braid-projected", SketchMethod),
+    ],
+)
+def test_a_preset_of_one_strand_is_of_all_nodes(preset: str, method: type) -> None:
+    nodes = [{"name": "a"}, {"name": "b"}]
+    found = parse({"preset": preset, "nodes": nodes, "projected": {"coordinates": 40}})
+    assert all(type(plan_of(found, name).method) is method for name in "ab")
+    other = {"name": "c", "strand": "lora"}
+    with pytest.raises(ConfigurationError, match="use preset 'mixed'"):
+        parse({"preset": preset, "nodes": [*nodes, other]})
+
+
+def test_a_mixed_scenario_survives_its_toml() -> None:
+    import tomllib
+
+    found = parse({**MIXED, "mixing": {"rule": "add", "weights": {"zeroth-order": 0.5}}})
+    assert parse(tomllib.loads(to_toml(found))) == found
+
+
+@dataclass
+class Admitted:
+    report: Report
+
+
+@dataclass
+class Row:
+    plan: Any
+    admitted: Admitted | None
+
+
+def test_weights_that_differ_are_named() -> None:
+    found = parse({**MIXED, "nodes": [{"name": name, "strand": "lora"} for name in "abcd"]})
+    rows: list[Any] = [
+        Row(plan_of(found, name), Admitted(Report(examples=1, weights=digest * 64)))
+        for name, digest in zip("abc", "fef", strict=True)
+    ]
+    rows.append(Row(plan_of(found, "d"), None))
+    (said,) = unlike_weights(rows)
+    assert said.startswith("b's weights eeee")
+    assert "ffff" in said
+    assert unlike_weights([rows[0], rows[2], rows[3]]) == []
