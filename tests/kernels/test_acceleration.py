@@ -265,6 +265,31 @@ def test_what_looks_known_and_computes_something_else_is_left_alone():
     assert_same(fast_step(model, batch), theirs, 2e-5)
 
 
+RELATIVES = {
+    "SmolLM3": {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 2},
+    "Olmo2": {},
+    "StableLm": {},
+    "Gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 4},
+    "Granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.0},
+    "Glm4": {},
+}
+
+
+@pytest.mark.parametrize("architecture", RELATIVES)
+def test_relatives_of_llama_keep_what_is_their_own(architecture):
+    """No rotation in some layers, norms over all heads, partial rotation, soft caps, multipliers."""
+    model = adapted(llama_like(architecture, **RELATIVES[architecture]))
+    # From small random weights nothing depends on positions.
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.2)
+    batch = batch_of()
+    theirs = plain_step(model, batch)
+    report = fk.accelerate(model)
+    assert report.accelerated["adapter"] > 0
+    assert_same(fast_step(model, batch), theirs, 1e-4)
+
+
 def test_no_labels_give_zero_gradients():
     model = adapted(llama_like("Llama"))
     fk.accelerate(model)
