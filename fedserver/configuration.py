@@ -51,6 +51,7 @@ class NodeConfiguration(_Strict):
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")
     strand: Strand | None = Field(default=None, description="lora, zeroth-order or projected")
+    trains: bool = Field(default=True, description="false: the node only evaluates")
     lora_r: int | None = Field(default=None, ge=1, description="LoRA rank of this node")
     lora_alpha: float | None = Field(default=None, gt=0)
     categories: tuple[str, ...] | None = Field(
@@ -221,8 +222,11 @@ class RunConfiguration(_Strict):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"nodes: name {twice[0]!r} is used twice")
-        if self.quorum is not None and self.quorum > len(names):
-            raise ValueError(f"quorum {self.quorum} exceeds the {len(names)} nodes")
+        training = sum(node.trains for node in self.nodes)
+        if training == 0:
+            raise ValueError("nodes: none of them trains")
+        if self.quorum is not None and self.quorum > training:
+            raise ValueError(f"quorum {self.quorum} exceeds the {training} nodes that train")
         listed = [node.categories is not None for node in self.nodes]
         if self.data.partition == "categories" and not all(listed):
             missing = names[listed.index(False)]
@@ -269,8 +273,9 @@ class RunConfiguration(_Strict):
         return max(node.lora_r or self.lora_r for node in self.nodes)
 
     def minimum_updates(self) -> int:
-        """The quorum, by default a majority of the configured nodes."""
-        return self.quorum if self.quorum is not None else len(self.nodes) // 2 + 1
+        """The quorum, by default a majority of the nodes that train."""
+        training = sum(node.trains for node in self.nodes)
+        return self.quorum if self.quorum is not None else training // 2 + 1
 
     def node(self, name: str) -> NodeConfiguration | None:
         """The entry of one node, None for a node that the scenario does not name."""

@@ -107,7 +107,7 @@ def families(ledger: Ledger) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for entry in ledger.entries("round"):
         for node in entry.content["nodes"]:
-            if node["verdict"] != "accepted":
+            if node["verdict"] != "accepted" or "family" not in node:
                 continue
             one = found.setdefault(
                 node["family"],

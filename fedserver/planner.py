@@ -71,6 +71,9 @@ def make_plan(
 ) -> Plan:
     """The plan of one node for one round (rounds count from 1; the final evaluation is rounds + 1)."""
     name = capabilities.node
+    node = configuration.node(name)
+    if node is not None and not node.trains:
+        action = "evaluate"
     settings = _settings(configuration, name)
     run = configuration.run_id()
     return Plan.model_validate(

@@ -93,7 +93,8 @@ def states(
     for entry in ledger.entries("round"):
         updates: list[tuple[Update, int]] = []
         for node in entry.content["nodes"]:
-            if node["verdict"] != "accepted" or node["plan"]["method"]["family"] == skipped:
+            trained = node["verdict"] == "accepted" and node["plan"]["action"] == "train"
+            if not trained or node["plan"]["method"]["family"] == skipped:
                 continue
             context = GateContext(
                 layout=layout,

@@ -144,13 +144,14 @@ class Coordinator:
         started, monotonic = time.time(), time.monotonic()
         outcomes = self._collect(number, "train", model, roster, ledger)
         accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
-        quorum = len(accepted) >= self._configuration.minimum_updates()
-        following = self._fold(model, accepted) if quorum else model
+        updates = [o for o in accepted if o.admitted is not None and o.admitted.update is not None]
+        quorum = len(updates) >= self._configuration.minimum_updates()
+        following = self._fold(model, updates) if quorum else model
         if not quorum:
             self._emit(
                 events.Notice(
                     "warning",
-                    f"round {number}: {len(accepted)} updates accepted,"
+                    f"round {number}: {len(updates)} updates accepted,"
                     f" {self._configuration.minimum_updates()} needed; the model stays as it was",
                 )
             )

@@ -117,7 +117,13 @@ def simulate(
 
 @app.command()
 def compare(
-    presets: Annotated[list[str], typer.Argument(help="Presets, e.g. braid flora fedit.")],
+    presets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PRESET[+KEY=VALUE]...",
+            help="Presets, e.g. braid flora fedit, or mixed+mixing.rule=mean.",
+        ),
+    ],
     scenario: Annotated[
         str, typer.Option(help="The scenario that all of them run.")
     ] = "quickstart",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from aggregators.presets import PRESETS
 from fedserver.configuration import ConfigurationError, load
 from simulations.comparison_page import comparison
 from simulations.intervals import Estimate, estimate
@@ -18,6 +20,8 @@ from simulations.live import LiveView
 from simulations.run import simulate
 
 Summary = dict[str, Any]
+# A plus may stand in a value, as in 1e+3; one before a key begins a change.
+CHANGE = re.compile(r"\+(?=[a-z][A-Za-z0-9_.-]*=)")
 
 
 def compare(
@@ -35,19 +39,19 @@ def compare(
     # All configurations are checked before the first hour is spent.
     first = load(scenario, overrides).seed
     planned = [
-        load(scenario, [*overrides, f'preset="{preset}"', f"seed={first + index}"])
-        for preset in presets
-        for index in range(seeds)
+        (variant, load(scenario, [*overrides, *changes_of(variant, scenario), f"seed={seed}"]))
+        for variant in presets
+        for seed in range(first, first + seeds)
     ]
-    if not all(configuration.evaluate for configuration in planned):
+    if not all(configuration.evaluate for _, configuration in planned):
         raise ConfigurationError("evaluate = false leaves nothing to compare; take it out")
     summaries: dict[str, list[Summary]] = {}
     runs: list[Path] = []
-    for configuration in planned:
-        run = folder / f"{configuration.preset}-seed{configuration.seed}"
+    for variant, configuration in planned:
+        run = folder / f"{variant.replace('/', '_')}-seed{configuration.seed}"
         with LiveView(json=as_json) as view:
             summary = simulate(configuration, run, view, resume=run.exists(), samples=0)
-        summaries.setdefault(configuration.preset, []).append(summary)
+        summaries.setdefault(variant, []).append(summary)
         runs.append(run)
     page = comparison(runs, folder / "comparison.html")
     rows = [comparison_row(preset, found) for preset, found in summaries.items()]
@@ -57,6 +61,18 @@ def compare(
         Console().print(_table(scenario, seeds, rows))
         Console().print(f"page: {page}", soft_wrap=True)
     return summaries
+
+
+def changes_of(variant: str, scenario: str) -> list[str]:
+    """The overrides that a variant stands for: PRESET, or PRESET+key=value+key=value.
+
+    A preset of one strand is one of all nodes, whatever the scenario's nodes say.
+    """
+    preset, *changes = CHANGE.split(variant)
+    strand = PRESETS[preset].strand if preset in PRESETS else None
+    nodes = load(scenario).nodes if strand is not None else ()
+    strands = [f'nodes.{place}.strand="{strand}"' for place in range(len(nodes))]
+    return [*strands, f'preset="{preset}"', *changes]
 
 
 def comparison_row(preset: str, found: Sequence[Summary]) -> dict[str, Any]:

@@ -163,6 +163,43 @@ def test_compare_prints_every_preset_and_writes_a_page(
     assert last["comparison"][0]["seeds"] == 2
 
 
+def test_compare_takes_strands_and_changes(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Presets of one strand are of all nodes; a plus adds a change, unless it is in a number."""
+    variants = ["fedkseed", "ferret", "mixed+mixing.rule=mean+zeroth_order.learning_rate=1e+0"]
+    words = ["--scenario", scenario, "--seeds", 1, "--output", tmp_path / "c", "--json"]
+    changes = [
+        "nodes.a.strand=zeroth-order",
+        "rounds=1",
+        "preset=mixed",
+        "projected.coordinates=99",
+    ]
+    for change in changes:
+        words += ["--set", change]
+    assert run("compare", *variants, *words) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["comparison"]
+    assert [row["preset"] for row in found] == variants
+    page = (tmp_path / "c" / "comparison.html").read_text(encoding="utf-8")
+    assert "mixed+mixing.rule=mean" in page
+    (mixed,) = (tmp_path / "c").glob("mixed*")
+    resolved = (mixed / "scenario.toml").read_text(encoding="utf-8")
+    assert 'rule = "mean"' in resolved
+    assert run("compare", "mixed+mixing.rull=mean", *words) == 2
+    assert "rule" in capsys.readouterr().err
+
+
+def test_a_node_that_does_not_train_only_evaluates(scenario: Path, tmp_path: Path) -> None:
+    words = ["--output", tmp_path / "run", "--samples", 0, "--set", "nodes.a.trains=false"]
+    assert run("simulate", scenario, *words) == 0
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    for row in map(json.loads, rows):
+        a = next(node for node in row["nodes"] if node["node"] == "a")
+        assert (a["verdict"], a["train_loss"], a["weight"]) == ("accepted", None, 0.0)
+        assert sum(row["families"].values()) == len(row["nodes"]) - 1
+    assert run("ledger", "replay", tmp_path / "run") == 0
+
+
 def test_export_of_a_folder_that_is_no_run_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
