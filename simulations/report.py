@@ -14,6 +14,7 @@ from simulations.report_tables import (
     NODE_COLUMNS,
     all_replies,
     byte_table,
+    family_table,
     node_table,
     round_columns,
     verdict_words,
@@ -61,6 +62,7 @@ def report_html(run: Run) -> str:
         seconds=_seconds(run),
         replies=f"{len(replies) - len(refused):,} of {told} accepted",
         figures=figures(run, [node.name for node in nodes]),
+        families=family_table(run),
         nodes=nodes,
         nodes_caption="Training loss: first step of the node's first round, last step of its last."
         " Weight: its share of the latest aggregate that it was part of.",

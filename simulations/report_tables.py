@@ -13,7 +13,7 @@ from fedserver.events import ACCEPTED
 from simulations import charts, quantities
 from simulations.axes import Chart
 from simulations.pages import datum
-from simulations.run_directory import NodeRound, Run, text
+from simulations.run_directory import NodeRound, Run, integer, number, text
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,18 @@ class NodeSummary:
     up: int
     down: int
     verdicts: tuple[tuple[str, int, bool], ...]
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """A family of updates over the whole run; ``gain`` in nats a token, None: not evaluated."""
+
+    name: str
+    nodes: int | None
+    up: float | None
+    down: float | None
+    seconds: float | None
+    gain: float | None
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,25 @@ class TextColumn(Column):
         """The words as they are, escaped."""
         value = self.shown(getattr(row, self.field))
         return Markup("{}").format(value) if value else datum(None, "")
+
+
+def family_table(run: Run) -> list[FamilyRow]:
+    """What each family cost and what it is worth; [] where a run has one alone."""
+    found = run.summary.get("families")
+    if not isinstance(found, dict) or len(found) < 2:
+        return []
+    return [
+        FamilyRow(
+            text(name).replace("_", "-"),
+            integer(work.get("nodes")),
+            number(work.get("bytes_up")),
+            number(work.get("bytes_down")),
+            number(work.get("seconds")),
+            number(work.get("contribution")),
+        )
+        for name, work in found.items()
+        if isinstance(work, dict)
+    ]
 
 
 def all_replies(run: Run) -> list[tuple[int, NodeRound]]:

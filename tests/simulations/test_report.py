@@ -60,6 +60,28 @@ def test_every_number_of_the_metrics_is_on_the_page_exactly(
             assert float(number) in shown
 
 
+def test_what_each_family_cost_and_is_worth_is_on_the_page(
+    fake_run: MakeRun, tmp_path: Path, outline: Any
+) -> None:
+    folder = fake_run(tmp_path / "run")
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    work = {"updates": 6, "bytes_up": 1234, "bytes_down": 5678, "seconds": 91.5}
+    for families in (
+        {"low_rank": work | {"nodes": 2, "contribution": 0.31415}},
+        {
+            "low_rank": work | {"nodes": 2, "contribution": 0.31415},
+            "seed_scalars": work | {"nodes": 4, "contribution": None},
+        },
+    ):
+        path.write_text(json.dumps(summary | {"families": families}), encoding="utf-8")
+        page = outline(report_html(read_run(folder)))
+        shown = {value for tag, key, value in page.attributes if (tag, key) == ("data", "value")}
+        # A single family is the run itself, and needs no table.
+        assert ("0.31415" in shown) == (len(families) > 1)
+        assert ("seed-scalars" in page.text) == (len(families) > 1)
+
+
 def test_every_node_verdict_reason_answer_and_digest_is_on_the_page(run: Run, outline: Any) -> None:
     text = outline(report_html(run)).text
     for entry in run.rounds:
