@@ -60,6 +60,15 @@ class NodeConfiguration(_Strict):
     local_steps: int | None = Field(default=None, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
     micro_batch_size: int | None = Field(default=None, ge=1)
+    speed: float = Field(
+        default=1.0,
+        gt=0,
+        le=1e6,
+        description="of the device, the simulating machine being 1",
+    )
+    link_mbps: float | None = Field(
+        default=None, gt=0, description="megabits a second of the device's link; unset: no delay"
+    )
     description: str = ""
     fault: Fault | None = Field(default=None, description="simulate a misbehaving node")
 
@@ -251,7 +260,17 @@ class RunConfiguration(_Strict):
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers: all but names, places and the number of rounds."""
-        return self.model_dump(mode="json", exclude={"name", "description", "output_dir", "rounds"})
+        return self.model_dump(
+            mode="json",
+            exclude={
+                "name": True,
+                "description": True,
+                "output_dir": True,
+                "rounds": True,
+                # What a device would take is a view of a run, and changes none of its numbers.
+                "nodes": {"__all__": {"speed", "link_mbps"}},
+            },
+        )
 
     def run_id(self) -> str:
         """128-bit hexadecimal id; equal scenarios have equal ids, whatever runs them."""

@@ -14,6 +14,7 @@ from typing import Any
 from aggregators import Layout
 from aggregators.messages import Evaluation
 from fedserver.configuration import RunConfiguration
+from fedserver.device_cost import device_seconds
 from fedserver.ledger import Entry, Ledger
 
 FP32_BYTES = 4
@@ -23,20 +24,23 @@ EVALUATED = tuple(Evaluation.model_fields)
 ABLATION = "ablation"  # the kind of an entry: an evaluation of the model without one family
 
 
-def rows(ledger: Ledger) -> list[dict[str, Any]]:
+def rows(ledger: Ledger, configuration: RunConfiguration) -> list[dict[str, Any]]:
     """One dictionary a round. ``eval_loss`` is of the model that the round produced.
 
     The evaluation of a round's model arrives with the next round's replies or with the final
     evaluation, so the newest round of an unfinished run has None there.
     """
     entering = evaluations(ledger)
-    genesis = ledger.last("genesis")
-    configured = genesis.content["configuration"]["nodes"] if genesis is not None else []
-    categories = {node["name"]: ", ".join(node["categories"] or ()) for node in configured}
     lines = [round_row(entry, entering.get(entry.round)) for entry in ledger.entries("round")]
     for line in lines:
         for node in line["nodes"]:
-            node["categories"] = categories.get(node["node"], "")
+            asked = configuration.node(node["node"])
+            node["categories"] = ", ".join((asked.categories if asked else None) or ())
+            node["device_seconds"] = device_seconds(
+                asked, node["seconds"] or 0.0, node["bytes_up"] + node["bytes_down"]
+            )
+        # The round is over when the last device has answered.
+        line["device_seconds"] = max(node["device_seconds"] for node in line["nodes"])
     return lines
 
 
@@ -134,7 +138,7 @@ def summarise(
     ledger: Ledger, configuration: RunConfiguration, layout: Layout, targets: Sequence[str]
 ) -> dict[str, Any]:
     """The run in one dictionary: before, after, bytes against the two obvious baselines."""
-    lines = rows(ledger)
+    lines = rows(ledger, configuration)
     before, after = _before_and_after(ledger)
     genesis = ledger.last("genesis")
     assert genesis is not None
@@ -157,15 +161,19 @@ def summarise(
         "bytes_full_model": 2 * FP32_BYTES * weights * len(ranks) * len(lines),
         "bytes_full_lora": 2 * FP32_BYTES * per_rank * sum(ranks) * len(lines),
         "seconds": sum(entry.wall["seconds"] for entry in _messages(ledger)),
+        "device_seconds": sum(line["device_seconds"] for line in lines),
+        "device_memory": max(
+            (node["memory_bytes"] for line in lines for node in line["nodes"]), default=0
+        ),
         "head": ledger.head,
         "adapter": "adapter",
         "version": _version(),
     }
 
 
-def write(ledger: Ledger, path: Path) -> None:
+def write(ledger: Ledger, configuration: RunConfiguration, path: Path) -> None:
     """Write ``metrics.jsonl`` anew, atomically: a reader never sees half a line."""
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows(ledger))
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows(ledger, configuration))
     _replace(path, text)
 
 
@@ -223,6 +231,7 @@ def _node_row(node: dict[str, Any], entry: Entry) -> dict[str, Any]:
         "verdict": node["verdict"],
         "reason": node["reason"],
         "norm": node.get("norm"),
+        "memory_bytes": node["memory_bytes"],
     }
 
 

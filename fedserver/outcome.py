@@ -28,6 +28,7 @@ class Outcome:
     blob: str | None = None
     round: int = 0
     share: float = 0.0
+    memory_bytes: int = 0
 
 
 def judge(reply: Reply, context: GateContext, seen: set[str]) -> Outcome:
@@ -107,6 +108,7 @@ def row(outcome: Outcome) -> dict[str, Any]:
         "bytes_down": outcome.bytes_down,
         "update": outcome.blob,
         "share": outcome.share,
+        "memory_bytes": outcome.memory_bytes,
     }
     if admitted is not None:
         found |= {"report": admitted.report.model_dump(mode="json")}

@@ -16,6 +16,7 @@ from aggregators.presets import PRESETS
 from aggregators.view import View
 from fedserver import events, metrics
 from fedserver.configuration import RunConfiguration, to_toml
+from fedserver.device_cost import memory_bytes
 from fedserver.exchange import EVALUATE, TRAIN, Exchange
 from fedserver.global_model import GlobalModel, first_basis, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
@@ -76,12 +77,12 @@ class Coordinator:
         self._announce(roster, done + 1)
         for number in range(done + 1, configuration.rounds + 1):
             model = self._round(number, model, ledger, roster)
-            metrics.write(ledger, self._folder / "metrics.jsonl")
+            metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
         if configuration.evaluate and not _evaluated(ledger, configuration.rounds):
             self._final_evaluation(model, ledger, roster)
         if configuration.contributions:
             self._contributions(ledger, roster)
-        metrics.write(ledger, self._folder / "metrics.jsonl")
+        metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
         summary = metrics.summarise(ledger, configuration, roster.layout, targets)
         metrics.write_json(summary, self._folder / "summary.json")
         return summary
@@ -285,6 +286,8 @@ class Coordinator:
                 missing.bytes_down = len(payloads[node_id])
                 answered[node_id] = missing
                 self._tell(missing, number)
+        for outcome in answered.values():
+            outcome.memory_bytes = memory_bytes(outcome.plan, roster.layout)
         in_order = sorted(answered.values(), key=lambda outcome: outcome.plan.node)
         for diverged in unlike_weights(in_order):
             self._emit(events.Notice("warning", f"round {number}: {diverged}"))

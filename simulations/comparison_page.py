@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from markupsafe import Markup
 
@@ -18,7 +19,7 @@ from simulations.axes import Chart
 from simulations.charts import Band, Series
 from simulations.intervals import Estimate, estimate
 from simulations.pages import datum, render, write_page
-from simulations.run_directory import Run, RunDirectoryError, read_run
+from simulations.run_directory import Round, Run, RunDirectoryError, read_run
 
 BASELINE = "fedit"
 """The preset that others are compared with, where it is among the runs; else the first."""
@@ -78,6 +79,7 @@ def comparison_html(runs: Sequence[Run]) -> str:
     )
     return render(
         "comparison.html.jinja",
+        costs=[cost_figure(groups, cost) for cost in COSTS],
         groups=groups,
         run_count=quantities.plural(len(runs), "run"),
         preset_count=quantities.plural(len(groups), "preset"),
@@ -93,6 +95,64 @@ def comparison_html(runs: Sequence[Run]) -> str:
         final_loss=final_loss,
         total_bytes=total_bytes,
     )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run pays for its loss: running total after a round, or one number for the whole run."""
+
+    identity: str
+    title: str
+    caption: str
+    shown: Callable[[float | None], str]
+    by_round: Callable[[Round], float | None] | None = None
+    of_run: Callable[[Run], float | None] | None = None
+
+
+def cost_points(run: Run, cost: Cost) -> tuple[tuple[float, float], ...]:
+    """(cost so far, evaluation loss) after every round from 0 on; for a whole run, one point."""
+    if cost.of_run is not None:
+        total, loss = cost.of_run(run), final_loss(run)
+        return () if total is None or loss is None else ((total, loss),)
+    assert cost.by_round is not None
+    losses = dict(run.curve())
+    points, total = [(0.0, losses[0])] if 0 in losses else [], 0.0
+    for entry in run.rounds:
+        paid = cost.by_round(entry)
+        if paid is None or entry.round not in losses:
+            break
+        total += paid
+        points.append((total, losses[entry.round]))
+    return tuple(points)
+
+
+def cost_figure(groups: Sequence[Group], cost: Cost) -> dict[str, object]:
+    """The chart of loss against a cost; empty where no run recorded it."""
+    lines = []
+    for found in groups:
+        curves = [cost_points(member.run, cost) for member in found.members]
+        curves = [curve for curve in curves if curve]
+        lines += [Series(found.name, curve, found.tone, faint=True) for curve in curves]
+        # Seeds pay alike: the mean of both coordinates, as far as every run of them is.
+        shared = min((len(curve) for curve in curves), default=0)
+        mean = [
+            (fmean(curve[place][0] for curve in curves), fmean(curve[place][1] for curve in curves))
+            for place in range(shared)
+        ]
+        lines.append(Series(found.name, tuple(mean), found.tone))
+    wide, narrow = (
+        charts.line_chart(
+            Chart(
+                f"{cost.identity}-{width}", cost.title, cost.caption, width, height,
+                value_text=quantities.loss_text, x_text=cost.shown,
+            ),
+            lines,
+            x_label="",
+            label_width=label,
+        )
+        for width, height, label in ((1040, 380, 140), (400, 360, 92))
+    )  # fmt: skip
+    return {"title": cost.title, "caption": cost.caption, "wide": wide, "narrow": narrow}
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
@@ -227,6 +287,28 @@ def _interval_words(found: Estimate | None) -> str:
     return f"{found.mean:.3f}{half}"
 
 
+def _round_bytes(entry: Round) -> float | None:
+    if entry.bytes_up is None or entry.bytes_down is None:
+        return None
+    return entry.bytes_up + entry.bytes_down
+
+
+COSTS = (
+    Cost(
+        "bytes", "Loss against bytes", "All nodes, both ways, up to the end of each round.",
+        quantities.bytes_text, by_round=_round_bytes,
+    ),
+    Cost(
+        "device-seconds", "Loss against the devices' time",
+        "Every round takes as long as its slowest device: its work at its speed, then its link.",
+        quantities.duration_text, by_round=lambda entry: entry.device_seconds,
+    ),
+    Cost(
+        "memory", "Loss against device memory",
+        "What the node that needs most of it needs, by the method's weights, gradients and state.",
+        quantities.bytes_text, of_run=lambda run: run.number("device_memory"),
+    ),
+)  # fmt: skip
 COLUMNS = (
     Quantity("Loss before", lambda r: r.before.loss if r.before else None, quantities.loss_text),
     Quantity("Loss after", final_loss, quantities.loss_text),
@@ -239,5 +321,6 @@ COLUMNS = (
         "Accuracy after", lambda r: r.after.accuracy if r.after else None, quantities.share_text
     ),
     Quantity("Bytes", total_bytes, quantities.bytes_text),
+    Quantity("Device memory", lambda r: r.number("device_memory"), quantities.bytes_text),
     Quantity("Time", lambda r: r.number("seconds"), quantities.duration_text),
 )

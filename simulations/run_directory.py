@@ -62,6 +62,7 @@ class Round:
     bytes_up: int | None
     bytes_down: int | None
     seconds: float | None
+    device_seconds: float | None
     accepted: int | None
     rejected: int | None
     epsilon: float | None
@@ -267,6 +268,7 @@ def _round(round_number: int, values: Mapping[str, Any]) -> Round:
         bytes_up=integer(values.get("bytes_up")),
         bytes_down=integer(values.get("bytes_down")),
         seconds=number(values.get("seconds")),
+        device_seconds=number(values.get("device_seconds")),
         accepted=integer(values.get("accepted")),
         rejected=integer(values.get("rejected")),
         epsilon=number(values.get("epsilon")),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from simulations.comparison_page import comparison, final_loss, group
+from simulations.comparison_page import COSTS, comparison, cost_points, final_loss, group
 from simulations.intervals import estimate
 from simulations.run_directory import RunDirectoryError, read_run
 
@@ -120,3 +120,26 @@ def test_nothing_to_compare_is_an_error(tmp_path: Path) -> None:
         comparison([], tmp_path / "c.html")
     with pytest.raises(RunDirectoryError, match="no such run directory"):
         comparison([tmp_path / "absent"], tmp_path / "c.html")
+
+
+def test_losses_stand_against_what_they_cost(
+    fake_run: MakeRun, tmp_path: Path, outline: Any
+) -> None:
+    """Bytes and devices' time add up over rounds; memory is one number for a run."""
+    runs = [read_run(path) for path in make_runs(fake_run, tmp_path, braid=1.6)]
+    by_bytes, by_time, by_memory = COSTS
+    run = runs[0]
+    points = cost_points(run, by_bytes)
+    assert [loss for _, loss in points] == [loss for _, loss in run.curve()]
+    assert points[0][0] == 0.0
+    assert points[-1][0] == sum((r.bytes_up or 0) + (r.bytes_down or 0) for r in run.rounds)
+    # The generated runs know no devices: then there is no such chart, and no error.
+    assert cost_points(run, by_time) in ((), ((0.0, points[0][1]),))
+    assert cost_points(run, by_memory) == ()
+    page = outline(comparison(runs_of(runs), tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "Loss against bytes" in page.text
+    assert page.unbalanced == []
+
+
+def runs_of(runs: list[Any]) -> list[Path]:
+    return [run.path for run in runs]

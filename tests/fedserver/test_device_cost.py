@@ -1,0 +1,77 @@
+"""What a plan asks of a device: less for methods that keep less, and more for slow devices and links."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aggregators import Layout
+from aggregators.messages import Plan
+from aggregators.methods import SketchMethod, ZerothOrderMethod
+from fedserver.configuration import NodeConfiguration, parse
+from fedserver.device_cost import device_seconds, memory_bytes
+
+LAYOUT = Layout(
+    {"a.q_proj.weight": (512, 384), "a.down_proj.weight": (384, 512), "norm.weight": (6,)}
+)
+FORWARD = ZerothOrderMethod(master_seed=1, pool_size=8, probe="rank1", epsilon=1e-3, clip=None)
+
+
+@pytest.fixture
+def plan(lora_plan: Callable[..., Plan]) -> Callable[..., Plan]:
+    def make(**changes: Any) -> Plan:
+        values: dict[str, Any] = {
+            "run": "r", "round": 1, "node": "a", "nonce": "0" * 16, "layout": LAYOUT.fingerprint,
+            "base_model": "m", "base_digest": "0" * 64, "action": "train", "preset": "mixed",
+            "seed": 1, "local_steps": 1, "batch_size": 4, "learning_rate": 0.1, "max_length": 16,
+            "dtype": "float32", "wire_dtype": None, "threads": 1, "accelerate": False,
+            "evaluate": True, "deadline_seconds": 1.0, "max_norm": None,
+            "target_modules": ("all-linear",), "rank": 4, "alpha": 8.0, "rslora": False,
+            "dropout": 0.0, "init": "random", "train_a": True, "start": "fresh", "sends": "factors",
+            "shared_seed": 1, "weight_decay": 0.0, "warmup_steps": 0, "rank_cap": None,
+        }  # fmt: skip
+        return lora_plan(**values | changes)
+
+    return make
+
+
+def sketch(optimiser: str) -> SketchMethod:
+    return SketchMethod.model_validate(
+        {"target_modules": (), "master_seed": 1, "rank": 2, "oversampling": 2,
+         "optimiser": optimiser, "error_feedback": False}
+    )  # fmt: skip
+
+
+def test_forward_passes_need_least_and_whole_weights_most(plan: Callable[..., Plan]) -> None:
+    lora = plan()
+    costs = [
+        memory_bytes(lora.model_copy(update={"method": method}), LAYOUT)
+        for method in (FORWARD, lora.method, sketch("sgd"), sketch("adamw"))
+    ]
+    weights = 4 * LAYOUT.elements
+    assert costs == sorted(costs)
+    assert weights < costs[0] < 1.2 * weights
+    assert costs[3] - costs[2] == 2 * weights
+
+
+def test_what_grows_with_rank_batch_and_type(plan: Callable[..., Plan]) -> None:
+    usual = memory_bytes(plan(), LAYOUT)
+    assert memory_bytes(plan(rank=8), LAYOUT) > usual
+    assert memory_bytes(plan(batch_size=8), LAYOUT) > usual
+    assert usual - memory_bytes(plan(dtype="bfloat16"), LAYOUT) == 2 * LAYOUT.elements
+
+
+def test_a_slow_device_on_a_slow_link() -> None:
+    node = NodeConfiguration(name="phone", speed=0.1, link_mbps=8.0)
+    assert device_seconds(node, 3.0, 2_000_000) == pytest.approx(30.0 + 2.0)
+    assert device_seconds(NodeConfiguration(name="here"), 3.0, 2_000_000) == 3.0
+    assert device_seconds(None, 3.0, 2_000_000) == 3.0
+
+
+def test_what_a_device_is_like_changes_no_number_of_a_run() -> None:
+    plain = parse({"nodes": [{"name": "a"}]})
+    slow = parse({"nodes": [{"name": "a", "speed": 0.2, "link_mbps": 1.0}]})
+    assert plain.run_id() == slow.run_id()
+    assert plain.run_id() != parse({"nodes": [{"name": "a", "lora_r": 3}]}).run_id()
