@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -273,3 +274,16 @@ def test_no_labels_give_zero_gradients():
     loss, gradients = fast_step(model, batch)
     assert loss == 0
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients.values())
+
+
+def test_a_copy_computes_with_its_own_weights():
+    model, batch = adapted(llama_like("Llama")), batch_of()
+    fk.accelerate(model)
+    twin, read = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for parameter in twin.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(2)
+    mine = fast_step(twin, batch)
+    assert_same(fast_step(read, batch), fast_step(model, batch), 0)
+    fk.restore(twin)
+    assert_same(mine, plain_step(twin, batch), 2e-5)
