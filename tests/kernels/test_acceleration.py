@@ -266,6 +266,31 @@ def test_what_looks_known_and_computes_something_else_is_left_alone():
     assert_same(fast_step(model, batch), theirs, 2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_do_not_rotate_are_told_from_those_that_do(dtype):
+    """SmolLM3 has rotary positions in three of four layers."""
+    model = adapted(llama_like("SmolLM3", num_hidden_layers=5).to(dtype))
+    batch = batch_of()
+    theirs = plain_step(model, batch)
+    report = fk.accelerate(model)
+    assert report.accelerated["attention"] == 4
+    assert report.left["SmolLM3Attention"] == 1
+    tolerance = 2e-5 if dtype == torch.float32 else 5e-2
+    assert distance(fast_step(model, batch), theirs) <= tolerance
+
+
+@pytest.mark.parametrize("architecture", ["Olmo2", "StableLm"])
+def test_attention_that_cannot_answer_the_trial_is_left_alone(architecture):
+    """OLMo 2 normalises q and k before they are heads, StableLM rotates a part of each head."""
+    model = adapted(llama_like(architecture))
+    batch = batch_of()
+    theirs = plain_step(model, batch)
+    report = fk.accelerate(model)
+    assert report.left[f"{architecture}Attention"] == 2
+    assert report.accelerated["adapter"] == 14
+    assert_same(fast_step(model, batch), theirs, 2e-5)
+
+
 def test_no_labels_give_zero_gradients():
     model = adapted(llama_like("Llama"))
     fk.accelerate(model)
