@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fedkernels import quantized_product as product
+from fedkernels.autocast import without_autocast
 from fedkernels.quantized_tensor import QuantizedTensor
 
 QUANTIZE_FORMATS = ("nf4", "int4", "int8")
@@ -121,6 +122,7 @@ def lora_linear(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, x: torch.Tensor, tensor: QuantizedTensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
@@ -131,6 +133,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dx = None
         if ctx.needs_input_grad[0]:
@@ -141,6 +144,7 @@ class _Linear(torch.autograd.Function):
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,
         x: torch.Tensor,
@@ -158,6 +162,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, xa, A, B = ctx.saved_tensors
         needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])

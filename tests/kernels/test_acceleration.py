@@ -291,6 +291,24 @@ def test_attention_that_cannot_answer_the_trial_is_left_alone(architecture):
     assert_same(fast_step(model, batch), theirs, 2e-5)
 
 
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_under_autocast_the_plain_model_chooses_the_types(base):
+    plain = llama_like("Llama")
+    model = adapted(plain if base == "dense" else fk.quantize_linears(plain, "nf4"))
+    batch = batch_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = model(**batch, use_cache=False)
+    fk.accelerate(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = model(**batch, use_cache=False)
+        again = fk.causal_loss(model, batch)
+    assert mine.logits.dtype == theirs.logits.dtype
+    assert mine.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-3)
+    mean = again.total.item() / again.labelled
+    assert mean == pytest.approx(theirs.loss.item(), rel=1e-3)
+    again.total.backward()
+
+
 def test_no_labels_give_zero_gradients():
     model = adapted(llama_like("Llama"))
     fk.accelerate(model)

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fedkernels import quantized, quantized_product
+from fedkernels.autocast import without_autocast
 from fedkernels.backends import threads
 from fedkernels.quantized_tensor import QuantizedTensor
 from fedkernels.reference import training as reference
@@ -113,6 +114,7 @@ def _places(linears: Sequence[AdaptedLinear]) -> Iterator[_Place]:
 
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, x: Tensor, linears: tuple[AdaptedLinear, ...], isa: int, *flat: Tensor
     ) -> tuple[Tensor, ...]:
@@ -137,6 +139,7 @@ class _AdaptedLinears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         from fedkernels import _cpu
 

@@ -85,7 +85,12 @@ def _linears(*modules: nn.Module) -> list[AdaptedLinear] | None:
 
 
 def _multiplies(linear: AdaptedLinear, x: Tensor) -> bool:
-    """Whether the types go together; a quantised weight takes either of the two it knows."""
+    """Whether the types go together; a quantised weight takes either of the two it knows.
+
+    Under autocast the plain module chooses the types.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return False
     if isinstance(linear.weight, Tensor):
         return linear.weight.dtype == x.dtype
     return x.dtype in (torch.float32, torch.bfloat16)
