@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fedkernels import quantized_product as product
-from fedkernels.autocast import without_autocast
+from fedkernels.autograd import reshaped, without_autocast
 from fedkernels.quantized_tensor import QuantizedTensor
 
 QUANTIZE_FORMATS = ("nf4", "int4", "int8")
@@ -129,7 +129,7 @@ class _Linear(torch.autograd.Function):
         ctx.tensor = tensor
         ctx.bias_type = None if bias is None else bias.dtype
         y = product.linear(_rows(x), tensor, bias)
-        return y.reshape(*x.shape[:-1], tensor.shape[0])
+        return reshaped(y, (*x.shape[:-1], tensor.shape[0]))
 
     @staticmethod
     @once_differentiable
@@ -158,7 +158,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x, xa, A, B)
         ctx.scale, ctx.tensor = scale, tensor
         ctx.bias_type = None if bias is None else bias.dtype
-        return y.reshape(*x.shape[:-1], tensor.shape[0])
+        return reshaped(y, (*x.shape[:-1], tensor.shape[0]))
 
     @staticmethod
     @once_differentiable

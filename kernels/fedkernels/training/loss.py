@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fedkernels.autocast import without_autocast
+from fedkernels.autograd import without_autocast
 from fedkernels.backends import threads
 from fedkernels.quantized_linear import QuantizedLinear
 from fedkernels.quantized_tensor import QuantizedTensor

@@ -1,9 +1,9 @@
-"""Autocast and functions that know their types: inside them it is off."""
+"""What the autograd functions here have in common."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,3 +26,12 @@ def without_autocast(step: Step) -> Step:
             return step(ctx, *arguments)
 
     return cast(Step, run)
+
+
+def reshaped(result: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return a result that nobody else has, in another shape.
+
+    To autograd it is no view, so operations in place (a ReLU, say) may follow the function.
+    """
+    plain: torch.Tensor = torch.ops.aten._unsafe_view.default(result, list(shape))
+    return plain
