@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fedkernels import quantized_product as product
+from fedkernels.autograd import reshaped, without_autocast
 from fedkernels.quantized_tensor import QuantizedTensor
 
 QUANTIZE_FORMATS = ("nf4", "int4", "int8")
@@ -121,16 +122,18 @@ def lora_linear(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, x: torch.Tensor, tensor: QuantizedTensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.tensor = tensor
         ctx.bias_type = None if bias is None else bias.dtype
         y = product.linear(_rows(x), tensor, bias)
-        return y.reshape(*x.shape[:-1], tensor.shape[0])
+        return reshaped(y, (*x.shape[:-1], tensor.shape[0]))
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dx = None
         if ctx.needs_input_grad[0]:
@@ -141,6 +144,7 @@ class _Linear(torch.autograd.Function):
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,
         x: torch.Tensor,
@@ -154,10 +158,11 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x, xa, A, B)
         ctx.scale, ctx.tensor = scale, tensor
         ctx.bias_type = None if bias is None else bias.dtype
-        return y.reshape(*x.shape[:-1], tensor.shape[0])
+        return reshaped(y, (*x.shape[:-1], tensor.shape[0]))
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, xa, A, B = ctx.saved_tensors
         needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from fedkernels.autograd import reshaped
 from fedkernels.backends import instruction_set, threads, uses_triton
 from fedkernels.checks import sizes, whole_number, whole_numbers
 from fedkernels.reference import sign_adapter as reference
@@ -155,7 +156,7 @@ class _SignLinear(torch.autograd.Function):
         a = coefficients.detach()
         inner = _product(rows, adapter.right, len(a), coarse, scale=a)
         out = _product(inner, adapter.left, adapter.out_features, coarse, add=base, dtype=x.dtype)
-        return out.reshape(*x.shape[:-1], adapter.out_features)
+        return reshaped(out, (*x.shape[:-1], adapter.out_features))
 
     @staticmethod
     @once_differentiable  # type: ignore[misc, no-untyped-call, unused-ignore]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -290,6 +291,49 @@ def test_relatives_of_llama_keep_what_is_their_own(architecture):
     assert_same(fast_step(model, batch), theirs, 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_do_not_rotate_are_told_from_those_that_do(dtype):
+    """SmolLM3 has rotary positions in three of four layers."""
+    model = adapted(llama_like("SmolLM3", num_hidden_layers=5).to(dtype))
+    batch = batch_of()
+    theirs = plain_step(model, batch)
+    report = fk.accelerate(model)
+    assert report.accelerated["attention"] == 4
+    assert report.left["SmolLM3Attention"] == 1
+    tolerance = 2e-5 if dtype == torch.float32 else 5e-2
+    assert distance(fast_step(model, batch), theirs) <= tolerance
+
+
+@pytest.mark.parametrize("architecture", ["Olmo2", "StableLm"])
+def test_attention_that_cannot_answer_the_trial_is_left_alone(architecture):
+    """OLMo 2 normalises q and k before they are heads, StableLM rotates a part of each head."""
+    model = adapted(llama_like(architecture))
+    batch = batch_of()
+    theirs = plain_step(model, batch)
+    report = fk.accelerate(model)
+    assert report.left[f"{architecture}Attention"] == 2
+    assert report.accelerated["adapter"] == 14
+    assert_same(fast_step(model, batch), theirs, 2e-5)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_under_autocast_the_plain_model_chooses_the_types(base):
+    plain = llama_like("Llama")
+    model = adapted(plain if base == "dense" else fk.quantize_linears(plain, "nf4"))
+    batch = batch_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = model(**batch, use_cache=False)
+    fk.accelerate(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = model(**batch, use_cache=False)
+        again = fk.causal_loss(model, batch)
+    assert mine.logits.dtype == theirs.logits.dtype
+    assert mine.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-3)
+    mean = again.total.item() / again.labelled
+    assert mean == pytest.approx(theirs.loss.item(), rel=1e-3)
+    again.total.backward()
+
+
 def test_no_labels_give_zero_gradients():
     model = adapted(llama_like("Llama"))
     fk.accelerate(model)
@@ -298,3 +342,16 @@ def test_no_labels_give_zero_gradients():
     loss, gradients = fast_step(model, batch)
     assert loss == 0
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients.values())
+
+
+def test_a_copy_computes_with_its_own_weights():
+    model, batch = adapted(llama_like("Llama")), batch_of()
+    fk.accelerate(model)
+    twin, read = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for parameter in twin.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(2)
+    mine = fast_step(twin, batch)
+    assert_same(fast_step(read, batch), fast_step(model, batch), 0)
+    fk.restore(twin)
+    assert_same(mine, plain_step(twin, batch), 2e-5)

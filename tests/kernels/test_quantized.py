@@ -179,6 +179,22 @@ def test_adapter_and_its_gradients_are_those_of_the_dense_layer(
         assert relative_error(gradient, dense_gradient) <= cancelled * RELATIVE_ERROR[dtype]
 
 
+def test_autocast_changes_nothing(backend):
+    tensor = quantized("nf4", 1, 20, 70)
+    x, A, B = (
+        random(i, *shape).requires_grad_() for i, shape in enumerate([(40, 70), (3, 70), (20, 3)])
+    )
+
+    def results():
+        y = fk.lora_linear(x, tensor, A, B, 0.5) + fk.linear(x, tensor)
+        return [y, *torch.autograd.grad(y.square().sum(), (x, A, B))]
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("fmt", ["nf4", "int8", "q4_1"])
 def test_panels_join_without_a_seam(backend, fmt, monkeypatch):
     tensor = quantized(fmt, 1, 200, 96)

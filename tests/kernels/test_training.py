@@ -254,3 +254,22 @@ def test_what_does_not_fit_is_refused_by_name(backend, call, named):
 
 def _adapted(a: Tensor, b: Tensor) -> fk.AdaptedLinear:
     return fk.AdaptedLinear(W, None, (fk.Factor(a, b, 1.0),))
+
+
+def test_operations_in_place_may_follow(backend):
+    tensor = fk.quantize(torch.randn(8, 8), "nf4")
+    adapter = fk.SignAdapter.from_seeds([1, 2], torch.ones(2), 0, (8, 8))
+    x, row, thin = torch.randn(2, 3, 8), torch.ones(8), torch.ones(1, 8)
+    functions = (
+        lambda x: fk.linear(x, tensor),
+        lambda x: fk.lora_linear(x, tensor, thin, thin.T, 1.0),
+        lambda x: fk.adapted_linears(x, [fk.AdaptedLinear(torch.eye(8))])[0],
+        lambda x: fk.rms_norm(x, row, 1e-5),
+        lambda x: fk.swiglu(x, x),
+        adapter,
+    )
+    for function in functions:
+        plain, clamped = (x.clone().requires_grad_() for _ in range(2))
+        function(plain).relu().sum().backward()
+        function(clamped).relu_().sum().backward()
+        assert torch.equal(clamped.grad, plain.grad)

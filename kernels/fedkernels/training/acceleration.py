@@ -2,7 +2,8 @@
 
 A module is replaced where its structure is known (`modules.py`) and, on a small random input, its
 fused forward pass answers as its own does. The first tells what to try, the second that a model which
-looks like Llama and computes something else (a norm with 1 + weight, say) keeps its own code.
+looks like Llama and computes something else (a norm with 1 + weight, say) keeps its own code. One
+trial speaks for a class, but for attention, of which some models rotate in some of their layers only.
 """
 
 from __future__ import annotations
@@ -116,7 +117,10 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _agree(kind: str, module: Any, plain: Forward, fused: Forward) -> bool:
-    """Whether both passes answer alike; dropout is off, and no random state is touched."""
+    """Whether both passes answer alike; dropout is off, and no random state is touched.
+
+    One that cannot answer at all (its rotary positions have another width, say) is not the same.
+    """
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -154,6 +158,13 @@ def _probe(kind: str, module: Any) -> tuple[Tensor, dict[str, Any]] | None:
     x = torch.randn(2, _POSITIONS, width, generator=random).to(weight)
     if kind != "attention":
         return x, {}
-    angles = torch.rand(1, _POSITIONS, module.head_dim // 2, generator=random).repeat(1, 1, 2)
+    angles = 3 * torch.rand(1, _POSITIONS, module.head_dim // 2, generator=random).repeat(1, 1, 2)
     tables = (angles.cos().to(weight), angles.sin().to(weight))
-    return x, {"position_embeddings": tables, "attention_mask": None}
+    return _telling(module, x), {"position_embeddings": tables, "attention_mask": None}
+
+
+def _telling(module: Any, x: Tensor) -> Tensor:
+    """x, scaled so that scores are near one: softmax neither hides what precedes it nor magnifies it."""
+    q, k = (part(x).float() for part in (module.q_proj, module.k_proj))
+    score = float(q.std() * k.std()) * module.head_dim**0.5 * module.scaling
+    return x * score**-0.5 if score > 0 else x

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fedkernels import quantized, quantized_product
+from fedkernels.autograd import reshaped, without_autocast
 from fedkernels.backends import threads
 from fedkernels.quantized_tensor import QuantizedTensor
 from fedkernels.reference import training as reference
@@ -113,6 +114,7 @@ def _places(linears: Sequence[AdaptedLinear]) -> Iterator[_Place]:
 
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, x: Tensor, linears: tuple[AdaptedLinear, ...], isa: int, *flat: Tensor
     ) -> tuple[Tensor, ...]:
@@ -128,7 +130,7 @@ class _AdaptedLinears(torch.autograd.Function):
             mine = [place for place in places if place.linear == index]
             if mine:
                 _cpu.low_rank_expand_(y, h, mine[0].first, across[index], isa, threads())
-            ys.append(y.view(*x.shape[:-1], -1))
+            ys.append(reshaped(y, (*x.shape[:-1], y.shape[1])))
         ctx.save_for_backward(x, h, *flat)
         # Weights are frozen; keeping the module's own tensors costs nothing.
         ctx.weights = [linear.weight for linear in linears]
@@ -137,6 +139,7 @@ class _AdaptedLinears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         from fedkernels import _cpu
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from fedkernels.autograd import without_autocast
 from fedkernels.backends import threads
 from fedkernels.quantized_linear import QuantizedLinear
 from fedkernels.quantized_tensor import QuantizedTensor
@@ -79,6 +80,7 @@ def cross_entropy(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, chunk: int, isa: int
     ) -> tuple[Tensor, Tensor]:
@@ -104,6 +106,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dtotal: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         return ctx.drows * float(dtotal), None, None, None, None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +40,11 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def fused_forward(kind: str, module: Any, plain: Forward) -> Forward:
-    """Return the forward pass of a module of this kind; `plain` is its own, for what stays with it."""
-    return _FORWARDS[kind](module, plain)
+    """Return the forward pass of a module of this kind; `plain` is its own, for what stays with it.
+
+    It is a partial, which copy and pickle follow: a copied module computes with its own weights.
+    """
+    return partial(_FORWARDS[kind], module, plain)
 
 
 def linear_of(module: nn.Module) -> AdaptedLinear | None:
@@ -95,84 +99,78 @@ def _joint(x: Tensor, *modules: nn.Module) -> Callable[[Tensor], tuple[Tensor, .
 
 
 def _multiplies(linear: AdaptedLinear, x: Tensor) -> bool:
-    """Whether the types go together; a quantised weight takes either of the two it knows."""
+    """Whether the types go together; a quantised weight takes either of the two it knows.
+
+    Under autocast the plain module chooses the types.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return False
     if isinstance(linear.weight, Tensor):
         return linear.weight.dtype == x.dtype
     return x.dtype in (torch.float32, torch.bfloat16)
 
 
-def _adapter_forward(module: Any, plain: Forward) -> Forward:
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        linear = None if args or kwargs else linear_of(module)
-        if linear is None or not _multiplies(linear, x):
-            result: Tensor = plain(x, *args, **kwargs)
-            return result
-        return adapted_linears(x, [linear])[0]
-
-    return forward
+def _adapter_forward(module: Any, plain: Forward, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    linear = None if args or kwargs else linear_of(module)
+    if linear is None or not _multiplies(linear, x):
+        result: Tensor = plain(x, *args, **kwargs)
+        return result
+    return adapted_linears(x, [linear])[0]
 
 
-def _norm_forward(module: Any, plain: Forward) -> Forward:
-    epsilon = _norm_epsilon(module)
-
-    def forward(x: Tensor) -> Tensor:
-        if epsilon is None or x.dtype != module.weight.dtype:
-            result: Tensor = plain(x)
-            return result
-        return rms_norm(x, module.weight, epsilon)
-
-    return forward
+def _norm_forward(module: Any, plain: Forward, x: Tensor) -> Tensor:
+    epsilon = _epsilon(module)
+    if epsilon is None or x.dtype != module.weight.dtype:
+        result: Tensor = plain(x)
+        return result
+    return rms_norm(x, module.weight, epsilon)
 
 
-def _mlp_forward(module: Any, plain: Forward) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        read, write = _joint(x, module.gate_proj, module.up_proj), _joint(x, module.down_proj)
-        if read is None or write is None or is_watched(module.act_fn):
-            result: Tensor = plain(x)
-            return result
-        gate, up = read(x)
-        return write(swiglu(gate, up))[0]
-
-    return forward
+def _mlp_forward(module: Any, plain: Forward, x: Tensor) -> Tensor:
+    read, write = _joint(x, module.gate_proj, module.up_proj), _joint(x, module.down_proj)
+    if read is None or write is None or is_watched(module.act_fn):
+        result: Tensor = plain(x)
+        return result
+    gate, up = read(x)
+    return write(swiglu(gate, up))[0]
 
 
-def _attention_forward(module: Any, plain: Forward) -> Forward:
-    def forward(
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        read = _joint(hidden_states, module.q_proj, module.k_proj, module.v_proj)
-        write = _joint(hidden_states, module.o_proj)
-        mask = _mask_of(attention_mask, hidden_states)
-        served = (
-            read is not None
-            and write is not None
-            and past_key_values is None
-            and not kwargs.get("output_attentions")
-            and kwargs.get("is_causal") is None
-            and (mask is not None or (attention_mask is None and module.is_causal))
-            and module.config._attn_implementation in _ATTENTION_IMPLEMENTATIONS
-            and not (module.training and module.attention_dropout > 0)
-            and _are_tables(position_embeddings, hidden_states, module.head_dim)
+def _attention_forward(
+    module: Any,
+    plain: Forward,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Any:
+    read = _joint(hidden_states, module.q_proj, module.k_proj, module.v_proj)
+    write = _joint(hidden_states, module.o_proj)
+    mask = _mask_of(attention_mask, hidden_states)
+    served = (
+        read is not None
+        and write is not None
+        and past_key_values is None
+        and not kwargs.get("output_attentions")
+        and kwargs.get("is_causal") is None
+        and (mask is not None or (attention_mask is None and module.is_causal))
+        and module.config._attn_implementation in _ATTENTION_IMPLEMENTATIONS
+        and not (module.training and module.attention_dropout > 0)
+        and _are_tables(position_embeddings, hidden_states, module.head_dim)
+    )
+    if read is None or write is None or not served:
+        return plain(
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
         )
-        if read is None or write is None or not served:
-            return plain(
-                hidden_states=hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        q, k, v = (y.view(*y.shape[:-1], -1, module.head_dim) for y in read(hidden_states))
-        if hasattr(module, "q_norm"):
-            q, k = module.q_norm(q), module.k_norm(k)
-        out = attention(q, k, v, position_embeddings, mask, module.scaling)
-        return write(out.flatten(-2))[0], None
-
-    return forward
+    q, k, v = (y.view(*y.shape[:-1], -1, module.head_dim) for y in read(hidden_states))
+    if hasattr(module, "q_norm"):
+        q, k = module.q_norm(q), module.k_norm(k)
+    out = attention(q, k, v, position_embeddings, mask, module.scaling)
+    return write(out.flatten(-2))[0], None
 
 
 def _mask_of(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
@@ -217,6 +215,10 @@ def _norm_epsilon(module: Any) -> float | None:
     tensors = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
     if tensors != ["weight"] or module.weight.ndim != 1:
         return None
+    return _epsilon(module)
+
+
+def _epsilon(module: Any) -> float | None:
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return epsilon if isinstance(epsilon, float) else None
 
@@ -232,7 +234,7 @@ def is_watched(module: nn.Module) -> bool:
     return any(hooks)
 
 
-_FORWARDS: dict[str, Callable[[Any, Forward], Forward]] = {
+_FORWARDS: dict[str, Forward] = {
     "adapter": _adapter_forward,
     "attention": _attention_forward,
     "mlp": _mlp_forward,

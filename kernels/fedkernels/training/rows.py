@@ -51,11 +51,11 @@ class _RmsNorm(torch.autograd.Function):
 
         x, weight = x.detach().contiguous(), weight.detach().contiguous()
         rows = x.view(-1, x.shape[-1])
-        y, rstd = torch.empty_like(rows), torch.empty(len(rows), dtype=torch.float32)
-        _cpu.rms_norm(y, rstd, rows, weight, epsilon, isa, threads())
+        y, rstd = torch.empty_like(x), torch.empty(len(rows), dtype=torch.float32)
+        _cpu.rms_norm(y.view_as(rows), rstd, rows, weight, epsilon, isa, threads())
         ctx.save_for_backward(x, weight, rstd)
         ctx.isa = isa
-        return y.view_as(x)
+        return y
 
     @staticmethod
     @once_differentiable
