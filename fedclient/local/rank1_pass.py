@@ -142,7 +142,7 @@ class Rank1Pass:
         vectors: dict[int, _Vector] = {}
 
         def matrix_of(tensor: Placed) -> _Matrix:
-            return matrices.setdefault(tensor.spec.tensor_id, _Matrix(tensor, self._dtype))
+            return matrices.setdefault(tensor.spec.tensor_id, _Matrix(tensor))
 
         def vector_of(tensor: Placed) -> _Vector:
             return vectors.setdefault(tensor.spec.tensor_id, _Vector(tensor))
@@ -180,31 +180,35 @@ class Rank1Pass:
         by_copy = thin.view(self._copies, -1, thin.shape[1]) * self._mixture[:, None, :]
         return by_copy.view(thin.shape).to(thin.dtype)
 
-    def _beside(self, rows: Tensor, reader: Tensor, writer: Tensor) -> Tensor | None:
-        """The terms' part of y, or None where there are no terms."""
-        terms = self._mixture.shape[1]
-        if terms == 0:
+    def _signs(self, table: Tensor, dtype: torch.dtype) -> Tensor:
+        """The terms of this pass in one of a matrix's tables: [terms, size]."""
+        return table[: self._mixture.shape[1]].to(dtype)
+
+    def _thin(self, rows: Tensor, table: Tensor) -> Tensor | None:
+        """What every term reads from the rows, times its amount: [rows, terms]; None: no terms."""
+        if self._mixture.shape[1] == 0:
             return None
-        return self._weighted(rows @ reader[:terms].T) @ writer[:terms]
+        return self._weighted(rows @ self._signs(table, rows.dtype).T)
 
     def _linear(self, module: Any, matrix: _Matrix | None, bias: _Vector | None) -> Forward:
         quantised = isinstance(module, fk.QuantizedLinear)
 
         def forward(x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
-            y = None if matrix is None else self._beside(rows, matrix.right, matrix.left)
+            thin = None if matrix is None else self._thin(rows, matrix.right)
             if quantised:
-                product = fk.linear(rows, module.quantized, None if bias else module.bias)
-                y = product if y is None else y.add_(product)
-            elif y is None:
+                y = fk.linear(rows, module.quantized, None if bias else module.bias)
+                if thin is not None and matrix is not None:
+                    y.addmm_(thin, self._signs(matrix.left, y.dtype))
+            elif thin is None or matrix is None:
                 y = functional.linear(rows, module.weight, None if bias else module.bias)
             else:
-                y.addmm_(rows, module.weight.T)
+                y = (thin @ self._signs(matrix.left, rows.dtype)).addmm_(rows, module.weight.T)
                 if bias is None and module.bias is not None:
                     y.add_(module.bias)
             y = self._spread(y, bias)
             if matrix is not None and matrix.adapter is not None:
-                y = fk.sign_linear(rows.contiguous(), matrix.adapter, y)
+                matrix.adapter.add_(rows.contiguous(), y)
             return y.view(*x.shape[:-1], -1)
 
         return forward
@@ -218,9 +222,11 @@ class Rank1Pass:
     def _conv1d(self, module: Any, matrix: _Matrix | None, bias: _Vector | None) -> Forward:
         def forward(x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
-            y = None if matrix is None else self._beside(rows, matrix.left, matrix.right)
-            y = rows @ module.weight if y is None else y.addmm_(rows, module.weight)
-            y = self._spread(y, bias) if bias is not None else y.add_(module.bias)
+            y = rows @ module.weight
+            thin = None if matrix is None else self._thin(rows, matrix.left)
+            if thin is not None and matrix is not None:
+                y.addmm_(thin, self._signs(matrix.right, y.dtype))
+            y = y.add_(module.bias) if bias is None else self._spread(y, bias)
             return y.view(*x.shape[:-1], -1)
 
         return forward
@@ -232,11 +238,12 @@ class Rank1Pass:
             if len(ids) == 1 != self._rows:  # positions, the same for all rows
                 ids = ids.expand(self._rows, *ids.shape[1:])
             y = own(ids)
-            flat, terms = ids.reshape(-1), self._mixture.shape[1]
+            flat = ids.reshape(-1)
             rows = y.view(len(flat), -1)
-            if terms:
-                thin = self._weighted(matrix.left[:terms, flat].T.contiguous())
-                rows.addmm_(thin, matrix.right[:terms])
+            if self._mixture.shape[1]:
+                of_words = self._signs(matrix.left, torch.int8)[:, flat].to(rows.dtype)
+                thin = self._weighted(of_words.T.contiguous())
+                rows.addmm_(thin, self._signs(matrix.right, rows.dtype))
             if matrix.adapter is not None:
                 rows.add_(_adapter_rows(matrix.adapter, flat).to(rows.dtype))
             return y
@@ -262,12 +269,10 @@ class Rank1Pass:
 
     def _head_logits(self, rows: Tensor) -> Logits:
         head: Any = self._head
-        matrix, terms = self._head_matrix, self._mixture.shape[1]
+        matrix = self._head_matrix
         self._called.add(head)
         weight = head.quantized if isinstance(head, fk.QuantizedLinear) else head.weight
-        thin = (
-            self._weighted(rows @ matrix.right[:terms].T) if matrix is not None and terms else None
-        )
+        thin = None if matrix is None else self._thin(rows, matrix.right)
         memory = rows.new_empty(len(rows) * min(BLOCK, head.out_features))
 
         def logits(first: int, past: int) -> Tensor:
@@ -276,10 +281,10 @@ class Rank1Pass:
             if thin is None or matrix is None:
                 torch.mm(rows, words.T, out=out)
             else:
-                torch.mm(thin, matrix.left[:terms, first:past], out=out)
+                torch.mm(thin, self._signs(matrix.left[:, first:past], rows.dtype), out=out)
                 out.addmm_(rows, words.T)
             if matrix is not None and matrix.adapter is not None:
-                return fk.sign_linear(rows.contiguous(), matrix.adapter_rows(first, past), out)
+                matrix.adapter_rows(first, past).add_(rows, out)
             return out
 
         return logits
@@ -288,15 +293,15 @@ class Rank1Pass:
 class _Matrix:
     """The terms beside one matrix [m, n]: term k is the outer product of left[k] and right[k].
 
-    left: [capacity, m], right: [capacity, n], both of signs.
+    left: int8 [capacity, m], right: int8 [capacity, n], both of signs.
     """
 
-    def __init__(self, placed: Placed, dtype: torch.dtype) -> None:
+    def __init__(self, placed: Placed) -> None:
         self._placed = placed
         self._rows = fk.Part(placed.spec.shape, rows=[0])
         self._columns = fk.Part(placed.spec.shape, columns=[0])
-        self.left = torch.empty(PENDING, placed.rows, dtype=dtype)
-        self.right = torch.empty(PENDING, placed.columns, dtype=dtype)
+        self.left = torch.empty(PENDING, placed.rows, dtype=torch.int8)
+        self.right = torch.empty(PENDING, placed.columns, dtype=torch.int8)
         self.holds_walk = holds_walk(placed.weight)
         self.adapter: fk.SignAdapter | None = None
         self._blocks: dict[int, fk.SignAdapter] = {}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import fedkernels as fk
 
-# Words of a block: 1024 positions of it take 16 MiB in float32.
-BLOCK = 4096
+# Words of a block: 1024 positions of it take 8 MiB in float32.
+BLOCK = 2048
 
 # (first word, past the last) -> logits [positions, words], valid until the next call.
 Logits = Callable[[int, int], Tensor]

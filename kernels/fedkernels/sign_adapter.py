@@ -90,6 +90,19 @@ class SignAdapter:
         """Return `sign_linear(x, self, y)`."""
         return sign_linear(x, self, y)
 
+    def add_(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Add `sign_linear(x, self)` to y in place, and return y; not differentiable.
+
+        Arguments and errors are those of `sign_linear`; y is contiguous.
+        """
+        _check_pair(x, self, y)
+        coarse = x.dtype == torch.bfloat16
+        rows, base = (t.detach().view(-1, t.shape[-1]) for t in (x, y))
+        a = self.coefficients.detach()
+        inner = _product(rows, self.right, len(a), coarse, scale=a)
+        _product(inner, self.left, self.out_features, coarse, add=base, dtype=y.dtype, out=base)
+        return y
+
     @property
     def nbytes(self) -> int:
         """Bytes of the bits and the coefficients."""
@@ -124,14 +137,7 @@ def sign_linear(
     Raises:
         ValueError: x or y is none of these.
     """
-    _check_tensor("x", x, adapter.in_features, adapter.left.device)
-    if y is not None:
-        _check_tensor("y", y, adapter.out_features, x.device)
-        if y.dtype != x.dtype or y.shape[:-1] != x.shape[:-1]:
-            raise ValueError(
-                f"y must have the dtype and the rows of x, {x.dtype} {tuple(x.shape[:-1])}, "
-                f"and it is {y.dtype} {tuple(y.shape)}"
-            )
+    _check_pair(x, adapter, y)
     result: torch.Tensor = _SignLinear.apply(x, adapter.coefficients, y, adapter)  # type: ignore[no-untyped-call]
     return result
 
@@ -194,18 +200,25 @@ def _product(
     scale: torch.Tensor | None = None,
     add: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return x S * scale + add; `coarse` allows the precision that bfloat16 needs."""
+    """Return x S * scale + add, in `out` (of `dtype`, may be `add`) if there is one.
+
+    `coarse` allows the precision that bfloat16 needs.
+    """
+    isa = instruction_set()
     if uses_triton(x.device):
         from fedkernels.gpu import sign_adapter as gpu
 
-        return gpu.product(x, words, columns, scale, add, dtype, coarse)
-    isa = instruction_set()
+        made = gpu.product(x, words, columns, scale, add, dtype, coarse)
+        return made if out is None else out.copy_(made)
     if isa is None or x.device.type != "cpu":
-        return reference.product(x, words, columns, scale, add, dtype)
+        made = reference.product(x, words, columns, scale, add, dtype)
+        return made if out is None else out.copy_(made)
     from fedkernels import _cpu
 
-    out = torch.empty(len(x), columns, dtype=dtype)
+    if out is None:
+        out = torch.empty(len(x), columns, dtype=dtype)
     _cpu.sign_product_(out, x, words, scale, add, coarse, isa, threads())
     return out
 
@@ -263,6 +276,18 @@ def _scaled(coefficients: torch.Tensor, exponent: int, count: int) -> torch.Tens
     if not scaled.detach().isfinite().all():
         raise ValueError("coefficients times 2**exponent must be finite in float32")
     return scaled
+
+
+def _check_pair(x: torch.Tensor, adapter: SignAdapter, y: torch.Tensor | None) -> None:
+    _check_tensor("x", x, adapter.in_features, adapter.left.device)
+    if y is None:
+        return
+    _check_tensor("y", y, adapter.out_features, x.device)
+    if y.dtype != x.dtype or y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"y must have the dtype and the rows of x, {x.dtype} {tuple(x.shape[:-1])}, "
+            f"and it is {y.dtype} {tuple(y.shape)}"
+        )
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, features: int, device: torch.device) -> None:
