@@ -162,14 +162,18 @@ def test_all_probes_at_once_are_the_probes_one_at_a_time(
     coefficients = expected / count
     rebuilt = probe_sums.probe_sum(shape, seeds, coefficients, 5, probe)
     singly = slow_sum(shape, seeds, coefficients, 5, probe)
-    bound = float(coefficients.abs().sum()) * 16
-    assert float((rebuilt - singly).abs().max()) <= 1e-14 * bound
+    # popcount's unit, 1 / sqrt(8), is a float32 in a probe alone and a float64 in sums of them.
+    tolerance = 1e-7 if probe == "popcount" else 1e-13
+    bound = tolerance * float(coefficients.abs().sum())
+    assert float((rebuilt - singly).abs().max()) <= bound * 7  # no element of a probe is larger
 
 
 @pytest.mark.parametrize("value", [1.7e308, 5e-324, -1.7e308])
 def test_sums_at_the_ends_of_float64_are_sums_or_infinite(value):
     """A hostile coordinate reaches the gate's norm check, which must not raise."""
-    update = ProjectedGradient(LAYOUT, 3, {"first": torch.tensor([value, 1.0]).double()})
+    update = ProjectedGradient(
+        LAYOUT, 3, {"first": torch.tensor([value, 1.0], dtype=torch.float64)}
+    )
     assert not math.isnan(update.dense_tensor("first").abs().max())
     assert update.squared_norm() >= 0
 
@@ -215,13 +219,10 @@ def test_an_allocation_is_in_proportion_and_whole(norms, spare, power):
     assert counts.keys() == norms.keys()
     assert sum(counts.values()) == total
     assert min(counts.values()) >= 1
-    whole = (
-        math.fsum(norm / max(norms.values()) for norm in norms.values())
-        if any(norms.values())
-        else 0
-    )
+    largest = max(norms.values())
+    whole = math.fsum(norm / largest for norm in norms.values()) if largest else 0.0
     for name, norm in norms.items():
-        part = norm / max(norms.values()) / whole if whole else 1 / len(norms)
+        part = norm / largest / whole if whole else 1 / len(norms)
         assert abs(counts[name] - 1 - spare * part) <= 1 + 1e-9 * spare
     assert allocation(dict(reversed(norms.items())), total) == counts
     scaled = {name: norm * 2.0**power for name, norm in norms.items()}
