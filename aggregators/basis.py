@@ -103,8 +103,8 @@ class Basis:
         """The next basis, from the sum of sketches in this one: one step of power iteration.
 
         P = D Q leads to left singular vectors of the change, R = D^T Y to right ones: the new Q is
-        R's r leading left singular vectors, and Y begins with P's. Of Y's other p columns the first
-        half are what the old Y saw most of: without this memory the two iterations do not know of each
+        R's r leading left singular vectors, and Y begins with P's. Of Y's other p columns three of
+        four are what the old Y saw most of: without this memory the two iterations do not know of each
         other, and where singular values are close P may turn to where Y is blind. The rest are fresh
         random columns, which see what is new. Where the aggregate has no change, or one of a smaller
         rank, earlier columns stay. ValueError for a sketch in another basis.
@@ -122,7 +122,7 @@ class Basis:
                 seen = old.Y.double() @ mixture
             stream, tensor_id = FRESH + self.refinement, self.layout.tensor_id(name)
             fresh = _noise(self.master_seed, stream, tensor_id, old.Y.shape[0], wide)
-            known = independent([left, seen, old.Y], rank + (wide - rank) // 2)
+            known = independent([left, seen, old.Y], rank + 3 * (wide - rank) // 4)
             following[name] = (
                 independent([right, old.Q], rank).float(),
                 independent([known, fresh], wide).float(),

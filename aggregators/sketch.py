@@ -2,8 +2,9 @@
 
 For a change D [m, n] of a matrix and a basis (Q [n, r], Y [m, r + p]) a node sends P = D Q and
 R = D^T Y. Both are linear in D, so sketches sum, mask and clip like any vector; the change itself
-comes back, once, from the sum: the generalised Nystrom form of Nakatsukasa (2020), which is that of
-Tropp, Yurtsever, Udell and Cevher (2017), algorithm 4, on a basis that is not random.
+comes back, once, from the sum: by the generalised Nystrom form of Nakatsukasa (2020), which is that of
+Tropp, Yurtsever, Udell and Cevher (2017), algorithm 4, on a basis that is not random, and made to agree
+with both views.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+import fedkernels as fk
 from aggregators.dense import Dense
 from aggregators.layout import Layout
 from aggregators.low_rank import LowRank
@@ -108,7 +110,7 @@ class Sketch:
         return sum(tensor.numel() for tensor in self.dense().values())
 
     def reconstruct(self, basis: Basis, cut: float = CUT) -> LowRank:
-        """The change of the sketched matrices: see ``nystrom``. ValueError for another basis."""
+        """The change of the sketched matrices: see ``read``. ValueError for another basis."""
         if basis.digest != self.basis_digest:
             raise ValueError(
                 f"a sketch in the basis {self.basis_digest[:12]} cannot be read in"
@@ -116,7 +118,7 @@ class Sketch:
             )
         factors = {}
         for name, view in self.views.items():
-            found = nystrom(view, basis.sides[name].Y, cut)
+            found = read(view, basis.sides[name].Q, basis.sides[name].Y, cut)
             if found is not None:
                 factors[name] = (found[0].float(), found[1].float(), 1.0)
         return LowRank(self.layout, factors)
@@ -210,8 +212,33 @@ class Sketch:
         return f"Sketch({len(self.views)} matrices, {len(self.whole)} whole tensors)"
 
 
-def nystrom(views: Views, y: Tensor, cut: float = CUT) -> tuple[Tensor, Tensor] | None:
+def read(views: Views, q: Tensor, y: Tensor, cut: float = CUT) -> tuple[Tensor, Tensor] | None:
     """Factors (B [m, k], A [k, n]) in float64 of the change that the views are of; None for no change.
+
+    k is at most 2 r + p. X, of rank r, is what ``nystrom`` finds. Beside it stands the smallest change
+    that gives the sum the very views that were sent:
+
+        D' = X + (I - Y Y^T) (P - X Q) Q^T + Y (R - X^T Y)^T,  then  D' Q = P and D'^T Y = R.
+
+    It is X's error, projected on what the views see, so D' is never further from the change than X. A
+    basis that has followed the change for some rounds holds more of it than r directions.
+    """
+    found = nystrom(views, y, cut)
+    if found is None:
+        return None
+    b, a = found
+    q, y = q.double(), y.double()
+    right = views.P - b @ (a @ q)
+    left = views.R - a.T @ (b.T @ y)
+    right = right - y @ (y.T @ right)
+    u, sigma, vt = fk.stack_svd(
+        [(b, a, 1.0), (right, q.T.contiguous(), 1.0), (y, left.T.contiguous(), 1.0)]
+    )
+    return u, sigma[:, None] * vt
+
+
+def nystrom(views: Views, y: Tensor, cut: float = CUT) -> tuple[Tensor, Tensor] | None:
+    """Factors (B [m, k], A [k, n]), k at most r, of the generalised Nystrom form; None for no change.
 
     With U an orthonormal basis of P's columns, the change is U (Y^T U)^+ R^T. The singular values of
     Y^T U are cosines between what was found and what Y sees; those below ``cut`` times the largest

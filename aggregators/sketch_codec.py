@@ -63,7 +63,8 @@ def read_sketch(header: dict[str, Any], tensors: dict[str, Tensor], layout: Layo
         raise UpdateRejected(
             Verdict.SHAPE, f"numbers {list(numbers.shape)}, and the widths make {sum(sections)}"
         )
-    values = iter(torch.split(read_numbers(tensors, torch.tensor(sections)), sections))
+    flat = read_numbers(tensors, torch.tensor(sections, dtype=torch.int64))
+    values = iter(torch.split(flat, sections))
     views = {}
     for name, (p, r) in zip(sketched, widths, strict=True):
         left = torch.stack(list(itertools.islice(values, p)), dim=1)

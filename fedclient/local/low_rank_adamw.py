@@ -78,5 +78,6 @@ def leading_directions(matrix: Tensor, rank: int, seed: int, tensor_id: int) -> 
     found = torch.linalg.qr(matrix @ start.T.to(matrix.dtype)).Q
     for _ in range(ITERATIONS):
         found = torch.linalg.qr(matrix @ (matrix.T @ found)).Q
-    left: Tensor = torch.linalg.svd(found.T @ matrix, full_matrices=False).U
-    return (found @ left)[:, :rank].contiguous()
+    left, _, _ = torch.linalg.svd(found.T @ matrix, full_matrices=False)
+    leading: Tensor = found @ left[:, :rank]
+    return leading

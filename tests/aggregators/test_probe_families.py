@@ -16,10 +16,13 @@ from aggregators import (
     SeedScalars,
     UpdateRejected,
     Verdict,
+    allocation,
     decode,
     encode,
+    probe_sums,
 )
 from aggregators.codec import pack, unpack
+from aggregators.projected import shrinkage
 
 LAYOUT = Layout({"first": (6, 5), "norm": (5,)})
 
@@ -121,6 +124,128 @@ def test_the_projection_of_a_change_is_unbiased():
     assert gain == pytest.approx(1.0, abs=0.05)
     with pytest.raises(ValueError, match="first"):
         ProjectedGradient.of(LAYOUT, 1, {"first": torch.ones(5, 6)}, {"first": 4})
+
+
+def slow_projection(tensor, seeds, tensor_id, probe):
+    """The definition, one probe at a time."""
+    return torch.tensor(
+        [
+            float((tensor.double() * fk.noise(s, tensor_id, tensor.shape, probe)).sum())
+            for s in seeds
+        ],
+        dtype=torch.float64,
+    )
+
+
+def slow_sum(shape, seeds, coefficients, tensor_id, probe):
+    total = torch.zeros(shape, dtype=torch.float64)
+    for seed, value in zip(seeds, coefficients.tolist(), strict=True):
+        total += value * fk.noise(seed, tensor_id, shape, probe).double()
+    return total
+
+
+SHAPES = st.one_of(
+    st.just(()), st.tuples(st.integers(1, 90)), st.tuples(st.integers(1, 40), st.integers(1, 40))
+)
+
+
+@given(
+    shape=SHAPES,
+    count=st.integers(1, 30),
+    seed=st.integers(0, 2**62),
+    probe=st.sampled_from(fk.PROBES),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    exponent=st.integers(-140, 140),
+)
+def test_all_probes_at_once_are_the_probes_one_at_a_time(
+    shape, count, seed, probe, dtype, exponent
+):
+    generator = torch.Generator().manual_seed(seed % 1000)
+    delta = torch.randn(shape, generator=generator, dtype=torch.float64)
+    delta = delta * 10.0**exponent if dtype == torch.float64 else delta.to(dtype)
+    seeds = [fk.derive_seed(seed, k) for k in range(count)]
+    found, expected = (
+        make(delta, seeds, 5, probe) for make in (probe_sums.probe_products, slow_projection)
+    )
+    size = float(delta.double().norm()) * math.sqrt(delta.numel() * count)
+    assert float((found - expected).abs().max()) <= 1e-6 * size
+    coefficients = expected / count
+    rebuilt = probe_sums.probe_sum(shape, seeds, coefficients, 5, probe)
+    singly = slow_sum(shape, seeds, coefficients, 5, probe)
+    # popcount's unit, 1 / sqrt(8), is a float32 in a probe alone and a float64 in sums of them.
+    tolerance = 1e-7 if probe == "popcount" else 1e-13
+    bound = tolerance * float(coefficients.abs().sum())
+    assert float((rebuilt - singly).abs().max()) <= bound * 7  # no element of a probe is larger
+
+
+@pytest.mark.parametrize("value", [1.7e308, 5e-324, -1.7e308])
+def test_sums_at_the_ends_of_float64_are_sums_or_infinite(value):
+    """A hostile coordinate reaches the gate's norm check, which must not raise."""
+    update = ProjectedGradient(
+        LAYOUT, 3, {"first": torch.tensor([value, 1.0], dtype=torch.float64)}
+    )
+    assert not math.isnan(update.dense_tensor("first").abs().max())
+    assert update.squared_norm() >= 0
+
+
+def test_a_change_that_is_not_finite_is_refused():
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            ProjectedGradient.of(LAYOUT, 1, {"norm": torch.full((5,), bad)}, {"norm": 2})
+
+
+@pytest.mark.parametrize("probe", fk.PROBES)
+def test_the_shorter_scale_is_the_nearest(probe):
+    """Its mean squared error is 1 - c, and that of any other length is larger."""
+    layout = Layout({"w": (12, 10)})
+    change = {"w": torch.randn(12, 10, generator=torch.Generator().manual_seed(1))}
+    size = float(change["w"].double().square().sum())
+    count, draws = 20, 400
+    scale = shrinkage(count, 120, probe)
+    errors = {factor: 0.0 for factor in (0.6, 1.0, 1.5, 1 / scale)}
+    for seed in range(draws):
+        shrunk = ProjectedGradient.of(layout, seed, change, {"w": count}, probe).shrunk()
+        found = shrunk.dense_tensor("w")
+        for factor in errors:
+            errors[factor] += float((factor * found - change["w"]).square().sum()) / size / draws
+    assert errors[1.0] == pytest.approx(1 - scale, abs=0.01)
+    assert errors[1.0] < min(errors[factor] for factor in (0.6, 1.5, 1 / scale))
+    assert errors[1 / scale] == pytest.approx(
+        1 / scale - 1, rel=0.1
+    )  # unbiased: (d + kappa - 2) / K
+
+
+NORMS = st.dictionaries(
+    st.text("abc", min_size=1, max_size=3),
+    st.one_of(st.just(0.0), st.floats(1e-300, 1e300)),
+    min_size=1,
+)
+
+
+@given(norms=NORMS, spare=st.integers(0, 5000), power=st.integers(-3, 3))
+def test_an_allocation_is_in_proportion_and_whole(norms, spare, power):
+    total = len(norms) + spare
+    counts = allocation(norms, total)
+    assert counts.keys() == norms.keys()
+    assert sum(counts.values()) == total
+    assert min(counts.values()) >= 1
+    largest = max(norms.values())
+    whole = math.fsum(norm / largest for norm in norms.values()) if largest else 0.0
+    for name, norm in norms.items():
+        part = norm / largest / whole if whole else 1 / len(norms)
+        assert abs(counts[name] - 1 - spare * part) <= 1 + 1e-9 * spare
+    assert allocation(dict(reversed(norms.items())), total) == counts
+    scaled = {name: norm * 2.0**power for name, norm in norms.items()}
+    if all(0 < norm < 1e299 for norm in scaled.values()):
+        assert allocation(scaled, total) == counts
+
+
+def test_allocations_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match="too few"):
+        allocation({"a": 1.0, "b": 1.0}, 1)
+    for bad in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="norms"):
+            allocation({"a": bad}, 4)
 
 
 def hostile(update, change):

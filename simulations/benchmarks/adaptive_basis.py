@@ -1,0 +1,347 @@
+"""What a public basis is worth: the loss after some rounds of projected updates, at equal bytes.
+
+    python -m simulations.benchmarks.adaptive_basis
+
+Six nodes with unlike data train all weights by backpropagation. Their changes reach the server whole
+("full"), through random probes, or through the adaptive basis, as many numbers either way. The model is
+a small Llama, first trained from scratch on conversations of other topics: see ``pretrained``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+import fedkernels as fk
+from aggregators import Basis, Dense, Layout, Sketch, aggregate, allocation, encode
+from aggregators.methods import FirstOrderMethod, ProjectedMethod, SketchMethod
+from fedclient.data import DataSpec, Tokens, batches, eval_batches, load_partition, tokenise
+from fedclient.local import first_order, projection
+from fedclient.loss import answer_loss
+from fedclient.records import read_examples
+
+# The six largest topics of the embedded conversations, one a node; the others are pre-training data.
+TOPICS = ("tech_support", "trivia", "emotion", "coding", "conversations", "ai")
+METHODS = {
+    "full": "whole changes",
+    "random": "random probes, unbiased",
+    "random, feedback": "random probes, MMSE scale, error feedback",
+    "adaptive, no feedback": "adaptive basis",
+    "adaptive": "adaptive basis, error feedback",
+}
+VOCABULARY = 1024
+MAX_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run's constants. Bytes are those of ``wire_dtype`` messages."""
+
+    rounds: int = 6
+    local_steps: int = 20
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    rank: int = 4
+    oversampling: int = 4
+    wire_dtype: str = "float16"
+    optimiser: str = "adamw"
+    hidden: int = 128
+    layers: int = 4
+    pretraining_steps: int = 400
+
+
+@dataclass(frozen=True)
+class Result:
+    """Loss in nats per answer token of all nodes' held-out data, at the start and after each round."""
+
+    method: str
+    seed: int
+    losses: tuple[float, ...]
+    bytes_per_message: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Token ids of each node: what it trains on, what it holds out."""
+
+    train: list[list[Tokens]]
+    held_out: list[list[Tokens]]
+
+
+def tokenizer() -> Any:
+    """A byte-level BPE of the corpus with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (text for e in read_examples("chatterbot") for _, text in e.messages)
+    made.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = (
+        "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    return fast
+
+
+def pretrained(case: Case, words: Any, seed: int) -> nn.Module:
+    """A small Llama after ``pretraining_steps`` of AdamW on the topics that no node has."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    configuration = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=case.hidden,
+        intermediate_size=3 * case.hidden,
+        num_hidden_layers=case.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2 * MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: Any = LlamaForCausalLM(configuration)
+    others = [e for e in read_examples("chatterbot") if e.category not in TOPICS]
+    tokens = tokenise(others, words, MAX_LENGTH)
+    method = FirstOrderMethod(
+        target_modules=(), master_seed=0, optimiser="adamw", error_feedback=False
+    )
+    stream = batches(tokens, 16, case.pretraining_steps, seed, 0)
+    first_order.train(
+        model, Layout.from_model(model), stream, method,
+        seed=seed, learning_rate=1e-3, steps=case.pretraining_steps,
+    )  # fmt: skip
+    trained: nn.Module = model.eval()
+    return trained
+
+
+def divided(words: Any, seed: int) -> Nodes:
+    """The six topics, one a node; a tenth of the question and answer pairs is held out."""
+    spec = DataSpec(
+        partition="categories", categories=tuple((topic,) for topic in TOPICS), nodes=len(TOPICS),
+        split="pairs", seed=seed,
+    )  # fmt: skip
+    parts = [load_partition(spec, index) for index in range(len(TOPICS))]
+    return Nodes(
+        [tokenise(part.train, words, MAX_LENGTH) for part in parts],
+        [tokenise(part.held_out, words, MAX_LENGTH) for part in parts],
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, nodes: Nodes) -> float:
+    """Mean loss per answer token over all nodes' held-out data."""
+    total, tokens = 0.0, 0
+    for held_out in nodes.held_out:
+        for batch in eval_batches(held_out, 32, 0):
+            loss_sum, labelled, _ = answer_loss(model, batch)
+            total, tokens = total + float(loss_sum), tokens + labelled
+    return total / tokens
+
+
+class Server:
+    """Weights, what the last aggregate was, and how each method's messages become a change."""
+
+    def __init__(self, model: nn.Module, method: str, case: Case, seed: int) -> None:
+        self.layout, self.method, self.case, self.seed = (
+            Layout.from_model(model), method, case, seed,
+        )  # fmt: skip
+        self.weights = {n: p.detach().double().clone() for n, p in model.named_parameters()}
+        names = [spec.name for spec in self.layout]
+        self.basis = Basis.random(self.layout, names, seed, case.rank, case.oversampling)
+        self.norms = dict.fromkeys(names, 1.0)
+        self.residuals: list[dict[str, Tensor]] = [{} for _ in TOPICS]
+
+    def asked(self, number: int) -> FirstOrderMethod:
+        """What the nodes are to do in a round."""
+        common: dict[str, Any] = {
+            "target_modules": (),
+            "master_seed": fk.derive_seed(self.seed, number),
+            "optimiser": self.case.optimiser,
+            "error_feedback": self.method in ("random, feedback", "adaptive"),
+        }
+        if self.method.startswith("random"):
+            return ProjectedMethod(
+                **common,
+                probe="rademacher",
+                coordinates=allocation(self.norms, self.basis.size),
+                scale="mmse" if common["error_feedback"] else "unbiased",
+            )
+        if self.method.startswith("adaptive"):
+            return SketchMethod(**common, rank=self.case.rank, oversampling=self.case.oversampling)
+        return FirstOrderMethod(**common)
+
+    def message(self, index: int, method: FirstOrderMethod, change: Mapping[str, Tensor]) -> Any:
+        """What node ``index`` sends; it keeps what is left."""
+        residual, dtype = self.residuals[index], self.case.wire_dtype
+        if isinstance(method, ProjectedMethod):
+            update, self.residuals[index] = projection.project(
+                self.layout, method, change, residual, dtype
+            )
+            return update
+        if isinstance(method, SketchMethod):
+            seen, self.residuals[index] = projection.sketch(
+                self.layout, method, self.basis, change, residual, dtype
+            )
+            return seen
+        return Dense(self.layout, change)
+
+    def add(self, messages: Sequence[tuple[Any, float]], method: FirstOrderMethod) -> None:
+        """Add the mean of the changes, and learn for the next round."""
+        mean: Any
+        (mean,) = aggregate(messages, self.layout).updates.values()
+        changes: list[Any] = [mean]
+        if isinstance(mean, Sketch):
+            changes = [mean.reconstruct(self.basis), mean.whole_change()]
+            self.basis = self.basis.refined(mean)
+        elif isinstance(method, ProjectedMethod) and method.scale == "mmse":
+            changes = [mean.shrunk()]
+        for change in changes:
+            for name, tensor in change.dense().items():
+                self.weights[name] += tensor
+                self.norms[name] = float(tensor.norm())
+
+    def load(self, model: nn.Module) -> None:
+        """Write the weights into a model."""
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(self.weights[name])
+
+
+def run(
+    model: nn.Module, nodes: Nodes, method: str, case: Case, seed: int, done: Callable[[], object]
+) -> Result:
+    """All rounds of one method from the weights of ``model``, which is used up; ``done`` after each."""
+    server = Server(model, method, case, seed)
+    losses = [evaluate(model, nodes)]
+    started, size = time.perf_counter(), 0
+    for number in range(case.rounds):
+        asked = server.asked(number)
+        messages = []
+        for index, tokens in enumerate(nodes.train):
+            server.load(model)
+            chance = fk.derive_seed(seed, 1000 * (number + 1) + index)
+            change, _ = first_order.train(
+                model, server.layout,
+                batches(tokens, case.batch_size, case.local_steps, chance, 0),
+                asked, seed=chance, learning_rate=case.learning_rate, steps=case.local_steps,
+            )  # fmt: skip
+            # By data, as in any mean; the root keeps the one large topic from being all of it.
+            messages.append((server.message(index, asked, change), math.sqrt(len(tokens))))
+        size = len(encode(messages[0][0], case.wire_dtype))
+        server.add(messages, asked)
+        server.load(model)
+        losses.append(evaluate(model, nodes))
+        done()
+    return Result(method, seed, tuple(losses), size, time.perf_counter() - started)
+
+
+def closed(results: Sequence[Result], seed: int, against: str, method: str) -> float:
+    """The share of the gap between random probes and whole changes that ``method`` closes."""
+    last = {r.method: r.losses[-1] for r in results if r.seed == seed}
+    return (last[against] - last[method]) / (last[against] - last["full"])
+
+
+def table(results: Sequence[Result], case: Case) -> Table:
+    """Loss after the last round, a method a row, with its spread over the seeds."""
+    seeds = sorted({result.seed for result in results})
+    found = Table(
+        title=f"{len(TOPICS)} nodes, {case.rounds} rounds of {case.local_steps} steps,"
+        f" {len(seeds)} seeds, basis of rank {case.rank} + {case.oversampling}",
+        caption="loss: nats per answer token, all nodes' held-out data; gap: between random probes"
+        " (the better of the two) and whole changes",
+    )
+    for heading in ("method", "loss", "± over seeds", "gap closed", "bytes", "seconds"):
+        found.add_column(heading, justify="left" if heading == "method" else "right")
+    starts = [r.losses[0] for r in results if r.method == "full"]
+    found.add_row("start", f"{statistics.mean(starts):.4f}", _spread(starts), "", "", "")
+    better = better_random(results)
+    for name, text in METHODS.items():
+        mine = [result for result in results if result.method == name]
+        if not mine:
+            continue
+        ends = [result.losses[-1] for result in mine]
+        shares = [closed(results, seed, better, name) for seed in seeds]
+        found.add_row(
+            text, f"{statistics.mean(ends):.4f}", _spread(ends),
+            f"{statistics.mean(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})",
+            f"{mine[0].bytes_per_message:,}",
+            f"{statistics.mean(r.seconds for r in mine):.0f}",
+        )  # fmt: skip
+    return found
+
+
+def better_random(results: Sequence[Result]) -> str:
+    """The one of the two forms of random probes that ends lower."""
+    names = {r.method for r in results if r.method.startswith("random")}
+    return min(names, key=lambda n: statistics.mean(r.losses[-1] for r in results if r.method == n))
+
+
+def main(
+    seeds: Annotated[int, typer.Option(help="number of seeds", min=1)] = 3,
+    rounds: Annotated[int, typer.Option(min=1)] = Case.rounds,
+    local_steps: Annotated[int, typer.Option(min=1)] = Case.local_steps,
+    learning_rate: float = Case.learning_rate,
+    rank: Annotated[int, typer.Option(min=1)] = Case.rank,
+    oversampling: Annotated[int, typer.Option(min=0)] = Case.oversampling,
+    threads: Annotated[int, typer.Option(min=1, help="so small a model gains little by more")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """Run every method for every seed and print losses, gaps and bytes."""
+    torch.set_num_threads(threads)
+    case = Case(
+        rounds=rounds, local_steps=local_steps, learning_rate=learning_rate,
+        rank=rank, oversampling=oversampling,
+    )  # fmt: skip
+    words = tokenizer()
+    results = []
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
+        task = progress.add_task("training", total=seeds * len(METHODS) * rounds)
+        for seed in range(seeds):
+            model = pretrained(case, words, seed)
+            start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            nodes = divided(words, seed)
+            for method in METHODS:
+                model.load_state_dict(start)
+                progress.update(task, description=f"seed {seed}, {method}")
+                advance = functools.partial(progress.advance, task)
+                results.append(run(model, nodes, method, case, seed, advance))
+                if as_json:
+                    print(json.dumps(asdict(results[-1])), flush=True)
+    if not as_json:
+        console = Console()
+        console.width = console.width if console.is_terminal else 120
+        console.print(table(results, case))
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
+
+
+if __name__ == "__main__":
+    typer.run(main)
