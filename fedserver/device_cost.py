@@ -2,7 +2,8 @@
 
 Simulated nodes share one machine, so neither can be measured there. The memory model counts what grows
 with the method: weights, what backpropagation keeps, gradients and optimiser state, all in float32 but
-the frozen weights. It leaves out what every method needs alike (Python, the tokenizer, one layer's results).
+the frozen weights. It leaves out what every method needs alike (Python, the tokenizer, one layer's
+results).
 """
 
 from __future__ import annotations

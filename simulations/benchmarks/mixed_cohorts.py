@@ -115,7 +115,8 @@ def main(
         for seed in range(seeds):
             base = Path(place) / f"base-{seed}"
             words = tokenizer()
-            pretrained(case, words, seed).save_pretrained(base)
+            model: Any = pretrained(case, words, seed)
+            model.save_pretrained(base)
             words.save_pretrained(base)
             for unlike in (True, False):
                 for cohort in COHORTS:

@@ -130,9 +130,7 @@ def wire_bytes(layout: Layout, seed: int = 1) -> dict[str, int]:
     draws = drawn_indices(seed, POOL)
     indices = sorted({next(draws) for _ in range(LOCAL_STEPS)})
     scalars = torch.randn(len(indices), generator=torch.Generator().manual_seed(seed)) * 1e-6
-    update = SeedScalars(
-        layout, fk.derive_seed(seed, 0), POOL, indices, scalars.double(), "rank1"
-    )
+    update = SeedScalars(layout, fk.derive_seed(seed, 0), POOL, indices, scalars.double(), "rank1")
     sizes = {dtype: len(encode(update, dtype)) for dtype in ("int8", "float16", "float32")}
     for dtype in (torch.int16, torch.int32):
         totals = torch.zeros(POOL, dtype=dtype)
@@ -309,7 +307,9 @@ def _rows(
     return rows
 
 
-def _print(seconds: list[dict[str, Any]], memory: list[dict[str, Any]], wire: dict[str, int]) -> None:
+def _print(
+    seconds: list[dict[str, Any]], memory: list[dict[str, Any]], wire: dict[str, int]
+) -> None:
     console = Console(width=110)
     table = Table(title=f"SmolLM2-135M, {BATCH} × {LENGTH} tokens, one step")
     for heading in ("step", "median", "least", "÷ two plain passes", "bar"):
@@ -317,7 +317,11 @@ def _print(seconds: list[dict[str, Any]], memory: list[dict[str, Any]], wire: di
     for row in seconds:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} ×"
         table.add_row(
-            row["title"], f"{row['seconds']:.2f} s", f"{row['least_seconds']:.2f} s", ratio, row["bar"]
+            row["title"],
+            f"{row['seconds']:.2f} s",
+            f"{row['least_seconds']:.2f} s",
+            ratio,
+            row["bar"],
         )
     console.print(table)
     table = Table(title="peak of resident memory")
