@@ -50,7 +50,8 @@ format: venv
 
 test: lint
 	$(BIN)/python -m fedclient.base_model fetch
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=85
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+		--cov --cov-report=term --cov-fail-under=85
 
 bench: venv
 	$(BIN)/python -m simulations.benchmarks.recompression
