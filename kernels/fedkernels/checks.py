@@ -51,6 +51,17 @@ def listed(name: str, values: Iterable[SupportsIndex]) -> list[SupportsIndex]:
         raise ValueError(f"{name} must be a list of whole numbers, not {values!r}") from None
 
 
+def dense_tensor(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Return the tensor; ValueError unless it is one whose values lie in memory as they are."""
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, not {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, not {value.layout}")
+    if value.is_neg() or value.is_conj():
+        raise ValueError(f"{name} must not be a lazily negated or conjugated view")
+    return value
+
+
 def finite_float32(name: str, value: SupportsFloat) -> float:
     """Return `value` as a float; ValueError unless it is a number that float32 can hold."""
     try:

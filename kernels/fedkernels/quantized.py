@@ -8,7 +8,6 @@ summed in float32, as in a dense layer.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fedkernels import quantized_product as product
 from fedkernels.autograd import reshaped, without_autocast
+from fedkernels.checks import dense_tensor, finite_float32
 from fedkernels.quantized_tensor import QuantizedTensor
 
 QUANTIZE_FORMATS = ("nf4", "int4", "int8")
@@ -35,6 +35,9 @@ def quantize(weight: torch.Tensor, fmt: str) -> QuantizedTensor:
     """
     if fmt not in QUANTIZE_FORMATS:
         raise ValueError(f"fmt {fmt!r} is unknown; available: {', '.join(QUANTIZE_FORMATS)}")
+    dense_tensor("weight", weight)
+    if weight.is_meta:
+        raise ValueError("weight must hold values, and on the device meta it holds none")
     if not weight.is_floating_point() or weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(
             f"weight must be a matrix of floating point, not {weight.dtype} of {tuple(weight.shape)}"
@@ -56,7 +59,8 @@ def dequantize(tensor: QuantizedTensor, dtype: torch.dtype = torch.float32) -> t
     Raises:
         ValueError: `dtype` is not floating point.
     """
-    if not dtype.is_floating_point:
+    _check_quantized(tensor)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be floating point, and it is {dtype}")
     return product.dequantize(tensor, dtype)
 
@@ -110,12 +114,13 @@ def lora_linear(
         ValueError: an argument has the wrong type, shape or device, or `x` is empty.
     """
     _check_input(x, tensor, bias)
-    rank = A.shape[0] if A.dim() == 2 else 0
+    rank = A.shape[0] if dense_tensor("A", A).dim() == 2 else 0
     out_features, in_features = tensor.shape
     _check_parameter("A", A, x, (max(rank, 1), in_features))
     _check_parameter("B", B, x, (out_features, rank))
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, and it is {scale}")
+    if isinstance(scale, torch.Tensor) and scale.requires_grad:
+        raise ValueError("scale is a number that gets no gradient, and it asks for one")
+    scale = finite_float32("scale", scale)
     y: torch.Tensor = _LoraLinear.apply(x, A, B, scale, tensor, bias)  # type: ignore[no-untyped-call]
     return y
 
@@ -185,7 +190,9 @@ def _bias_gradient(ctx: Any, dy: torch.Tensor, position: int) -> torch.Tensor | 
 
 
 def _check_input(x: torch.Tensor, tensor: QuantizedTensor, bias: torch.Tensor | None) -> None:
+    _check_quantized(tensor)
     out_features, in_features = tensor.shape
+    dense_tensor("x", x)
     if x.dtype not in INPUT_TYPES:
         raise ValueError(f"x must be float32 or bfloat16, and it is {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != in_features or x.numel() == 0:
@@ -198,9 +205,15 @@ def _check_input(x: torch.Tensor, tensor: QuantizedTensor, bias: torch.Tensor | 
         _check_parameter("bias", bias, x, (out_features,))
 
 
+def _check_quantized(tensor: QuantizedTensor) -> None:
+    if not isinstance(tensor, QuantizedTensor):
+        raise ValueError(f"tensor must be a QuantizedTensor, not {type(tensor).__name__}")
+
+
 def _check_parameter(
     name: str, parameter: torch.Tensor, x: torch.Tensor, shape: tuple[int, ...]
 ) -> None:
+    dense_tensor(name, parameter)
     if parameter.dtype not in (torch.float32, x.dtype):
         raise ValueError(f"{name} must be float32 or {x.dtype}, and it is {parameter.dtype}")
     if parameter.shape != shape:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from fedkernels.quantized import quantize
 from fedkernels.quantized_linear import QuantizedLinear
@@ -26,6 +27,8 @@ class QuantizedEmbedding(nn.Module):
     def __init__(self, tensor: QuantizedTensor, dtype: torch.dtype = torch.float32) -> None:
         if tensor.fmt != "int8":
             raise ValueError(f"tensor must be int8, a scale a row, and it is {tensor.fmt}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be floating point, and it is {dtype}")
         super().__init__()
         self.num_embeddings, self.embedding_dim = tensor.shape
         self.dtype = dtype
@@ -34,8 +37,10 @@ class QuantizedEmbedding(nn.Module):
         self.register_buffer("scales", tensor.scales)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the rows of `ids`, int64 [...], as [..., width]."""
-        return (self.codes[ids] * self.scales[ids].unsqueeze(-1)).to(self.dtype)
+        """Return the rows of `ids`, int64 [...], as [..., width]; IndexError outside the table."""
+        codes = functional.embedding(ids, self.codes)
+        scales = functional.embedding(ids, self.scales.unsqueeze(-1))
+        return (codes * scales).to(self.dtype)
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True

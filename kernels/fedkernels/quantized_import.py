@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from fedkernels.checks import dense_tensor
 from fedkernels.quantized_tensor import FORMATS, QuantizedTensor
 from fedkernels.reference.quantized import pack
 
@@ -45,6 +46,8 @@ def from_bitsandbytes(
     Raises:
         ValueError: `code` is another format's, or a part has the wrong type or size.
     """
+    for name, part in (("packed", packed), ("absmax", absmax), ("code", code)):
+        dense_tensor(name, part)
     table = FORMATS["nf4"].table
     assert table is not None
     if code.shape != table.shape or not torch.allclose(code.float().cpu(), table, atol=1e-6):
@@ -83,6 +86,7 @@ def from_gguf(blocks: torch.Tensor, type: object) -> QuantizedTensor:
     if name not in GGUF_BYTES:
         raise ValueError(f"type {name!r} cannot be taken over; available: {', '.join(GGUF_BYTES)}")
     size = GGUF_BYTES[name]
+    dense_tensor("blocks", blocks)
     if blocks.dtype != torch.uint8 or blocks.dim() != 2 or blocks.numel() == 0:
         raise ValueError("blocks must be a uint8 matrix, a row of bytes for a row of weights")
     if blocks.shape[1] % size:

@@ -20,6 +20,13 @@ class QuantizedLinear(nn.Linear):
     """
 
     def __init__(self, tensor: QuantizedTensor, bias: torch.Tensor | None = None) -> None:
+        if not isinstance(tensor, QuantizedTensor):
+            raise ValueError(f"tensor must be a QuantizedTensor, not {type(tensor).__name__}")
+        if bias is not None and (bias.shape != tensor.shape[:1] or not bias.is_floating_point()):
+            raise ValueError(
+                f"bias must be floating point ({tensor.shape[0]},), and it is {bias.dtype}"
+                f" {tuple(bias.shape)}"
+            )
         nn.Module.__init__(self)
         self.out_features, self.in_features = tensor.shape
         self.fmt = tensor.fmt

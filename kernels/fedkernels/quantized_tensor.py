@@ -26,6 +26,8 @@ from typing import Any, Final
 
 import torch
 
+from fedkernels.checks import dense_tensor, sizes
+
 # Quantiles of N(0, 1) with an exact zero, scaled to [-1, 1] (QLoRA, appendix E).
 NF4: Final = (
     -1.0,
@@ -168,7 +170,9 @@ PARTS: Final = ("codes", "scales", "minimums", "nested_scales", "nested_code", "
 def _check(tensor: QuantizedTensor) -> None:
     if tensor.fmt not in FORMATS:
         raise ValueError(f"fmt {tensor.fmt!r} is unknown; available: {', '.join(FORMATS)}")
-    if len(tensor.shape) != 2 or min(tensor.shape) < 1:
+    for name in ("codes", "scales"):
+        dense_tensor(name, getattr(tensor, name))
+    if len(sizes("shape", tensor.shape)) != 2 or min(tensor.shape) < 1:
         raise ValueError(f"shape must be (out_features, in_features), not {tuple(tensor.shape)}")
     form = FORMATS[tensor.fmt]
     four_bits = form.table is not None

@@ -15,7 +15,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from fedkernels.backends import instruction_set, threads, uses_triton
-from fedkernels.checks import finite_float32, float32, whole_number, whole_numbers
+from fedkernels.checks import dense_tensor, finite_float32, float32, whole_number, whole_numbers
 from fedkernels.part import Part
 from fedkernels.probes import checked_seed, checked_tensor, kernel_probe, part_of
 from fedkernels.reference import replay as reference
@@ -212,16 +212,13 @@ def project(
 
 def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor without its graph; ValueError unless a kernel can work on it."""
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    dense_tensor(name, tensor)
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, not {tensor.dtype}")
     if tensor.device.type != "cpu" and not (tensor.is_cuda and uses_triton(tensor.device)):
         raise ValueError(f"{name} must be on the CPU, or a GPU with Triton, not on {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
-    if tensor.is_neg() or tensor.is_conj():
-        raise ValueError(f"{name} must not be a lazily negated or conjugated view")
     if tensor.numel() == 0:
         raise ValueError(f"{name} must not be empty, and its shape is {list(tensor.shape)}")
     return tensor.detach()

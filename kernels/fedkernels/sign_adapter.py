@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fedkernels.autograd import reshaped
 from fedkernels.backends import instruction_set, threads, uses_triton
-from fedkernels.checks import sizes, whole_number, whole_numbers
+from fedkernels.checks import dense_tensor, sizes, whole_number, whole_numbers
 from fedkernels.reference import sign_adapter as reference
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -291,6 +291,7 @@ def _check_pair(x: torch.Tensor, adapter: SignAdapter, y: torch.Tensor | None) -
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, features: int, device: torch.device) -> None:
+    dense_tensor(name, tensor)
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} must be float32 or bfloat16, not {tensor.dtype}")
     if tensor.device != device:

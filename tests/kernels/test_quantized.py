@@ -259,6 +259,10 @@ def test_only_the_gradients_that_are_asked_for_are_there(backend):
         (torch.full((2, 3), torch.nan), "nf4", "weight"),
         (torch.full((2, 3), 1e39, dtype=torch.float64), "int8", "weight"),
         (torch.full((2, 3), 1e5), "int4", "weight"),
+        ([[1.0]], "nf4", "weight must be a tensor"),
+        (torch.eye(3).to_sparse(), "nf4", "weight"),
+        (torch.empty(2, 3, device="meta"), "nf4", "weight"),
+        (torch._neg_view(torch.ones(2, 3)), "nf4", "weight"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused_by_name(weight, fmt, named):
@@ -282,6 +286,17 @@ def test_what_cannot_be_quantised_is_refused_by_name(weight, fmt, named):
         ({"B": torch.zeros(4, 2)}, "B must"),
         ({"B": torch.zeros(4, 3, dtype=torch.float16)}, "B must"),
         ({"scale": math.nan}, "scale"),
+        ({"scale": 1e300}, "scale"),
+        ({"scale": "1"}, "scale"),
+        ({"scale": torch.ones((), requires_grad=True)}, "scale"),
+        ({"x": [1.0]}, "x must be a tensor"),
+        ({"x": torch.zeros(2, 8).to_sparse()}, "x must"),
+        ({"x": torch._neg_view(torch.zeros(2, 8))}, "x must"),
+        ({"tensor": torch.zeros(4, 8)}, "tensor must be a QuantizedTensor"),
+        ({"bias": 1.0}, "bias must be a tensor"),
+        ({"bias": torch._neg_view(torch.zeros(4))}, "bias must"),
+        ({"A": None}, "A must be a tensor"),
+        ({"B": None}, "B must be a tensor"),
     ],
 )
 def test_an_argument_that_does_not_fit_is_refused_by_name(backend, changed, named):

@@ -84,3 +84,12 @@ def test_other_formats_and_other_models_are_refused():
     model = fk.quantize_embeddings(tiny(True))
     with pytest.raises(ValueError, match="model"):
         fk.quantize_embeddings(model)
+
+
+def test_ids_outside_the_table_are_refused_as_torchs_own_embedding_does():
+    embedding = fk.QuantizedEmbedding(fk.quantize(torch.eye(4), "int8"))
+    for ids in ([-1], [4]):
+        with pytest.raises(IndexError):
+            embedding(torch.tensor(ids))
+    with pytest.raises(ValueError, match="dtype"):
+        fk.QuantizedEmbedding(fk.quantize(torch.eye(4), "int8"), torch.int8)

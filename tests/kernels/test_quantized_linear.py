@@ -56,6 +56,15 @@ def test_a_layer_computes_with_its_quantised_weight(fmt):
     assert not list(parameter for parameter in ours.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.parametrize("bias", [torch.zeros(3), torch.zeros(48, dtype=torch.int64)])
+def test_a_bias_that_does_not_fit_is_refused(bias):
+    tensor = fk.quantize(torch.ones(48, 64), "nf4")
+    with pytest.raises(ValueError, match="bias"):
+        fk.QuantizedLinear(tensor, bias)
+    with pytest.raises(ValueError, match="tensor"):
+        fk.QuantizedLinear(torch.ones(48, 64))
+
+
 def test_a_state_dict_carries_the_weights(model):
     fk.quantize_linears(model, "nf4")
     torch.manual_seed(2)

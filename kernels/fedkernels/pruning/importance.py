@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedkernels.backends import instruction_set
+from fedkernels.checks import dense_tensor, finite_float32
 from fedkernels.reference import pruning as reference
 
 SUMS = (None, "rows", "columns")
@@ -90,7 +91,7 @@ def lora_gradient(
     """
     _check_weight(weight)
     out, columns = weight.shape
-    rank = b.shape[-1] if b.dim() == 2 else 0
+    rank = b.shape[-1] if dense_tensor("b", b).dim() == 2 else 0
     for name, part, shape in (
         ("b", b, (out, rank)),
         ("a", a, (rank, columns)),
@@ -98,6 +99,7 @@ def lora_gradient(
         ("a_gradient", a_gradient, (rank, columns)),
     ):
         _check(name, part, weight, shape)
+    scale = finite_float32("scale", scale)
     if _plain(sums):
         whole = reference.lora_gradient(weight, b, a, b_gradient, a_gradient, scale)
         return _reduced(whole, sums)
@@ -168,6 +170,7 @@ def _by_blocks(weight: Tensor, sums: str | None, block: Callable[[slice], Tensor
 
 
 def _check_weight(weight: Tensor) -> None:
+    dense_tensor("weight", weight)
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight must be a matrix with elements, and it is {list(weight.shape)}")
     if not weight.is_floating_point():
@@ -175,6 +178,7 @@ def _check_weight(weight: Tensor) -> None:
 
 
 def _check(name: str, part: Tensor, weight: Tensor, shape: tuple[int, ...]) -> None:
+    dense_tensor(name, part)
     if part.shape != torch.Size(shape) or 0 in shape:
         expected = f"{list(shape)} for a weight {list(weight.shape)}"
         raise ValueError(f"{name} must be {expected}, and it is {list(part.shape)}")

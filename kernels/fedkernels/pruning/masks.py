@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkernels.backends import instruction_set
+from fedkernels.checks import dense_tensor
 from fedkernels.reference import pruning as reference
 
 # Elements that the comparisons take at once: 2 MiB in float32, which caches hold.
@@ -120,6 +121,7 @@ def _two_of_three(one: Tensor, two: Tensor, three: Tensor) -> Tensor:
 
 
 def _check_scores(scores: Tensor) -> None:
+    dense_tensor("scores", scores)
     if scores.dim() != 2 or scores.numel() == 0:
         raise ValueError(f"scores must be a matrix with elements, and it is {list(scores.shape)}")
     if not scores.is_floating_point():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedkernels.backends import instruction_set
+from fedkernels.checks import dense_tensor
 
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -21,6 +22,7 @@ def compiled_for(*tensors: Tensor) -> int | None:
 
 def check_floating(name: str, tensor: Tensor, dimensions: int | None = None) -> None:
     """Raise ValueError unless `tensor` is floating, not empty, and of so many dimensions."""
+    dense_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must have a floating dtype, not {tensor.dtype}")
     if tensor.numel() == 0:
