@@ -174,7 +174,7 @@ def test_an_objective_without_gradient_is_what_is_measured(
     asked = method(objective=objective, epsilon=epsilon, pool_size=4096, probe="rademacher")
     update, result = train(model, layout, [batch] * 25, asked, seed=1, learning_rate=rate, steps=25)
     differences = update.scalars.abs() / rate * 2 * epsilon * unit
-    assert len(differences) > 3
+    assert len(differences) >= 2
     torch.testing.assert_close(differences, differences.round(), rtol=0, atol=1e-5)
     assert 0 < result.last_loss < 10
 
