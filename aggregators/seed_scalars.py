@@ -134,7 +134,7 @@ class SeedScalars:
 
     @property
     def pool(self) -> tuple[int, int, str, tuple[str, ...] | None]:
-        """What must agree for scalars to be of the same directions: master seed, size, probe, tensors."""
+        """What must agree for scalars to be of one pool: master seed, size, probe, tensors."""
         return self.master_seed, self.pool_size, self.probe, self.names
 
     def squared_norm(self) -> float:

@@ -5,8 +5,8 @@
 | estimator | coefficient of a probe | passes |
 |---|---|---|
 | `spsa` | g = (l(W + ez) - l(W - ez)) / 2e (MeZO, Malladi et al., 2023, definition 1) | 2 a probe |
-| `forward-gradient` | (l(W + ez) - l(W)) / e: the one-sided difference, whose base is shared | 1 + 1 a probe |
-| `fzoo` | the same over the standard deviation of all l measured (FZOO, Dang et al., 2025) | 1 + 1 a probe |
+| `forward-gradient` | (l(W + ez) - l(W)) / e, one-sided, with a base that probes share | 1 + 1 a probe |
+| `fzoo` | the same rise over the standard deviation of all l (FZOO, Dang et al., 2025) | 1 + 1 a probe |
 | `sign` | sign(g) (ZO-SGD-Sign of ZO-Bench, Zhang et al., 2024) | 2 a probe |
 | `momentum` | of SGD's buffer, m <- momentum m + g z: a sum over the last probes | 2 a probe |
 | `adam` | of m / sqrt(v), bias-corrected, with v a scalar | 2 a probe |

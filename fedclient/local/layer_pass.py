@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fedkernels as fk
-from fedclient.local.forward import Batch, Logits, is_conv1d, predictions, rows_of, streaming_head
+from fedclient.local.forward import Batch, is_conv1d, predictions, rows_of, streaming_head
 from fedclient.local.objectives import Predictions
 from fedclient.local.placement import Placed
+from fedclient.local.vocabulary import Logits
 from fedclient.local.walk import Terms, add_terms, holds_walk, move_, perturbed
 
 # Elements of the scratch: a large layer's matrix in float32 is made in pieces of 16 MiB.
@@ -139,7 +140,7 @@ class LayerPass:
 
         def forward(ids: Tensor) -> Tensor:
             words, places = torch.unique(ids, return_inverse=True)
-            rows = own(words)
+            rows: Tensor = own(words)
             terms = self._terms_beside(weight)
             if terms:
                 part = fk.Part(weight.spec.shape, rows=words)
@@ -177,9 +178,9 @@ class LayerPass:
         """Rows [first, past) of the tensor at the point, valid until the next call."""
         weight, columns = tensor.weight, tensor.columns
         terms = self._terms_beside(tensor)
-        plain = isinstance(weight, Tensor)
         # A quantised weight has its terms added in float32, and is rounded once, afterwards.
-        source = rows_of(weight, first, past, weight.dtype if plain else torch.float32)
+        own = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        source = rows_of(weight, first, past, own)
         if not terms:
             return source.to(dtype)
         part = fk.Part(tensor.spec.shape, offset=first * columns)

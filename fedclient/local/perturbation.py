@@ -2,8 +2,8 @@
 
 Perturbing in place and back does not restore a weight, and a second copy of the model is what a small
 device lacks. Here forward passes of modules are exchanged for the duration of a ``with`` block:
-``Rank1Pass`` puts rank-1 probes beside the layers, ``LayerPass`` makes one layer's perturbed weights at a
-time. On leaving the block every module has its own forward pass again, also after an error.
+``Rank1Pass`` puts rank-1 probes beside the layers, ``LayerPass`` makes one layer's perturbed weights at
+a time. On leaving the block every module has its own forward pass again, also after an error.
 """
 
 from __future__ import annotations

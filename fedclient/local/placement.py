@@ -59,9 +59,9 @@ def place(model: nn.Module, layout: Layout, names: Collection[str] | None = None
     for spec in layout:
         if names is not None and spec.name not in names:
             continue
-        weight = by_name.get(spec.name)
-        if weight is None:
+        if spec.name not in by_name:
             raise PlacementError(f"layer {spec.name!r} of the layout is not in this model")
+        weight = by_name[spec.name]
         if tuple(weight.shape) != spec.shape:
             raise PlacementError(
                 f"layer {spec.name!r} is {list(weight.shape)} here, {list(spec.shape)} in the layout"

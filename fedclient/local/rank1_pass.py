@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fedkernels as fk
-from fedclient.local.forward import Batch, Logits, is_conv1d, predictions, rows_of, streaming_head
+from fedclient.local.forward import Batch, is_conv1d, predictions, rows_of, streaming_head
 from fedclient.local.objectives import Predictions
 from fedclient.local.placement import Placed
-from fedclient.local.vocabulary import BLOCK
+from fedclient.local.vocabulary import BLOCK, Logits
 from fedclient.local.walk import Terms, add_terms, holds_walk, move_, perturbed
 
 PROBE = "rank1"

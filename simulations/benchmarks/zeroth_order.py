@@ -3,8 +3,8 @@
     python -m simulations.benchmarks.zeroth_order --steps 15
 
 Every variant runs in a process of its own, and the steps are taken in turns, so that whatever else the
-machine does hits all alike. All see the same 4 × 128 tokens (frequencies after Zipf's law, every position
-labelled). "Plain" is transformers alone. The reference MeZO step moves all weights in place by
+machine does hits all alike. All see the same 4 × 128 tokens (frequencies after Zipf's law, every
+position labelled). "Plain" is transformers alone. The reference MeZO step moves all weights in place by
 +epsilon, -2 epsilon, +epsilon and the update, each with noise drawn anew by torch (Malladi et al., 2023,
 algorithm 1). Memory is the peak of resident memory after loading.
 """
@@ -91,16 +91,17 @@ MEMORY = {
 
 @dataclass
 class Record:
-    """What one variant did: seconds of each step, and bytes."""
+    """What one variant did: seconds of each step, those of all its threads, and bytes."""
 
     seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     loaded_bytes: int = 0
 
-    @property
-    def settled(self) -> list[float]:
+    def settled(self, processor: bool = False) -> list[float]:
         """Without the first steps, in which torch and the caches settle."""
-        return self.seconds[WARM_UP:] or self.seconds
+        seconds = self.processor_seconds if processor else self.seconds
+        return seconds[WARM_UP:] or seconds
 
 
 def measure(
@@ -112,7 +113,9 @@ def measure(
         with _workers(group, threads, model, memory) as workers:
             for _ in range(steps):
                 for name, worker in workers.items():
-                    records[name].seconds.append(_ask(worker, "step")["seconds"])
+                    answer = _ask(worker, "step")
+                    records[name].seconds.append(answer["seconds"])
+                    records[name].processor_seconds.append(answer["processor_seconds"])
             for name, worker in workers.items():
                 answer = _ask(worker, "end")
                 records[name].peak_bytes = answer["peak_bytes"]
@@ -217,9 +220,13 @@ def _work(variant: Variant, threads: int, reference: str) -> None:
             if request.strip() == "end":
                 print(json.dumps({"peak_bytes": resident("VmHWM"), "loaded_bytes": loaded}))
                 return
-            start = time.perf_counter()
+            start, processor_start = time.perf_counter(), time.process_time()
             step()
-            print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+            taken = {
+                "seconds": time.perf_counter() - start,
+                "processor_seconds": time.process_time() - processor_start,
+            }
+            print(json.dumps(taken), flush=True)
 
 
 @contextmanager
@@ -297,14 +304,21 @@ def _rows(
             row["peak_bytes"], row["loaded_bytes"] = record.peak_bytes, record.loaded_bytes
             row["ratio"] = record.peak_bytes / other.peak_bytes if other else None
         else:
-            row["seconds"] = statistics.median(record.settled)
-            row["least_seconds"] = min(record.settled)
-            ratios = (
-                [a / b for a, b in zip(record.settled, other.settled, strict=True)] if other else []
-            )
-            row["ratio"] = statistics.median(ratios) if ratios else None
+            row["seconds"] = statistics.median(record.settled())
+            row["least_seconds"] = min(record.settled())
+            row["ratio"] = _median_ratio(record, other, processor=False)
+            row["least_ratio"] = min(record.settled()) / min(other.settled()) if other else None
+            row["processor_ratio"] = _median_ratio(record, other, processor=True)
         rows.append(row)
     return rows
+
+
+def _median_ratio(record: Record, other: Record | None, processor: bool) -> float | None:
+    """Of the steps that were taken in one turn: both met the same load."""
+    if other is None:
+        return None
+    pairs = zip(record.settled(processor), other.settled(processor), strict=True)
+    return statistics.median(a / b for a, b in pairs)
 
 
 def _print(
@@ -312,17 +326,16 @@ def _print(
 ) -> None:
     console = Console(width=110)
     table = Table(title=f"SmolLM2-135M, {BATCH} × {LENGTH} tokens, one step")
-    for heading in ("step", "median", "least", "÷ two plain passes", "bar"):
+    for heading in ("step", "median", "least", "÷ two plain passes: median", "least",
+                    "processor time", "bar"):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "step" else "right")
     for row in seconds:
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} ×"
-        table.add_row(
-            row["title"],
-            f"{row['seconds']:.2f} s",
-            f"{row['least_seconds']:.2f} s",
-            ratio,
-            row["bar"],
-        )
+        ratios = (
+            "" if row[key] is None else f"{row[key]:.2f} ×"
+            for key in ("ratio", "least_ratio", "processor_ratio")
+        )  # fmt: skip
+        times = f"{row['seconds']:.2f} s", f"{row['least_seconds']:.2f} s"
+        table.add_row(row["title"], *times, *ratios, row["bar"])
     console.print(table)
     table = Table(title="peak of resident memory")
     for heading in ("process", "loaded", "peak", "÷ inference", "bar"):

@@ -238,6 +238,26 @@ def test_hooks_on_a_part_are_called():
     assert seen == ["up_proj"]
 
 
+def test_what_stands_in_for_a_part_is_called():
+    """By the fused module around it, with the rows that it would multiply itself."""
+    model, batch = llama_like("Llama").requires_grad_(False), batch_of()
+    fk.accelerate(model)
+    expected = fk.causal_loss(model, batch).total
+    seen: list[str] = []
+    for name in ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        part = model.get_submodule(f"model.layers.1.{name}")
+
+        def stand_in(x: Tensor, part: Any = part, name: str = name) -> Tensor:
+            seen.append(name)
+            return nn.functional.linear(x, 2 * part.weight) / 2
+
+        stand_in.stands_in = True
+        part.__dict__["forward"] = stand_in
+        torch.testing.assert_close(fk.causal_loss(model, batch).total, expected)
+        assert seen.pop() == name or name in seen
+    assert set(seen) == {"self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"}
+
+
 def test_an_unknown_architecture_is_left_alone_and_right():
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -120,6 +120,10 @@ def test_it_equals_the_dense_product(backend, dtype, sizes, with_y):
     # relative to the norm that random signs give on average, for a few numbers may cancel
     average = x.norm() * adapter.coefficients.norm() * out**0.5 + (y.norm() if with_y else 0)
     assert (found - expected).norm() < EXACT[dtype] * average
+    if with_y:
+        memory = y.data_ptr()
+        assert torch.equal(adapter.add_(x, y), found)
+        assert y.data_ptr() == memory
 
 
 @DTYPES

@@ -187,6 +187,24 @@ def test_cross_entropy(backend, seed, dtype, rows, vocabulary, chunk, size):
     assert (loss.labelled, loss.correct) == (labelled, correct)
 
 
+@every_backend
+@given(
+    seed=SEEDS,
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    rows=st.integers(1, 9),
+    vocabulary=st.integers(1, 70),
+)
+def test_losses_of_logits_row_by_row(backend, seed, dtype, rows, vocabulary):
+    (logits,) = random_tensors(seed, torch.float32, (rows, vocabulary))
+    logits = (5 * logits).to(dtype)
+    labels = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(seed))
+    losses, best = fk.logit_losses(logits, labels)
+    expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(losses.double(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(logits.gather(1, best[:, None])[:, 0], logits.max(1).values)
+
+
 def test_no_labels_give_zero_loss_and_zero_gradients(backend):
     hidden, weight = random_tensors(0, torch.bfloat16, (2, 3, 8), (20, 8))
     hidden.requires_grad_()
@@ -241,6 +259,10 @@ Q = torch.ones(1, 3, 4, 6)
         (lambda: fk.adapted_linears(X, [_adapted(torch.ones(2, 4), torch.ones(5, 3))]), "B"),
         (lambda: fk.cross_entropy(X, W, torch.zeros(2, 3)), "labels must be int64"),
         (lambda: fk.cross_entropy(X, W, torch.zeros(2, 2).long()), "labels"),
+        (lambda: fk.logit_losses(W, torch.zeros(5)), "labels must be int64"),
+        (lambda: fk.logit_losses(W, torch.zeros(4).long()), "labels"),
+        (lambda: fk.logit_losses(W, torch.tensor([0, 1, 2, 3, 4])), "vocabulary"),
+        (lambda: fk.logit_losses(X, torch.zeros(2).long()), "logits"),
         (lambda: fk.cross_entropy(X, W, torch.full((2, 3), 5)), "labels"),
         (lambda: fk.cross_entropy(X, W, torch.full((2, 3), -1)), "labels"),
         (lambda: fk.cross_entropy(X, W[:, :3], torch.zeros(2, 3).long()), "weight"),

@@ -112,10 +112,10 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def logit_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy in nats, float32 [rows], and the best index, int64 [rows], of each row.
+    """Return the cross-entropy in nats and the best index of each row: float32 and int64, [rows].
 
-    logits: [rows, vocabulary], floating; labels: int64 [rows], each an index of the vocabulary, else
-    ValueError. Not differentiable.
+    logits: [rows, vocabulary], floating (float64 gives float64); labels: int64 [rows], each an index
+    of the vocabulary, else ValueError. Not differentiable.
     """
     check_floating("logits", logits, 2)
     if labels.dtype != torch.int64:
@@ -125,7 +125,8 @@ def logit_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"labels has values outside the vocabulary of {logits.shape[1]}")
     isa = compiled_for(logits)
     if isa is None:
-        scores = logits.detach().float()
+        wide = logits.dtype == torch.float64
+        scores = logits.detach() if wide else logits.detach().float()
         wanted = scores.gather(1, labels[:, None])[:, 0]
         return scores.logsumexp(dim=1) - wanted, scores.argmax(dim=1)
     from fedkernels import _cpu
