@@ -126,7 +126,9 @@ class Sketch:
         factors = {}
         for name, view in self.views.items():
             sides = basis.sides[name]
-            start = nystrom(view, sides.Y, cut) if basis.refinement == 0 else None
+            # Without oversampling Y^T U is square, and the guess may be far longer than the change.
+            guess = basis.refinement == 0 and sides.Y.shape[1] > sides.Q.shape[1]
+            start = nystrom(view, sides.Y, cut) if guess else None
             found = read(view, sides.Q, sides.Y, start)
             if found is not None:
                 factors[name] = (found[0].float(), found[1].float(), 1.0)
