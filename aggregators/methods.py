@@ -146,8 +146,9 @@ class SketchMethod(FirstOrderMethod):
     """The change is seen in the public basis (``aggregators.Basis``).
 
     ``rank`` columns on the right, ``rank + oversampling`` on the left. The basis comes with the plan,
-    or from ``master_seed`` where the run has none yet. ``cut`` is the reconstruction's, on the server
-    and, for error feedback, on the node.
+    or from ``master_seed`` where the run has none yet. ``cut`` is for reading
+    in the random basis (``aggregators.sketch.nystrom``), on the server and, for error feedback, on
+    the node.
     """
 
     family: Literal["sketch"] = "sketch"

@@ -2,9 +2,9 @@
 
 For a change D [m, n] of a matrix and a basis (Q [n, r], Y [m, r + p]) a node sends P = D Q and
 R = D^T Y. Both are linear in D, so sketches sum, mask and clip like any vector; the change itself
-comes back, once, from the sum: by the generalised Nystrom form of Nakatsukasa (2020), which is that of
-Tropp, Yurtsever, Udell and Cevher (2017), algorithm 4, on a basis that is not random, and made to agree
-with both views.
+comes back, once, from the sum: in the first round, when the basis is random, by the generalised
+Nystrom form of Nakatsukasa (2020), which is that of Tropp, Yurtsever, Udell and Cevher (2017),
+algorithm 4; later by projection on what the basis has learnt of the changes before.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ class Sketch:
     both, for shapes that do not fit and for values that are not finite.
 
     Sketches of one basis add. What they add up to is no change of the weights: that is what
-    ``reconstruct`` makes of the sum, and it is not linear. Hence ``dense`` gives the coordinates,
-    squared norms are theirs, and other families have no inner product with them.
+    ``reconstruct`` makes of the sum, it needs the basis, and in a random one it is not linear. Hence
+    ``dense`` gives the coordinates, squared norms are theirs, and other families have no inner product
+    with them.
     """
 
     family: ClassVar[str] = "sketch"
@@ -110,7 +111,13 @@ class Sketch:
         return sum(tensor.numel() for tensor in self.dense().values())
 
     def reconstruct(self, basis: Basis, cut: float = CUT) -> LowRank:
-        """The change of the sketched matrices: see ``read``. ValueError for another basis."""
+        """The change of the sketched matrices, by ``read``. ValueError for another basis.
+
+        In the random basis, which has next to nothing of the change, from where ``nystrom`` guesses it.
+        In one that has followed the change, from zero: there the guess adds little where it is good,
+        and changes from round to round, so that it is sometimes bad; and without it reading is linear,
+        hence what nodes keep for error feedback sums to what the server's reading leaves out.
+        """
         if basis.digest != self.basis_digest:
             raise ValueError(
                 f"a sketch in the basis {self.basis_digest[:12]} cannot be read in"
@@ -118,7 +125,11 @@ class Sketch:
             )
         factors = {}
         for name, view in self.views.items():
-            found = read(view, basis.sides[name].Q, basis.sides[name].Y, cut)
+            sides = basis.sides[name]
+            # Without oversampling Y^T U is square, and the guess may be far longer than the change.
+            guess = basis.refinement == 0 and sides.Y.shape[1] > sides.Q.shape[1]
+            start = nystrom(view, sides.Y, cut) if guess else None
+            found = read(view, sides.Q, sides.Y, start)
             if found is not None:
                 factors[name] = (found[0].float(), found[1].float(), 1.0)
         return LowRank(self.layout, factors)
@@ -212,29 +223,30 @@ class Sketch:
         return f"Sketch({len(self.views)} matrices, {len(self.whole)} whole tensors)"
 
 
-def read(views: Views, q: Tensor, y: Tensor, cut: float = CUT) -> tuple[Tensor, Tensor] | None:
-    """Factors (B [m, k], A [k, n]) in float64 of the change that the views are of; None for no change.
+def read(
+    views: Views, q: Tensor, y: Tensor, start: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Factors (B [m, k], A [k, n]) in float64 of what two views say of a change; None for no change.
 
-    k is at most 2 r + p. X, of rank r, is what ``nystrom`` finds. Beside it stands the smallest change
-    that gives the sum the very views that were sent:
+    The change that is nearest to X, the product of ``start`` (None: zero), and has the views that were
+    sent, D' Q = P and D'^T Y = R:
 
-        D' = X + (I - Y Y^T) (P - X Q) Q^T + Y (R - X^T Y)^T,  then  D' Q = P and D'^T Y = R.
+        D' = X + (I - Y Y^T) (P - X Q) Q^T + Y (R - X^T Y)^T
 
-    It is X's error, projected on what the views see, so D' is never further from the change than X. A
-    basis that has followed the change for some rounds holds more of it than r directions.
+    Q and Y being orthonormal it is X and the projection of X's error on what the views see, so D' is
+    never further from the change than X; k is at most 2 r + p. Without X it is linear in the views.
     """
-    found = nystrom(views, y, cut)
-    if found is None:
-        return None
-    b, a = found
     q, y = q.double(), y.double()
-    right = views.P - b @ (a @ q)
-    left = views.R - a.T @ (b.T @ y)
+    right, left = views.P, views.R
+    stack = []
+    if start is not None:
+        b, a = start
+        right, left = right - b @ (a @ q), left - a.T @ (b.T @ y)
+        stack.append((b, a, 1.0))
     right = right - y @ (y.T @ right)
-    u, sigma, vt = fk.stack_svd(
-        [(b, a, 1.0), (right, q.T.contiguous(), 1.0), (y, left.T.contiguous(), 1.0)]
-    )
-    return u, sigma[:, None] * vt
+    stack += [(right, q.T.contiguous(), 1.0), (y, left.T.contiguous(), 1.0)]
+    u, sigma, vt = fk.stack_svd(stack)
+    return (u, sigma[:, None] * vt) if len(sigma) else None
 
 
 def nystrom(views: Views, y: Tensor, cut: float = CUT) -> tuple[Tensor, Tensor] | None:

@@ -56,8 +56,9 @@ def sketch(
 ) -> tuple[Sketch, Residual]:
     """The sketch of change + residual in ``basis``, and the new residual; arguments as above.
 
-    The residual is against what this node's sketch alone is read as. The server reads the sum of all
-    sketches, and reading is not linear, so what all residuals sum to is near its error, not equal.
+    The residual is against what this node's sketch alone is read as. In a basis that has been refined,
+    reading is linear, and the residuals of a cohort sum to what the server's reading leaves out; in a
+    random one they only come near it.
     """
     total = _total(method.error_feedback, change, residual)
     known = basis.sides.keys() | set(basis.whole)

@@ -39,7 +39,6 @@ METHODS = {
     "full": "whole changes",
     "random": "random probes, unbiased",
     "random, feedback": "random probes, MMSE scale, error feedback",
-    "adaptive, no feedback": "adaptive basis",
     "adaptive": "adaptive basis, error feedback",
 }
 VOCABULARY = 1024
@@ -55,12 +54,12 @@ class Case:
     batch_size: int = 8
     learning_rate: float = 1e-3
     rank: int = 4
-    oversampling: int = 4
+    oversampling: int = 2
     wire_dtype: str = "float16"
     optimiser: str = "adamw"
-    hidden: int = 128
-    layers: int = 4
-    pretraining_steps: int = 400
+    hidden: int = 256
+    layers: int = 2
+    pretraining_steps: int = 150
 
 
 @dataclass(frozen=True)

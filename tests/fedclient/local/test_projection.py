@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregators import Basis, Layout, decode, encode
+from aggregators import Basis, Layout, Sketch, aggregate, decode, encode
 from aggregators.methods import ProjectedMethod, SketchMethod
 from fedclient.local import projection
 
@@ -60,6 +60,22 @@ def test_what_a_sketch_leaves_is_the_rest(seed, dtype):
     arrived = decode(encode(update, dtype), LAYOUT)
     read = arrived.reconstruct(basis, method.cut).dense() | arrived.whole_change().dense()
     same(left, {n: delta[n].double() + before[n] - read[n] for n in NAMES})
+
+
+@given(seeds=st.lists(SEEDS, min_size=2, max_size=4, unique=True), dtype=DTYPES)
+def test_what_a_cohort_leaves_is_what_the_server_does_not_read(seeds, dtype):
+    """In a basis that has been refined; every node knows its own sketch alone."""
+    basis = Basis.random(LAYOUT, NAMES, 5, 2, 3)
+    basis = basis.refined(Sketch.of(LAYOUT, basis, change(0)))
+    results = [projection.sketch(LAYOUT, sketched(), basis, change(s), None, dtype) for s in seeds]
+    arrived = [decode(encode(update, dtype), LAYOUT) for update, _ in results]
+    total = aggregate([(update, 1.0) for update in arrived], LAYOUT).updates["sketch"]
+    read = total.reconstruct(basis).dense() | total.whole_change().dense()
+    count = len(seeds)
+    for name in NAMES:
+        left = sum(residual[name].double() for _, residual in results) / count
+        whole = sum(change(seed)[name].double() for seed in seeds) / count
+        torch.testing.assert_close(whole - read[name], left, rtol=1e-4, atol=1e-4)
 
 
 def test_arguments_are_left_as_they_are():
