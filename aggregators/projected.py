@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import fedkernels as fk
+from aggregators.along_probes import probe_products, probe_sum
 from aggregators.layout import Layout
-from aggregators.probe_sums import probe_products, probe_sum
 from aggregators.sketch import Sketch
 from aggregators.update import require_layout
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from aggregators.messages import WireDtype
 from aggregators.methods import Estimator, Objective, Optimiser, Probe, Subset
 from aggregators.presets import PRESETS, Strand
 
@@ -86,6 +87,7 @@ class ZerothOrderConfiguration(_Strict):
     directions: int = Field(default=1, ge=1, le=64, description="probes of one step")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of the estimator momentum")
     local_steps: int = Field(default=20, ge=1)
+    wire_dtype: WireDtype = Field(default="int8", description="of scalars; int8 errs by about 1 %")
 
 
 class ProjectedConfiguration(_Strict):
@@ -172,8 +174,8 @@ class RunConfiguration(_Strict):
 
     view_rank: int | None = Field(default=32, ge=1, description="rank of the carry that nodes get")
     view_energy: float | None = Field(default=None, gt=0, le=1)
-    view_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "bfloat16"
-    wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "bfloat16"
+    view_dtype: WireDtype = "bfloat16"
+    wire_dtype: WireDtype = "bfloat16"
     server_learning_rate: float = Field(default=1.0, gt=0)
     evaluate: bool = True
     contributions: bool = Field(

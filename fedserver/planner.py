@@ -25,6 +25,7 @@ from fedserver.configuration import ConfigurationError, RunConfiguration
 
 # What every strand has its own of, and every node may have.
 PACE = ("local_steps", "micro_batch_size", "learning_rate")
+OF_THE_PLAN = {*PACE, "wire_dtype"}
 
 
 def data_specification(configuration: RunConfiguration) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def make_plan(
             "learning_rate": settings["learning_rate"],
             "max_length": configuration.max_length,
             "dtype": configuration.base_dtype,
-            "wire_dtype": configuration.wire_dtype,
+            "wire_dtype": settings["wire_dtype"],
             "threads": configuration.threads,
             "accelerate": configuration.accelerate,
             "evaluate": configuration.evaluate,
@@ -119,18 +120,18 @@ def make_method(
     if strand == "lora":
         return _lora(configuration, capabilities)
     if strand == "zeroth-order":
-        settings = configuration.zeroth_order.model_dump(exclude=set(PACE))
+        settings = configuration.zeroth_order.model_dump(exclude=OF_THE_PLAN)
         return ZerothOrderMethod(master_seed=_seed(configuration, "pool"), **settings)
     return _projected(configuration, layout, round_number)
 
 
 def _settings(configuration: RunConfiguration, name: str) -> dict[str, Any]:
-    """Steps, batch and learning rate: the node's own, else the strand's, else the run's."""
-    found = {key: getattr(configuration, key) for key in PACE}
+    """Steps, batch, rate and type on the wire: the node's own, else the strand's, else the run's."""
+    found = {key: getattr(configuration, key) for key in OF_THE_PLAN}
     strand = configuration.strand(name)
     if strand != "lora":
         table = getattr(configuration, strand.replace("-", "_"))
-        found |= {key: getattr(table, key) for key in PACE if hasattr(table, key)}
+        found |= {key: getattr(table, key) for key in OF_THE_PLAN if hasattr(table, key)}
     node = configuration.node(name)
     own = {} if node is None else node.model_dump(include=set(PACE), exclude_none=True)
     return found | own

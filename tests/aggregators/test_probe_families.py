@@ -19,7 +19,6 @@ from aggregators import (
     allocation,
     decode,
     encode,
-    probe_sums,
 )
 from aggregators.codec import pack, unpack
 from aggregators.projected import shrinkage
@@ -165,12 +164,12 @@ def test_all_probes_at_once_are_the_probes_one_at_a_time(
     delta = delta * 10.0**exponent if dtype == torch.float64 else delta.to(dtype)
     seeds = [fk.derive_seed(seed, k) for k in range(count)]
     found, expected = (
-        make(delta, seeds, 5, probe) for make in (probe_sums.probe_products, slow_projection)
+        make(delta, seeds, 5, probe) for make in (along_probes.probe_products, slow_projection)
     )
     size = float(delta.double().norm()) * math.sqrt(delta.numel() * count)
     assert float((found - expected).abs().max()) <= 1e-6 * size
     coefficients = expected / count
-    rebuilt = probe_sums.probe_sum(shape, seeds, coefficients, 5, probe)
+    rebuilt = along_probes.probe_sum(shape, seeds, coefficients, 5, probe)
     singly = slow_sum(shape, seeds, coefficients, 5, probe)
     # popcount's unit, 1 / sqrt(8), is a float32 in a probe alone and a float64 in sums of them.
     tolerance = 1e-7 if probe == "popcount" else 1e-13
