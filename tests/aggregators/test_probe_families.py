@@ -17,6 +17,7 @@ from aggregators import (
     UpdateRejected,
     Verdict,
     allocation,
+    along_probes,
     decode,
     encode,
 )
