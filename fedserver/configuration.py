@@ -114,6 +114,16 @@ class ProjectedConfiguration(_Strict):
         default=True, description="what a message leaves out is in the node's next one"
     )
 
+    @model_validator(mode="after")
+    def _possible(self) -> ProjectedConfiguration:
+        if self.error_feedback and self.scale == "unbiased":
+            raise ValueError(
+                "scale 'unbiased' diverges with error feedback; error_feedback = false"
+            )
+        if self.gradient_rank is not None and self.optimiser != "adamw":
+            raise ValueError("gradient_rank is of the optimiser 'adamw'")
+        return self
+
 
 class MixingConfiguration(_Strict):
     """How the families of a round come together."""

@@ -42,8 +42,11 @@ def data_specification(configuration: RunConfiguration) -> dict[str, Any]:
     }
 
 
-def check_ranks(configuration: RunConfiguration, layout: Layout) -> list[str]:
-    """The tensors that the run adapts. Refuses targets that match nothing and impossible ranks."""
+def check_targets(configuration: RunConfiguration, layout: Layout) -> list[str]:
+    """The tensors that LoRA nodes adapt.
+
+    Refuses targets that match nothing, ranks that no matrix has, and fewer coordinates than tensors.
+    """
     targets = match_targets(layout, configuration.lora_target_modules)
     if not targets:
         raise ConfigurationError(
@@ -58,6 +61,17 @@ def check_ranks(configuration: RunConfiguration, layout: Layout) -> list[str]:
                 f"node {node.name!r}: lora_r {rank} exceeds the largest possible rank {limit}"
                 f" of the adapted matrices"
             )
+    if any(configuration.strand(node.name) == "projected" for node in configuration.nodes):
+        if not trained(layout, configuration.projected.target_modules):
+            modules = list(configuration.projected.target_modules)
+            raise ConfigurationError(
+                f"projected.target_modules {modules} match no 2-D weight of"
+                f" {configuration.base_model}"
+            )
+        try:
+            _projected(configuration, layout, round_number=1)
+        except ValueError as error:
+            raise ConfigurationError(f"projected.coordinates: {error}") from None
     return targets
 
 

@@ -29,7 +29,7 @@ from fedserver.outcome import (
     sum_evaluations,
     unlike_weights,
 )
-from fedserver.planner import check_ranks, make_method, make_plan
+from fedserver.planner import check_targets, make_method, make_plan
 from fedserver.replay import restore, without
 from fedserver.roster import Member, Roster, gather_roster
 from fedserver.run_folder import open_existing
@@ -62,7 +62,7 @@ class Coordinator:
         # A folder of another run must be found out before the nodes are set to work.
         existing = open_existing(self._folder, self._configuration, resume=self._resume)
         roster = gather_roster(self._configuration, self._exchange, self._emit)
-        targets = check_ranks(self._configuration, roster.layout)
+        targets = check_targets(self._configuration, roster.layout)
         ledger = existing or Ledger(self._folder, create=True)
         try:
             return self._run(ledger, roster, targets)

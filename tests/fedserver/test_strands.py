@@ -12,7 +12,7 @@ from aggregators.messages import Capabilities, Report
 from aggregators.methods import LoraMethod, ProjectedMethod, SketchMethod, ZerothOrderMethod
 from fedserver.configuration import ConfigurationError, parse, to_toml
 from fedserver.outcome import unlike_weights
-from fedserver.planner import make_plan
+from fedserver.planner import check_targets, make_plan
 
 LAYOUT = Layout({"a.q_proj.weight": (8, 6), "a.down_proj.weight": (4, 8), "norm.weight": (6,)})
 MIXED: dict[str, Any] = {
@@ -73,6 +73,33 @@ def test_a_preset_of_one_strand_is_of_all_nodes(preset: str, method: type) -> No
     other = {"name": "c", "strand": "lora"}
     with pytest.raises(ConfigurationError, match="use preset 'mixed'"):
         parse({"preset": preset, "nodes": [*nodes, other]})
+
+
+@pytest.mark.parametrize(
+    ("projected", "words"),
+    [
+        ({"scale": "unbiased"}, "error_feedback = false"),
+        ({"optimiser": "sgd", "gradient_rank": 4}, "adamw"),
+        ({"basis": "adaptiv"}, "basis"),
+    ],
+)
+def test_projections_that_cannot_work_are_refused(projected: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        parse({**MIXED, "projected": projected})
+
+
+@pytest.mark.parametrize(
+    ("projected", "words"),
+    [
+        ({"basis": "random", "coordinates": 2}, "coordinates"),
+        ({"target_modules": ["nothing"]}, "target_modules"),
+    ],
+)
+def test_projections_of_no_tensor_are_refused_before_the_run(
+    projected: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        check_targets(parse({**MIXED, "lora_r": 2, "projected": projected}), LAYOUT)
 
 
 def test_a_mixed_scenario_survives_its_toml() -> None:
