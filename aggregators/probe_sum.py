@@ -6,6 +6,7 @@ another, over that round's seeds. Both say what a node needs to have the same we
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -134,13 +135,21 @@ class ProbeSum:
         """
         if name not in self.places:
             return weight
-        totals = self.vectors[self.places[name]]
-        indices = totals.nonzero()[:, 0]
-        if len(indices) == 0:
+        seeds, totals = self._steps[self.places[name]]
+        if len(seeds) == 0:
             return weight
-        seeds = [fk.derive_seed(self.master_seed, index) for index in indices.tolist()]
         tensor_id = self.layout.tensor_id(name)
-        return fk.replay_(weight, seeds, totals[indices], self.exponent, tensor_id, self.probe)
+        return fk.replay_(weight, seeds, totals, self.exponent, tensor_id, self.probe)
+
+    @functools.cached_property
+    def _steps(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each vector the seeds and the totals that are not zero; the same for all its tensors."""
+        found = []
+        for vector in self.vectors:
+            indices = vector.nonzero()[:, 0]
+            seeds = [fk.derive_seed(self.master_seed, index) for index in indices.tolist()]
+            found.append((torch.tensor(seeds, dtype=torch.int64), vector[indices]))
+        return found
 
     def dense(self) -> dict[str, Tensor]:
         """The change as float64 tensors; slow, for tests and small models."""

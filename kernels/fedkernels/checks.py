@@ -31,7 +31,11 @@ def whole_numbers(
     if isinstance(values, torch.Tensor):
         if values.dim() != 1 or values.is_floating_point() or values.is_complex():
             raise ValueError(f"{name} must be a one-dimensional tensor of integers")
-        values = values.tolist()
+        if len(values) and values.dtype in (torch.int32, torch.int64):
+            # One by one takes longer than a kernel that has thousands of them.
+            for value in (int(values.min()), int(values.max())):
+                whole_number(name, value, start, end)
+            return list(map(int, values.tolist()))
     result = [whole_number(name, value, start, end) for value in listed(name, values)]
     if not result:
         raise ValueError(f"{name} must not be empty")
