@@ -128,7 +128,7 @@ class RunProgress:
         return self._pace.remaining(now, self._total()) if self._pace else None
 
     def share(self) -> float:
-        """How much of this session's local steps are done, 0 to 1."""
+        """How much of the local steps since this start are done, 0 to 1."""
         total = self._total()
         return min(self._done() / total, 1.0) if total else 0.0
 
