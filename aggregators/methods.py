@@ -44,7 +44,6 @@ class LoraMethod(_Method):
     shared_seed: Seed
     weight_decay: float = Field(ge=0)
     warmup_steps: int = Field(ge=0)
-    rank_cap: int | None = Field(ge=1)
 
     @property
     def scale(self) -> float:

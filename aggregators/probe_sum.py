@@ -78,17 +78,9 @@ class ProbeSum:
         return cls(layout, master_seed, probe, exponent, [torch.zeros(pool_size)], places)
 
     @classmethod
-    def of_projection(
-        cls, update: ProjectedGradient, gains: Mapping[str, float] | None = None
-    ) -> ProbeSum:
-        """A projection, each tensor times its gain (None: 1), in steps of one power of two.
-
-        They are the finest that hold the largest number in 31 bits.
-        """
-        values = {
-            name: (gains or {}).get(name, 1.0) * vector.double() / len(vector)
-            for name, vector in update.coordinates.items()
-        }
+    def of_projection(cls, update: ProjectedGradient) -> ProbeSum:
+        """A projection in steps of one power of two, the finest that hold its largest in 31 bits."""
+        values = {n: vector.double() / len(vector) for n, vector in update.coordinates.items()}
         largest = max((float(v.abs().max()) for v in values.values()), default=0.0)
         exponent = _clamp(math.frexp(largest)[1] - PROJECTION_BITS) if largest > 0 else 0
         vectors = [torch.round(torch.ldexp(v, torch.tensor(-exponent))) for v in values.values()]

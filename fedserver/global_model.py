@@ -28,7 +28,6 @@ from aggregators import (
 from aggregators.codec import pack, unpack
 from aggregators.presets import PRESETS, Preset
 from aggregators.probe_sum import ProbeSum
-from aggregators.projected import shrinkage
 from aggregators.view import View, read_view, view_parts
 from fedserver.configuration import RunConfiguration
 from fedserver.planner import basis_seed, trained
@@ -170,9 +169,8 @@ def _with(model: GlobalModel, change: Update, configuration: RunConfiguration) -
     if isinstance(change, Sketch):
         return _with_sketch(model, change, configuration)
     if isinstance(change, ProjectedGradient):
-        mmse = configuration.projected.scale == "mmse"
-        gains = _shrunk(change) if mmse else None
-        return replace(model, sums=(*model.sums, ProbeSum.of_projection(change, gains)))
+        seen = change.shrunk() if configuration.projected.scale == "mmse" else change
+        return replace(model, sums=(*model.sums, ProbeSum.of_projection(seen)))
     raise TypeError(f"no state for the family {change.family!r}")
 
 
@@ -192,13 +190,6 @@ def _with_sketch(
         whole=whole or model.whole,
         basis=basis.refined(change),
     )
-
-
-def _shrunk(change: ProjectedGradient) -> dict[str, float]:
-    return {
-        name: shrinkage(count, math.prod(change.layout.shape(name)), change.probe)
-        for name, count in change.counts.items()
-    }
 
 
 def _with_scalars(

@@ -174,7 +174,6 @@ def _lora(configuration: RunConfiguration, capabilities: Capabilities) -> LoraMe
             "shared_seed": configuration.seed,
             "weight_decay": configuration.weight_decay,
             "warmup_steps": configuration.warmup_steps,
-            "rank_cap": configuration.view_rank,
         }
     )
 

@@ -99,7 +99,6 @@ def make_plan(layout: Layout, lora_plan: Callable[..., Plan]) -> Callable[..., P
             "evaluate": True,
             "deadline_seconds": 10.0,
             "max_norm": None,
-            "rank_cap": None,
             "accelerate": True,
             "data": {"source": "file", "nested": {"depth": 2}},
         }

@@ -71,7 +71,6 @@ def make_plan(
             "evaluate": False,
             "deadline_seconds": 60.0,
             "max_norm": None,
-            "rank_cap": 8,
             "accelerate": True,
             "data": {"source": str(tiny_data_file), "nodes": 2, "held_out_max": 4},
         }

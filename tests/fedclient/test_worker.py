@@ -256,7 +256,6 @@ def test_the_embedded_model_learns(
             "evaluate": False,
             "deadline_seconds": 60.0,
             "max_norm": None,
-            "rank_cap": None,
             "accelerate": True,
             "data": {
                 "partition": "categories",

@@ -30,7 +30,7 @@ def plan(lora_plan: Callable[..., Plan]) -> Callable[..., Plan]:
             "evaluate": True, "deadline_seconds": 1.0, "max_norm": None,
             "target_modules": ("all-linear",), "rank": 4, "alpha": 8.0, "rslora": False,
             "dropout": 0.0, "init": "random", "train_a": True, "start": "fresh", "sends": "factors",
-            "shared_seed": 1, "weight_decay": 0.0, "warmup_steps": 0, "rank_cap": None,
+            "shared_seed": 1, "weight_decay": 0.0, "warmup_steps": 0,
         }  # fmt: skip
         return lora_plan(**values | changes)
 
