@@ -41,6 +41,11 @@ def weights_of(base: LoadedModel, layout: Layout, view: View) -> Weights:
     return _last[key]
 
 
+def forget() -> None:
+    """Give back the memory of the weights that are kept; the next ones are made anew."""
+    _last.clear()
+
+
 def rebuilt(model: nn.Module, layout: Layout, view: View) -> nn.Module:
     """A copy of the model with the view's change in its weights."""
     moved = copy.deepcopy(model)

@@ -72,6 +72,9 @@ class NodeConfiguration(_Strict):
     )
     description: str = ""
     fault: Fault | None = Field(default=None, description="simulate a misbehaving node")
+    away: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="rounds in which the simulated node does not answer"
+    )
 
 
 class ZerothOrderConfiguration(_Strict):

@@ -16,7 +16,7 @@ from fedserver.app import make_app as make_server_app
 from fedserver.configuration import ConfigurationError, RunConfiguration
 from fedserver.exchange import Exchange
 from fedserver.rounds import Coordinator
-from simulations.faults import faulty
+from simulations.faults import away, faulty
 from simulations.local_grid import FIRST_NODE, LocalGrid, SimulatedClock, honest
 
 QUIET_FLOWER = {
@@ -66,7 +66,7 @@ def run_local(
     client = honest(make_client_app(Worker(progress)))
     clock = SimulatedClock()
     answers = {
-        index: faulty(node.fault or "", client, configuration.deadline_seconds)
+        index: away(node.away, faulty(node.fault or "", client, configuration.deadline_seconds))
         for index, node in enumerate(configuration.nodes)
     }
     exchange = Exchange(LocalGrid(answers, clock, on_start=started), clock)
@@ -77,7 +77,7 @@ def run_flower(
     configuration: RunConfiguration, folder: Path, emit: events.Listener, *, resume: bool = False
 ) -> None:
     """Run under Flower's simulation engine: every node's work is done by a Ray actor."""
-    faults = [node.name for node in configuration.nodes if node.fault]
+    faults = [node.name for node in configuration.nodes if node.fault or node.away]
     if faults:
         raise ConfigurationError(f"node {faults[0]!r}: faults are simulated by --engine local only")
     os.environ.update(QUIET_FLOWER)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -37,6 +37,17 @@ def faulty(fault: str, answer: Answer, deadline_seconds: float) -> Answer:
         return [_tampered(d, _CHANGES[fault], message) for d in deliveries]
 
     return misbehave
+
+
+def away(rounds: Collection[int], answer: Answer) -> Answer:
+    """Wrap a node so that it is silent in some rounds: it joins late, or comes and goes."""
+    silent = {str(number) for number in rounds}
+
+    def come_and_go(message: Message, context: Context) -> list[Delivery]:
+        trains = message.metadata.message_type == MessageType.TRAIN
+        return [] if trains and message.metadata.group_id in silent else answer(message, context)
+
+    return come_and_go
 
 
 def _tampered(

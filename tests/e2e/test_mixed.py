@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from aggregators import LowRank, ProjectedGradient, SeedScalars, Sketch
 from aggregators.gate import GateContext, admit
 from aggregators.messages import Plan
 from aggregators.projected import shrinkage
-from fedserver.configuration import RunConfiguration, parse
+from fedclient import state
+from fedserver.configuration import RunConfiguration, parse, to_toml
+from fedserver.events import Event, NodeStarted
 from fedserver.export import export_merged, final_change
 from fedserver.global_model import GlobalModel, first_basis
 from fedserver.ledger import Ledger
@@ -151,18 +155,46 @@ def test_a_mixed_ledger_replays_and_says_what_each_family_is_worth(
 def test_every_node_makes_the_same_weights_of_the_same_view(
     configuration: Any, tmp_path: Path
 ) -> None:
-    """Ten rounds with a node that joins late and one that is often away; digests agree in each."""
-    nodes = (*NODES[:-1], {**NODES[-1], "fault": "late"})
-    run(configuration(rounds=10, nodes=nodes, deadline_seconds=60.0), tmp_path / "run")
-    ledger = Ledger(tmp_path / "run")
-    previous = None
+    """Ten rounds with joins, absences and a restart: in each, whoever is there has one weight digest.
+
+    The school joins in round 5, the office and the phone come and go, and the café answers late. The
+    whole cohort starts afresh, without what it kept in memory, after round 6; the digests, and the
+    ledger's head, are those of a cohort that did not.
+    """
+    absences = {"school": (1, 2, 3, 4), "office": (3, 7), "phone": (2, 5, 6, 9)}
+    nodes = tuple(
+        {**node, "away": absences.get(node["name"], ())}
+        | ({"fault": "late"} if node["name"] == "cafe" else {})
+        for node in NODES
+    )
+    asked = configuration(rounds=10, nodes=nodes, deadline_seconds=60.0, quorum=1)
+    simulate(asked, tmp_path / "run", _each_on_its_own, samples=0)
+    digests = _weight_digests(tmp_path / "run")
+    assert [len(found) for found in digests] == [1] * 10
+    assert len(set().union(*digests)) == 10, "the model did not move in some round"
+    run(asked.model_copy(update={"rounds": 6}), tmp_path / "restarted")
+    scenario, folder = tmp_path / "scenario.toml", tmp_path / "restarted"
+    scenario.write_text(to_toml(asked), encoding="utf-8")
+    command = ["simulate", str(scenario), "--output", str(folder), "--resume", "--json"]
+    subprocess.run([sys.executable, "-m", "simulations.command", *command], check=True)
+    assert _weight_digests(folder) == digests
+
+
+def _each_on_its_own(event: Event) -> None:
+    """Nodes of one process share the weights that they make; here each has to make its own."""
+    if isinstance(event, NodeStarted):
+        state.forget()
+
+
+def _weight_digests(folder: Path) -> list[set[str]]:
+    """By round: the digests of the weights that accepted nodes with full weights worked on."""
+    ledger = Ledger(folder)
+    found = []
     for entry in ledger.entries("round"):
         rows = [n for n in entry.content["nodes"] if n["verdict"] == "accepted"]
-        digests = {n["report"]["weights"] for n in rows} - {None}
-        assert len(digests) == 1
-        assert digests != previous
-        previous = digests
+        found.append({n["report"]["weights"] for n in rows} - {None})
     ledger.close()
+    return found
 
 
 def test_a_mixed_run_that_is_resumed_is_the_run_that_was_not(
