@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
+from aggregators.methods import BaseFormat
 from aggregators.presets import Strand
 from fedserver.scenario.table import Table
 
@@ -19,6 +20,9 @@ class NodeConfiguration(Table):
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")
     strand: Strand | None = Field(default=None, description="lora, zeroth-order or projected")
     trains: bool = Field(default=True, description="false: the node only evaluates")
+    base_format: BaseFormat | None = Field(
+        default=None, description="what the node holds of the base: full, int8, int4 or nf4"
+    )
     lora_r: int | None = Field(default=None, ge=1, description="LoRA rank of this node")
     lora_alpha: float | None = Field(default=None, gt=0)
     categories: tuple[str, ...] | None = Field(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from aggregators.messages import WireDtype
+from aggregators.methods import BaseFormat
 from aggregators.presets import PRESETS, Strand
 from fedserver.scenario.data import DataConfiguration
 from fedserver.scenario.mistakes import nearest
@@ -47,6 +48,9 @@ class RunConfiguration(Table):
         description="embedded default, a folder, a .gguf, or a hub id",
     )
     base_dtype: Literal["float32", "bfloat16"] = "float32"
+    base_format: BaseFormat = Field(
+        default="full", description="what nodes hold of the base: all, or quantised linears"
+    )
     preset: str = Field(default="braid", description="how updates are made and aggregated")
     rounds: int = Field(default=3, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -153,9 +157,32 @@ class RunConfiguration(Table):
                     f"node {node.name!r}: preset {self.preset!r} trains {strand!r} on all nodes; use"
                     " preset 'mixed'"
                 )
+        self._check_formats()
         if self.lora_init == "carry" and not PRESETS[self.preset].train_a:
             raise ValueError(f"preset {self.preset!r} fixes A, so lora_init cannot be 'carry'")
         return self
+
+    def _check_formats(self) -> None:
+        """A quantised base holds no trained weights, and beside it only rank-1 probes are exact."""
+        strands = {node.name: self.strand(node.name) for node in self.nodes}
+        quantised = [name for name in strands if self.base_format_of(name) != "full"]
+        for name in quantised:
+            if strands[name] == "projected":
+                raise ValueError(
+                    f"node {name!r}: projected nodes train whole weights; set its base_format = 'full'"
+                )
+        probes = {
+            "zeroth_order.probe": (self.zeroth_order.probe, "zeroth-order"),
+            "projected.probe": (self.projected.probe, "projected"),
+        }
+        if self.basis == "adaptive":
+            del probes["projected.probe"]
+        for key, (probe, strand) in probes.items():
+            if quantised and strand in strands.values() and probe != "rank1":
+                raise ValueError(
+                    f"{key} {probe!r} cannot stand beside the quantised base of node"
+                    f" {quantised[0]!r}; use 'rank1', or base_format = 'full'"
+                )
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers: all but names, places and the number of rounds."""
@@ -180,6 +207,11 @@ class RunConfiguration(Table):
         """How a node trains: as the preset says, else as its entry says, else LoRA."""
         node = self.node(name)
         return PRESETS[self.preset].strand or (node.strand if node else None) or "lora"
+
+    def base_format_of(self, name: str) -> BaseFormat:
+        """What a node holds of the base: as its entry says, else the run's."""
+        node = self.node(name)
+        return (node.base_format if node else None) or self.base_format
 
     @property
     def basis(self) -> str:
