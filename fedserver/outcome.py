@@ -95,6 +95,13 @@ def sum_evaluations(outcomes: list[Outcome]) -> dict[str, Any] | None:
     return {key: sum(getattr(e, key) for e in evaluations) for key in Evaluation.model_fields}
 
 
+def evaluations_by_format(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
+    """``sum_evaluations`` of the nodes of each base format: a quantised base is another model."""
+    formats = sorted({outcome.plan.base_format for outcome in outcomes})
+    sums = {f: sum_evaluations([o for o in outcomes if o.plan.base_format == f]) for f in formats}
+    return {name: one for name, one in sums.items() if one is not None}
+
+
 def row(outcome: Outcome) -> dict[str, Any]:
     admitted = outcome.admitted
     found: dict[str, Any] = {
