@@ -74,6 +74,12 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
             Verdict.DIVERGED,
             f"worked from the view {envelope.report.view[:12]!r}, it was sent {context.view[:12]!r}",
         )
+    if envelope.report.base_format != context.plan.base_format:
+        raise UpdateRejected(
+            Verdict.DIVERGED,
+            f"worked on the base as {envelope.report.base_format!r}, the plan asks for"
+            f" {context.plan.base_format!r}",
+        )
     update = None
     if context.plan.action == "train":
         update = _read_update(body, context)

@@ -18,7 +18,7 @@ from torch import Tensor
 import fedkernels as fk
 from aggregators.codec import pack, unpack, update_parts
 from aggregators.layout import Layout
-from aggregators.methods import LoraMethod, Method
+from aggregators.methods import BaseFormat, LoraMethod, Method
 from aggregators.update import Update, UpdateRejected, Verdict
 from aggregators.view import SealedView, View, view_parts
 
@@ -57,6 +57,7 @@ class Plan(_Message):
     learning_rate: float = Field(gt=0)
     max_length: int = Field(ge=1)
     dtype: str
+    base_format: BaseFormat = "full"
     wire_dtype: WireDtype | None
     threads: int | None = Field(ge=1)
     accelerate: bool
@@ -115,7 +116,8 @@ class Report(_Message):
     """What a node says of its work, beside the update itself. Losses are nats per token.
 
     ``view``: digest of the view that it worked from. ``weights``: digest of the weights that it made
-    of it, where it made some. Both are of the round's start.
+    of it, where it made some, or of what stands beside a quantised base, and that base. Both are of the
+    round's start. ``base_format``: what it held of the base, so what its evaluation is of.
     """
 
     examples: int = Field(ge=1, le=MAX_EXAMPLES)
@@ -126,6 +128,7 @@ class Report(_Message):
     evaluation: Evaluation | None = None
     view: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     weights: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    base_format: BaseFormat = "full"
 
 
 class Envelope(_Message):

@@ -19,6 +19,8 @@ Probe = Literal["rademacher", "popcount", "gaussian", "rank1"]
 Estimator = Literal["spsa", "forward-gradient", "fzoo", "sign", "momentum", "adam", "conservative"]
 Objective = Literal["loss", "accuracy", "exact-match", "rouge-l"]
 Optimiser = Literal["sgd", "adamw"]
+# What a node holds of the base: all of it, or its linears in so few bits and embeddings in eight.
+BaseFormat = Literal["full", "int8", "int4", "nf4"]
 Subset = Literal["all", "owlore", "hft", "green-trainer"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Modules = tuple[str, ...]

@@ -125,13 +125,17 @@ class ProbeSum:
 
         weight: float32, bfloat16 or float16 of the layout's shape. Tensors without totals stay.
         """
-        if name not in self.places:
-            return weight
-        seeds, totals = self._steps[self.places[name]]
+        seeds, totals = self.terms(name)
         if len(seeds) == 0:
             return weight
         tensor_id = self.layout.tensor_id(name)
         return fk.replay_(weight, seeds, totals, self.exponent, tensor_id, self.probe)
+
+    def terms(self, name: str) -> tuple[Tensor, Tensor]:
+        """Seeds and totals, int64 each, of the probes that move a tensor; empty where none does."""
+        if name not in self.places:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        return self._steps[self.places[name]]
 
     @functools.cached_property
     def _steps(self) -> list[tuple[Tensor, Tensor]]:

@@ -28,7 +28,8 @@ from aggregators.messages import (
 )
 from aggregators.methods import LoraMethod
 from aggregators.view import SealedView, View
-from fedclient import base_model, data
+from fedclient import base_model, data, quantised_base
+from fedclient.beside import UnseenChangeError
 from fedclient.evaluation import evaluate
 from fedclient.local import first_order, full_weights, lora, zeroth_order
 from fedclient.local.placement import PlacementError
@@ -42,6 +43,7 @@ TRAINING_ERRORS = (
     first_order.TrainingError,
     zeroth_order.ZerothOrderError,
     PlacementError,
+    UnseenChangeError,
 )
 
 
@@ -80,7 +82,7 @@ class Worker:
                 held_out=len(own.held_out),
                 rank_limit=settings.rank_limit,
                 base_digest=base.digest,
-                layout_json=Layout.from_model(base.model).to_json(),
+                layout_json=base.layout.to_json(),
                 threads=os.cpu_count() or 1,
                 memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
                 device="cuda" if torch.cuda.is_available() else "cpu",
@@ -102,13 +104,13 @@ class Worker:
                 raise NodeError(str(error)) from None
 
     def _work(self, plan: Plan, sealed: SealedView, settings: NodeSettings) -> bytes:
-        base = base_model.load(plan.base_model, plan.dtype)
+        base = quantised_base.load(plan.base_model, plan.dtype, plan.base_format)
         if base.digest != plan.base_digest:
             raise NodeError(
                 f"base model {plan.base_model}: this node holds {base.digest[:12]}, the run uses"
                 f" {plan.base_digest[:12]}; fetch the run's model"
             )
-        layout = Layout.from_model(base.model)
+        layout = base.layout
         if layout.fingerprint != plan.layout:
             raise NodeError("the plan is for a model of another layout")
         view = sealed.read(layout)
@@ -133,6 +135,7 @@ class Worker:
             evaluation=evaluation,
             view=view.digest(),
             weights=trainer.weights,
+            base_format=plan.base_format,
         )
         return _answer(plan, base.digest, report, update)
 

@@ -65,13 +65,13 @@ def examples(outcome: Outcome) -> int:
 def unlike_weights(outcomes: Sequence[Outcome]) -> list[str]:
     """What to say of nodes whose weights are not those that most made of the same view.
 
-    Digests are compared among nodes of one base type; ties go to the lower digest, so that every replay
-    says the same. The digests themselves stand in the nodes' reports.
+    Digests are compared among nodes of one base type and format; ties go to the lower digest, so that
+    every replay says the same. The digests themselves stand in the nodes' reports.
     """
-    made: dict[str, dict[str, str]] = {}
+    made: dict[tuple[str, str], dict[str, str]] = {}
     for outcome in outcomes:
         if outcome.admitted is not None and outcome.admitted.report.weights is not None:
-            kind = made.setdefault(outcome.plan.dtype, {})
+            kind = made.setdefault((outcome.plan.dtype, outcome.plan.base_format), {})
             kind[outcome.plan.node] = outcome.admitted.report.weights
     found = []
     for digests in made.values():
@@ -95,12 +95,20 @@ def sum_evaluations(outcomes: list[Outcome]) -> dict[str, Any] | None:
     return {key: sum(getattr(e, key) for e in evaluations) for key in Evaluation.model_fields}
 
 
+def evaluations_by_format(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
+    """``sum_evaluations`` of the nodes of each base format: a quantised base is another model."""
+    formats = sorted({outcome.plan.base_format for outcome in outcomes})
+    sums = {f: sum_evaluations([o for o in outcomes if o.plan.base_format == f]) for f in formats}
+    return {name: one for name, one in sums.items() if one is not None}
+
+
 def row(outcome: Outcome) -> dict[str, Any]:
     admitted = outcome.admitted
     found: dict[str, Any] = {
         "node": outcome.plan.node,
         "round": outcome.round,
         "plan": outcome.plan.model_dump(mode="json", exclude={"data"}),
+        "base_format": outcome.plan.base_format,
         "sends": outcome.plan.method.label,
         "verdict": outcome.verdict.value,
         "reason": outcome.reason,

@@ -111,6 +111,7 @@ def make_plan(
             "learning_rate": settings["learning_rate"],
             "max_length": configuration.max_length,
             "dtype": configuration.base_dtype,
+            "base_format": configuration.base_format_of(name),
             "wire_dtype": settings["wire_dtype"],
             "threads": configuration.threads,
             "accelerate": configuration.accelerate,

@@ -22,6 +22,7 @@ from fedserver.global_model import GlobalModel, first_basis, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
 from fedserver.outcome import (
     Outcome,
+    evaluations_by_format,
     examples,
     judge,
     replied,
@@ -162,6 +163,7 @@ class Coordinator:
         content = {
             "quorum": quorum,
             "entering": entering,
+            "entering_by_format": evaluations_by_format(accepted),
             "nodes": [row(outcome) for outcome in outcomes],
             "state": state,
             "carry_rank": following.carry.rank,
@@ -197,8 +199,13 @@ class Coordinator:
         started = time.time()
         self._emit(events.Notice("info", "final evaluation of the global model on every node"))
         outcomes = self._collect(number, "evaluate", model, roster, ledger)
-        entering = sum_evaluations([o for o in outcomes if o.verdict is Verdict.ACCEPTED])
-        content = {"entering": entering, "nodes": [row(outcome) for outcome in outcomes]}
+        accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
+        entering = sum_evaluations(accepted)
+        content = {
+            "entering": entering,
+            "entering_by_format": evaluations_by_format(accepted),
+            "nodes": [row(outcome) for outcome in outcomes],
+        }
         wall = {
             "started": started,
             "seconds": time.time() - started,
@@ -227,7 +234,8 @@ class Coordinator:
             model = without(ledger, configuration, family)
             number = configuration.rounds + 2 + place
             outcomes = self._collect(number, "evaluate", model, roster, ledger)
-            entering = sum_evaluations([o for o in outcomes if o.verdict is Verdict.ACCEPTED])
+            accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
+            entering = sum_evaluations(accepted)
             content = {
                 "without": family,
                 "entering": entering,

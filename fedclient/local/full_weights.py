@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,32 +16,39 @@ from aggregators.messages import Plan
 from aggregators.methods import ProjectedMethod, SketchMethod, ZerothOrderMethod
 from aggregators.view import View
 from fedclient.base_model import LoadedModel
+from fedclient.beside import standing, standing_on
 from fedclient.local import first_order, projection, zeroth_order
 from fedclient.local.result import TrainingResult
 from fedclient.residual import Residuals
-from fedclient.state import weights_of
+from fedclient.state import Weights, weights_of
 
 
 @dataclass(frozen=True)
 class FullWeightsTrainer:
-    """``model``: the weights of the round's start, for evaluation; ``weights``: their digest."""
+    """``model``: the weights of the round's start, for evaluation; ``weights``: their digest.
+
+    ``quantised``: no step is folded into them, so they need no copy to walk on.
+    """
 
     model: nn.Module
     layout: Layout
     plan: Plan
     weights: str
     basis: Basis | None
+    quantised: bool
 
     def train(
         self,
         batches: Iterable[dict[str, Tensor]],
         progress: Callable[[int, int, float], None] | None = None,
     ) -> tuple[Update, TrainingResult]:
-        """Walk on a copy of the weights; return what the plan's method makes of the walk."""
+        """Walk from the weights; return what the plan's method makes of the walk."""
         plan, method = self.plan, self.plan.method
-        # The model may run fused, and its copy is trained: fused modules are put on anew.
-        fk.restore(self.model)
-        own = copy.deepcopy(self.model)
+        own = self.model
+        if not self.quantised:
+            # The model may run fused, and its copy is trained: fused modules are put on anew.
+            fk.restore(self.model)
+            own = copy.deepcopy(self.model)
         walk: dict[str, Any] = {
             "seed": plan.seed,
             "learning_rate": plan.learning_rate,
@@ -82,10 +89,17 @@ def trainer(
     plan: Plan, base: LoadedModel, layout: Layout, view: View
 ) -> Iterator[FullWeightsTrainer]:
     """The weights that the view is, run fused where the plan says so until the block ends."""
-    weights = weights_of(base, layout, view)
-    try:
+    quantised = base.format != "full"
+    weights = (
+        Weights(base.model, standing(base, view).digest)
+        if quantised
+        else weights_of(base, layout, view)
+    )
+    with ExitStack() as stack:
+        stack.callback(fk.restore, weights.model)
         if plan.accelerate:
+            # Before the view stands on the modules, which nobody would go around from then on.
             fk.accelerate(weights.model)
-        yield FullWeightsTrainer(weights.model, layout, plan, weights.digest, view.basis)
-    finally:
-        fk.restore(weights.model)
+        if quantised:
+            stack.enter_context(standing_on(weights.model, layout, standing(base, view)))
+        yield FullWeightsTrainer(weights.model, layout, plan, weights.digest, view.basis, quantised)

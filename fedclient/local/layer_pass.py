@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fedkernels as fk
+from fedclient.beside import beside_of
 from fedclient.local.forward import Batch, is_conv1d, predictions, rows_of, streaming_head
 from fedclient.local.objectives import Predictions
 from fedclient.local.placement import Placed
@@ -44,6 +45,8 @@ class LayerPass:
             for module, attribute in tensor.holders:
                 self._held.setdefault(module, {})[attribute] = tensor
         head = streaming_head(model)
+        if head is not None and beside_of(head) is not None:
+            head = None  # its weight is not all that it multiplies with
         self._head = head if head in self._held else None
         self._other_head = None if head in self._held else head
         self._forwards = {

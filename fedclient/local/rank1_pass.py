@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fedkernels as fk
+from fedclient.beside import beside_of, cut, sign_rows
 from fedclient.local.forward import Batch, is_conv1d, predictions, rows_of, streaming_head
 from fedclient.local.objectives import Predictions
 from fedclient.local.placement import Placed
@@ -245,7 +246,7 @@ class Rank1Pass:
                 thin = self._weighted(of_words.T.contiguous())
                 rows.addmm_(thin, self._signs(matrix.right, rows.dtype))
             if matrix.adapter is not None:
-                rows.add_(_adapter_rows(matrix.adapter, flat).to(rows.dtype))
+                rows.add_(sign_rows(matrix.adapter, flat).to(rows.dtype))
             return y
 
         return forward
@@ -271,6 +272,7 @@ class Rank1Pass:
         head: Any = self._head
         matrix = self._head_matrix
         self._called.add(head)
+        beside = beside_of(head)
         weight = head.quantized if isinstance(head, fk.QuantizedLinear) else head.weight
         thin = None if matrix is None else self._thin(rows, matrix.right)
         memory = rows.new_empty(len(rows) * min(BLOCK, head.out_features))
@@ -285,6 +287,8 @@ class Rank1Pass:
                 out.addmm_(rows, words.T)
             if matrix is not None and matrix.adapter is not None:
                 matrix.adapter_rows(first, past).add_(rows, out)
+            if beside is not None:
+                beside.add_(rows, out, first, past)
             return out
 
         return logits
@@ -339,12 +343,7 @@ class _Matrix:
         """The adapter of rows [first, past) of the weight; ``first`` is a multiple of ``BLOCK``."""
         if first not in self._blocks:
             assert self.adapter is not None
-            padded = -(-(past - first) // 32) * 32
-            left = self.adapter.left[:, first : first + padded].contiguous()
-            self._blocks[first] = fk.SignAdapter(
-                left, self.adapter.right, self.adapter.coefficients, past - first,
-                self.adapter.in_features,
-            )  # fmt: skip
+            self._blocks[first] = cut(self.adapter, first, past)
         return self._blocks[first]
 
 
@@ -387,14 +386,3 @@ def _grown(table: Tensor, capacity: int) -> Tensor:
     grown = table.new_empty(capacity, table.shape[1])
     grown[: len(table)] = table
     return grown
-
-
-def _adapter_rows(adapter: fk.SignAdapter, ids: Tensor) -> Tensor:
-    """Rows ``ids`` of the adapter's change: float32 [ids, in]."""
-    words = adapter.left[:, ids]
-    bits = (words[:, None, :] >> torch.arange(32)[None, :, None]) & 1
-    count = len(adapter.coefficients)
-    u = 1.0 - 2.0 * bits.reshape(-1, len(ids))[:count]
-    bits = (adapter.right[:, None, :count] >> torch.arange(32)[None, :, None]) & 1
-    v = 1.0 - 2.0 * bits.reshape(-1, count)[: adapter.in_features].T
-    return (u.T * adapter.coefficients) @ v

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import defaultdict
@@ -30,6 +31,15 @@ NODES = (
     {"name": "school", "strand": "projected"},
     {"name": "office", "strand": "projected"},
     {"name": "phone", "strand": "zeroth-order"},
+    {"name": "cafe", "strand": "zeroth-order"},
+)
+
+FORMATS = (
+    {"name": "clinic", "base_format": "nf4"},
+    {"name": "bakery", "base_format": "nf4"},
+    {"name": "school", "strand": "projected"},
+    {"name": "phone", "strand": "zeroth-order", "base_format": "nf4"},
+    {"name": "watch", "strand": "zeroth-order", "base_format": "int8"},
     {"name": "cafe", "strand": "zeroth-order"},
 )
 
@@ -66,12 +76,14 @@ def run(configuration: RunConfiguration, folder: Path, **options: Any) -> dict[s
     return simulate(configuration, folder, lambda event: None, samples=0, **options)
 
 
-@pytest.mark.parametrize("basis", ["adaptive", "random"])
+@pytest.mark.parametrize(
+    ("basis", "nodes"), [("adaptive", NODES), ("random", NODES), ("adaptive", FORMATS)]
+)
 def test_a_round_adds_the_mean_of_every_family(
-    basis: str, configuration: Any, tmp_path: Path
+    basis: str, nodes: Any, configuration: Any, tmp_path: Path
 ) -> None:
     """Law 2: the state's change is the sum of the families' weighted means, in float64."""
-    asked = configuration()
+    asked = configuration(nodes=nodes)
     asked = asked.model_copy(
         update={"projected": asked.projected.model_copy(update={"basis": basis})}
     )
@@ -195,6 +207,35 @@ def _weight_digests(folder: Path) -> list[set[str]]:
         found.append({n["report"]["weights"] for n in rows} - {None})
     ledger.close()
     return found
+
+
+def test_nodes_of_one_format_have_one_digest_and_one_line_of_the_evaluation(
+    configuration: Any, tmp_path: Path
+) -> None:
+    """Whole and quantised bases in one cohort, all strands that each can have, a node that is away."""
+    nodes = (*FORMATS, {**FORMATS[3], "name": "tablet", "fault": "late"})
+    run(configuration(rounds=4, nodes=nodes, deadline_seconds=60.0), tmp_path / "run")
+    ledger = Ledger(tmp_path / "run")
+    for entry in ledger.entries("round"):
+        accepted = [n for n in entry.content["nodes"] if n["verdict"] == "accepted"]
+        assert len(accepted) >= len(FORMATS)
+        digests: dict[str, set[str]] = defaultdict(set)
+        for node in accepted:
+            assert node["base_format"] == node["report"]["base_format"]
+            digests[node["base_format"]].add(node["report"]["weights"])
+        # A whole base that nothing has changed is not made anew, so a LoRA node says nothing of it.
+        assert [len(found - {None}) for found in digests.values()] == [1, 1, 1]
+        assert len(set.union(*digests.values()) - {None}) == 3
+        parts = entry.content["entering_by_format"]
+        assert set(parts) == {"full", "int8", "nf4"}
+        for key in ("tokens", "correct", "examples"):
+            assert sum(one[key] for one in parts.values()) == entry.content["entering"][key]
+    ledger.close()
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    losses = rows[-1]["eval_by_format"]
+    assert min(losses.values()) <= rows[-1]["eval_loss"] <= max(losses.values())
 
 
 def test_a_mixed_run_that_is_resumed_is_the_run_that_was_not(

@@ -131,3 +131,31 @@ def test_weights_that_differ_are_named() -> None:
     assert said.startswith("b's weights eeee")
     assert "ffff" in said
     assert unlike_weights([rows[0], rows[2], rows[3]]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"base_format": "nf4"}, "projected nodes train whole weights"),
+        ({"zeroth_order": {"probe": "rademacher"}}, "zeroth_order.probe"),
+        ({"projected": {"basis": "random"}}, "projected.probe"),
+    ],
+)
+def test_what_cannot_be_seen_on_a_quantised_base_is_refused(
+    changes: dict[str, Any], word: str
+) -> None:
+    nodes = [
+        {"name": "a", "base_format": "nf4"},
+        {"name": "b", "strand": "zeroth-order"},
+        {"name": "c", "strand": "projected"},
+    ]
+    parse({"preset": "mixed", "nodes": nodes})
+    with pytest.raises(ConfigurationError, match=word) as refused:
+        parse({"preset": "mixed", "nodes": nodes, **changes})
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_a_node_holds_the_base_as_its_entry_says_else_as_the_run_does() -> None:
+    nodes = [{"name": "a"}, {"name": "b", "base_format": "full"}]
+    found = parse({"preset": "mixed", "base_format": "int4", "nodes": nodes})
+    assert [plan_of(found, name).base_format for name in "ab"] == ["int4", "full"]
