@@ -150,7 +150,7 @@ def _read_update(body: bytes, context: GateContext) -> Update:
             tensors = _with_shared_a(tensors, context)
     update = update_from_parts(header, tensors, context.layout)
     if isinstance(update, SeedScalars):
-        check_scalars(update, plan.method, _reach(plan, context.layout))
+        check_scalars(update, plan.method, _reach(plan, context.layout), plan.local_steps)
     elif isinstance(update, ProjectedGradient):
         check_coordinates(update, plan.method)
     elif isinstance(update, Sketch):

@@ -18,6 +18,7 @@ Initialisation = Literal["random", "shared", "carry", "previous", "gaussian", "o
 Probe = Literal["rademacher", "popcount", "gaussian", "rank1"]
 Estimator = Literal["spsa", "forward-gradient", "fzoo", "sign", "momentum", "adam", "conservative"]
 Objective = Literal["loss", "accuracy", "exact-match", "rouge-l"]
+Sampling = Literal["uniform", "magnitude"]
 Optimiser = Literal["sgd", "adamw"]
 Subset = Literal["all", "owlore", "hft", "green-trainer"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -61,7 +62,8 @@ class ZerothOrderMethod(_Method):
 
     A step draws ``directions`` probes z, measures g = (l(W + epsilon z) - l(W - epsilon z)) / (2
     epsilon) along each, and moves by what ``estimator`` makes of the g. A g beyond ``clip`` is cut to
-    it. ``target_modules`` () means all weights.
+    it. ``target_modules`` () means all weights. ``sampling``: how probes are drawn, "magnitude" by the
+    mean |g| along each so far (FedKSeed-Pro); it needs a clip, and statistics go with the update.
     """
 
     family: Literal["seed_scalars"] = "seed_scalars"
@@ -75,6 +77,13 @@ class ZerothOrderMethod(_Method):
     clip: float | None = Field(gt=0)
     directions: int = Field(default=1, ge=1, le=64)
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    sampling: Sampling = "uniform"
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Self:
+        if self.sampling == "magnitude" and self.clip is None:
+            raise ValueError("sampling 'magnitude' needs a clip: what it sums is cut to it")
+        return self
 
     @property
     def label(self) -> str:

@@ -19,10 +19,12 @@ from aggregators.update import UpdateRejected, Verdict
 LARGEST_NUMBER = 2.0**30
 
 
-def check_scalars(update: SeedScalars, method: Any, names: Sequence[str] | None) -> None:
+def check_scalars(
+    update: SeedScalars, method: Any, names: Sequence[str] | None, steps: int
+) -> None:
     """Refuse scalars of another pool than the plan's, and numbers that no walk makes.
 
-    ``names``: the tensors that the plan's probes reach, None for all.
+    ``names``: the tensors that the plan's probes reach, None for all. ``steps``: of the plan.
     """
     assert isinstance(method, ZerothOrderMethod)
     asked = (
@@ -39,6 +41,30 @@ def check_scalars(update: SeedScalars, method: Any, names: Sequence[str] | None)
             f" {method.master_seed} over {_extent(names)}",
         )
     _check_numbers(update.scalars, "scalar")
+    _check_statistics(update, method, steps)
+
+
+def _check_statistics(update: SeedScalars, method: ZerothOrderMethod, steps: int) -> None:
+    """Refuse statistics that were not asked for, of another bound, or of more than was measured."""
+    found = update.statistics
+    if method.sampling == "uniform":
+        if found is not None:
+            raise UpdateRejected(
+                Verdict.MALFORMED, "statistics came that the plan does not ask for"
+            )
+        return
+    if found is None:
+        raise UpdateRejected(Verdict.MALFORMED, "the plan asks for statistics, and none came")
+    if found.bound != method.clip:
+        raise UpdateRejected(
+            Verdict.POOL,
+            f"statistics of slopes cut to {found.bound:g}, the plan cuts them to {method.clip:g}",
+        )
+    measured, asked = int(found.counts.sum()), steps * min(method.directions, method.pool_size)
+    if measured > asked:
+        raise UpdateRejected(
+            Verdict.OVERFLOW, f"statistics of {measured} measurements, the plan asks for {asked}"
+        )
 
 
 def check_coordinates(update: ProjectedGradient, method: Any) -> None:

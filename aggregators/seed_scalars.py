@@ -6,7 +6,9 @@ along their probes, so its whole change is one scalar for each seed that it used
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 import fedkernels as fk
 from aggregators.layout import Layout
+from aggregators.seed_statistics import SeedStatistics
 from aggregators.sketch import Sketch
 from aggregators.update import require_layout
 
@@ -27,6 +30,9 @@ class SeedScalars:
     indices: int64 [n], ascending, each in [0, pool_size); scalars: float64 [n]. ``probe`` is one of
     fedkernels.PROBES. ``names``: the tensors that the probes reach, None: all of the layout. Updates
     of one pool and the same tensors add by index. Raises ValueError for anything else.
+
+    ``statistics``: what was measured along the seeds ``indices``, where the run draws seeds by it. They
+    say nothing of the change: sums of updates have those of both, a multiple of an update has none.
     """
 
     family: ClassVar[str] = "seed_scalars"
@@ -40,6 +46,7 @@ class SeedScalars:
         scalars: Iterable[float] | Tensor,
         probe: str = "rademacher",
         names: Collection[str] | None = None,
+        statistics: SeedStatistics | None = None,
     ) -> None:
         if not 0 <= master_seed < 2**63:
             raise ValueError(f"master_seed must be in [0, 2**63), and it is {master_seed}")
@@ -65,6 +72,11 @@ class SeedScalars:
             raise ValueError("indices must ascend: each stands once")
         if not bool(torch.isfinite(self.scalars).all()):
             raise ValueError("scalars must be finite")
+        if statistics is not None and (
+            statistics.pool_size != pool_size or not torch.equal(statistics.indices, self.indices)
+        ):
+            raise ValueError("statistics are of other seeds than the scalars")
+        self.statistics = statistics
 
     @property
     def layout(self) -> Layout:
@@ -115,19 +127,22 @@ class SeedScalars:
         totals = torch.zeros(len(indices), dtype=torch.float64)
         totals.index_add_(0, places[: len(self.indices)], self.scalars)
         totals.index_add_(0, places[len(self.indices) :], other.scalars)
-        return self._with(indices, totals)
+        found = [s for s in (self.statistics, other.statistics) if s is not None]
+        joint = functools.reduce(operator.add, found).on(indices) if found else None
+        return self._with(indices, totals, joint)
 
     def __sub__(self, other: SeedScalars) -> SeedScalars:
         return self + other * -1.0
 
     def __eq__(self, other: object) -> bool:
-        """Equal pools, indices and scalars, bit for bit."""
+        """Equal pools, indices, scalars and statistics, bit for bit."""
         return (
             isinstance(other, SeedScalars)
             and self.layout == other.layout
             and self.pool == other.pool
             and torch.equal(self.indices, other.indices)
             and torch.equal(self.scalars, other.scalars)
+            and self.statistics == other.statistics
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -177,10 +192,13 @@ class SeedScalars:
     def __repr__(self) -> str:
         return f"SeedScalars({len(self.indices)} of {self.pool_size}, {self.probe})"
 
-    def _with(self, indices: Tensor, scalars: Tensor) -> SeedScalars:
+    def _with(
+        self, indices: Tensor, scalars: Tensor, statistics: SeedStatistics | None = None
+    ) -> SeedScalars:
         return SeedScalars(
-            self.layout, self.master_seed, self.pool_size, indices, scalars, self.probe, self.names
-        )
+            self.layout, self.master_seed, self.pool_size, indices, scalars, self.probe, self.names,
+            statistics,
+        )  # fmt: skip
 
 
 def _as_list(values: Any) -> Any:

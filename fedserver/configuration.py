@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from aggregators.messages import WireDtype
-from aggregators.methods import Estimator, Objective, Optimiser, Probe, Subset
+from aggregators.methods import Estimator, Objective, Optimiser, Probe, Sampling, Subset
 from aggregators.presets import PRESETS, Strand
 
 SCENARIO_FOLDER = Path(__file__).resolve().parent.parent / "simulations" / "scenarios"
@@ -86,6 +86,9 @@ class ZerothOrderConfiguration(_Strict):
     clip: float | None = Field(default=1000.0, gt=0, description="largest slope that counts whole")
     directions: int = Field(default=1, ge=1, le=64, description="probes of one step")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of the estimator momentum")
+    sampling: Sampling = Field(
+        default="uniform", description="of seeds; magnitude: by the mean size of slopes along each"
+    )
     local_steps: int = Field(default=20, ge=1)
     wire_dtype: WireDtype = Field(default="int8", description="of scalars; int8 errs by about 1 %")
 
@@ -266,6 +269,10 @@ class RunConfiguration(_Strict):
                     f"node {node.name!r}: preset {self.preset!r} trains {strand!r} on all nodes; use"
                     " preset 'mixed'"
                 )
+        if self.sampling == "magnitude" and self.zeroth_order.clip is None:
+            raise ValueError(
+                "zeroth_order.clip: seeds are drawn by slopes that are cut to it; give a number"
+            )
         if self.lora_init == "carry" and not PRESETS[self.preset].train_a:
             raise ValueError(f"preset {self.preset!r} fixes A, so lora_init cannot be 'carry'")
         return self
@@ -298,6 +305,11 @@ class RunConfiguration(_Strict):
     def basis(self) -> str:
         """What projected nodes see their change through: as the preset says, else the scenario."""
         return PRESETS[self.preset].basis or self.projected.basis
+
+    @property
+    def sampling(self) -> Sampling:
+        """How zeroth-order nodes draw seeds: as the preset says, else the scenario."""
+        return PRESETS[self.preset].sampling or self.zeroth_order.sampling
 
     def largest_rank(self) -> int:
         """The highest rank that any node trains."""

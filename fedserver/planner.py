@@ -134,9 +134,17 @@ def make_method(
     if strand == "lora":
         return _lora(configuration, capabilities)
     if strand == "zeroth-order":
-        settings = configuration.zeroth_order.model_dump(exclude=OF_THE_PLAN)
-        return ZerothOrderMethod(master_seed=_seed(configuration, "pool"), **settings)
+        return zeroth_order(configuration)
     return _projected(configuration, layout, round_number)
+
+
+def zeroth_order(configuration: RunConfiguration) -> ZerothOrderMethod:
+    """How a node trains by forward passes alone: the same in every round, so that scalars add."""
+    settings = configuration.zeroth_order.model_dump(exclude=OF_THE_PLAN)
+    return ZerothOrderMethod(
+        **settings
+        | {"master_seed": _seed(configuration, "pool"), "sampling": configuration.sampling}
+    )
 
 
 def _settings(configuration: RunConfiguration, name: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class FullWeightsTrainer:
     plan: Plan
     weights: str
     basis: Basis | None
+    levels: bytes | None
 
     def train(
         self,
@@ -49,7 +50,7 @@ class FullWeightsTrainer:
             "progress": progress,
         }
         if isinstance(method, ZerothOrderMethod):
-            return zeroth_order.train(own, self.layout, batches, method, **walk)
+            return zeroth_order.train(own, self.layout, batches, method, **walk, levels=self.levels)
         assert isinstance(method, (ProjectedMethod, SketchMethod))
         change, result = first_order.train(own, self.layout, batches, method, **walk)
         del own  # the projection needs its room
@@ -86,6 +87,8 @@ def trainer(
     try:
         if plan.accelerate:
             fk.accelerate(weights.model)
-        yield FullWeightsTrainer(weights.model, layout, plan, weights.digest, view.basis)
+        yield FullWeightsTrainer(
+            weights.model, layout, plan, weights.digest, view.basis, view.levels
+        )
     finally:
         fk.restore(weights.model)

@@ -10,11 +10,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
+import torch
 from torch import Tensor, nn
 
 import fedkernels as fk
 from aggregators import Layout, SeedScalars, match_targets
 from aggregators.methods import ZerothOrderMethod
+from aggregators.seed_sampling import drawn_indices
+from aggregators.seed_statistics import SeedStatistics
 from fedclient.local.estimators import ESTIMATORS, Measured, Point
 from fedclient.local.objectives import OBJECTIVES
 from fedclient.local.perturbation import perturbable
@@ -40,6 +43,7 @@ def train(
     steps: int,
     progress: Callable[[int, int, float], None] | None = None,
     start: Mapping[int, float] | None = None,
+    levels: bytes | None = None,
 ) -> tuple[SeedScalars, TrainingResult]:
     """Take ``steps`` steps, a batch each, and return their sum and how it went.
 
@@ -53,6 +57,7 @@ def train(
         seed: decides which probes of the pool are drawn, the same on every machine.
         start: amounts by pool index of a change that ``model`` does not have yet, and that is no part of
             the update: the run's, for a base that cannot hold it.
+        levels: how likely each seed of the pool is drawn (``seed_sampling``); None: all alike.
         progress: hears (step, steps, mean loss) after every step.
 
     Raises:
@@ -60,10 +65,11 @@ def train(
     """
     names = _scope(layout, method)
     probe_seed: dict[int, int] = {}
-    draws = drawn_indices(seed, method.pool_size)
+    draws = drawn_indices(seed, method.pool_size, levels)
     estimator = ESTIMATORS[method.estimator](method)
     objective = OBJECTIVES[method.objective]
     scalars: dict[int, float] = {}
+    measured: dict[int, list[float]] = {}
     losses: list[float] = []
     tokens = skipped = taken = 0
     try:
@@ -87,6 +93,8 @@ def train(
                 asked.move({probe_seed[k]: amount for k, amount in amounts.items()})
                 for k, amount in amounts.items():
                     scalars[k] = scalars.get(k, 0.0) + amount
+                for k, slope in result.slopes.items():
+                    measured.setdefault(k, []).append(slope)
                 taken, skipped = step + 1, skipped + result.skipped
                 tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
                 if math.isfinite(result.loss):
@@ -98,23 +106,19 @@ def train(
     if not losses:
         raise ZerothOrderError(f"none of {taken} steps had a finite loss")
     used = sorted(k for k, amount in scalars.items() if amount != 0.0)
+    statistics = None
+    if method.sampling == "magnitude":
+        assert method.clip is not None
+        # Also of a seed along which nothing was learnt: a slope of 0 is a measurement.
+        used = sorted({*used, *measured})
+        statistics = SeedStatistics.of(method.clip, method.pool_size, measured).on(
+            torch.tensor(used)
+        )
     update = SeedScalars(
-        layout, method.master_seed, method.pool_size, used, [scalars[k] for k in used],
-        method.probe, names,
+        layout, method.master_seed, method.pool_size, used, [scalars.get(k, 0.0) for k in used],
+        method.probe, names, statistics,
     )  # fmt: skip
     return update, TrainingResult(losses[0], losses[-1], tokens, taken, skipped)
-
-
-def drawn_indices(seed: int, pool_size: int) -> Iterator[int]:
-    """Pool indices without end, uniform and independent: functions of ``seed`` alone.
-
-    Made by the probes' own generator, because torch's differs between machines. That a pool does not
-    divide 2**63 favours an index by less than 1e-11.
-    """
-    count = 0
-    while True:
-        yield fk.derive_seed(seed, count) % pool_size
-        count += 1
 
 
 def _distinct(draws: Iterator[int], count: int) -> list[int]:

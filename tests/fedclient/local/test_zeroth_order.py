@@ -15,10 +15,11 @@ from torch import Tensor
 import fedkernels as fk
 from aggregators import Layout, decode, encode, match_targets
 from aggregators.methods import ZerothOrderMethod
+from aggregators.seed_sampling import drawn_indices
 from fedclient.local import zeroth_order
 from fedclient.local.estimators import ESTIMATORS
 from fedclient.local.result import TrainingResult
-from fedclient.local.zeroth_order import ZerothOrderError, drawn_indices, train
+from fedclient.local.zeroth_order import ZerothOrderError, train
 
 PROBES = ["rank1", "rademacher", "popcount", "gaussian"]
 
