@@ -11,6 +11,7 @@ from torch import Tensor
 from aggregators.basis import Basis
 from aggregators.methods import ProjectedMethod, ZerothOrderMethod
 from aggregators.projected import ProjectedGradient
+from aggregators.reach import Reach
 from aggregators.seed_scalars import SeedScalars
 from aggregators.sketch import Sketch
 from aggregators.update import UpdateRejected, Verdict
@@ -20,19 +21,19 @@ LARGEST_NUMBER = 2.0**30
 
 
 def check_scalars(
-    update: SeedScalars, method: Any, names: Sequence[str] | None, steps: int
+    update: SeedScalars, method: ZerothOrderMethod, names: Sequence[str] | None, steps: int
 ) -> None:
     """Refuse scalars of another pool than the plan's, and numbers that no walk makes.
 
     ``names``: the tensors that the plan's probes reach, None for all. ``steps``: of the plan.
     """
-    assert isinstance(method, ZerothOrderMethod)
-    asked = (
-        method.master_seed,
-        method.pool_size,
-        method.probe,
-        None if names is None else tuple(names),
-    )
+    scope = None if names is None else tuple(names)
+    asked = (method.master_seed, method.pool_size, method.probe, scope, method.reach)
+    if update.reach != method.reach:
+        raise UpdateRejected(
+            Verdict.POOL,
+            f"probes of {_parts(update.reach)}, the plan asks for {_parts(method.reach)}",
+        )
     if update.pool != asked:
         raise UpdateRejected(
             Verdict.POOL,
@@ -98,6 +99,10 @@ def check_sketch(update: Sketch, basis: Basis | None) -> None:
     basis.check(update)
     if update.squared_norm() == 0.0:
         raise UpdateRejected(Verdict.EMPTY, "every coordinate is zero: there is no change")
+
+
+def _parts(reach: Reach) -> str:
+    return f"{reach.blocks} blocks and a density of {reach.density:g}"
 
 
 def _extent(names: Sequence[str] | None) -> str:

@@ -16,6 +16,7 @@ import fedkernels as fk
 from aggregators.index_coding import decode_indices, encode_indices
 from aggregators.layout import Layout
 from aggregators.projected import ProjectedGradient
+from aggregators.reach import EVERYTHING, Reach
 from aggregators.seed_scalars import LARGEST_POOL, SeedScalars
 from aggregators.statistics_codec import read_statistics, statistics_parts
 from aggregators.update import UpdateRejected, Verdict
@@ -39,6 +40,8 @@ def seed_scalars_parts(update: SeedScalars, dtype: str | None) -> tuple[dict[str
         "pool": update.pool_size,
         "probe": update.probe,
     }
+    if update.reach != EVERYTHING:
+        header["reach"] = [update.reach.blocks, update.reach.density]
     sections = torch.tensor([len(update.scalars)])
     tensors = numbers_parts(update.scalars, sections, dtype)
     if (largest := tensors.pop("largest", None)) is not None:
@@ -79,10 +82,18 @@ def read_seed_scalars(
             statistics = read_statistics(header.get("statistics"), coded_statistics, pool, indices)
         return SeedScalars(
             layout, seed, pool, indices, scalars, probe, _scope(tensors.get("tensors"), layout),
-            statistics,
+            statistics, read_reach(header),
         )  # fmt: skip
     except ValueError as error:
         raise UpdateRejected(Verdict.MALFORMED, str(error)) from None
+
+
+def read_reach(header: dict[str, Any]) -> Reach:
+    """What the probes move, where the header says it. ValueError for what is none."""
+    found = header.get("reach", [1, 1.0])
+    if not isinstance(found, list) or len(found) != 2:
+        raise ValueError("the reach of probes is a number of blocks and a density")
+    return Reach(*found)
 
 
 def _units(header: dict[str, Any]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fedkernels as fk
 from aggregators.layout import Layout
+from aggregators.reach import EVERYTHING, Reach
 from aggregators.seed_statistics import SeedStatistics
 from aggregators.sketch import Sketch
 from aggregators.update import require_layout
@@ -29,7 +30,8 @@ class SeedScalars:
 
     indices: int64 [n], ascending, each in [0, pool_size); scalars: float64 [n]. ``probe`` is one of
     fedkernels.PROBES. ``names``: the tensors that the probes reach, None: all of the layout. Updates
-    of one pool and the same tensors add by index. Raises ValueError for anything else.
+    of one pool and the same tensors add by index. ``reach``: what of those tensors each probe moves.
+    Raises ValueError for anything else.
 
     ``statistics``: what was measured along the seeds ``indices``, where the run draws seeds by it. They
     say nothing of the change: sums of updates have those of both, a multiple of an update has none.
@@ -47,6 +49,7 @@ class SeedScalars:
         probe: str = "rademacher",
         names: Collection[str] | None = None,
         statistics: SeedStatistics | None = None,
+        reach: Reach = EVERYTHING,
     ) -> None:
         if not 0 <= master_seed < 2**63:
             raise ValueError(f"master_seed must be in [0, 2**63), and it is {master_seed}")
@@ -61,6 +64,8 @@ class SeedScalars:
             raise ValueError("names must have a tensor, or be None for all of them")
         self._layout = layout
         self._scope = scope
+        self.reach = reach
+        self._block = reach.block_of(layout, [spec.name for spec in scope])
         self.master_seed, self.pool_size, self.probe = master_seed, pool_size, probe
         self.indices = torch.as_tensor(_as_list(indices), dtype=torch.int64)
         self.scalars = torch.as_tensor(_as_list(scalars), dtype=torch.float64)
@@ -106,9 +111,12 @@ class SeedScalars:
         """The change of one tensor, float64; probes are made one at a time."""
         shape, tensor_id = self.layout.shape(name), self.layout.tensor_id(name)
         total = torch.zeros(shape, dtype=torch.float64)
-        for seed, scalar in zip(self.seeds, self.scalars.tolist(), strict=True):
-            total += scalar * fk.noise(seed, tensor_id, shape, self.probe).double()
-        return total
+        places = zip(self.indices.tolist(), self.seeds, self.scalars.tolist(), strict=True)
+        for index, seed, scalar in places:
+            if index % self.reach.blocks == self._block[name]:
+                total += scalar * fk.noise(seed, tensor_id, shape, self.probe).double()
+        mask = self.reach.mask(self.master_seed, tensor_id, shape)
+        return total if mask is None else total * mask
 
     def __mul__(self, coefficient: float) -> SeedScalars:
         return self._with(self.indices, self.scalars * float(coefficient))
@@ -148,9 +156,9 @@ class SeedScalars:
     __hash__ = None  # type: ignore[assignment]
 
     @property
-    def pool(self) -> tuple[int, int, str, tuple[str, ...] | None]:
-        """What must agree for scalars to be of one pool: master seed, size, probe, tensors."""
-        return self.master_seed, self.pool_size, self.probe, self.names
+    def pool(self) -> tuple[int, int, str, tuple[str, ...] | None, Reach]:
+        """What must agree for scalars to be of one pool: master seed, size, probe, tensors, reach."""
+        return self.master_seed, self.pool_size, self.probe, self.names, self.reach
 
     def squared_norm(self) -> float:
         """Sum of squares of all elements; probes are not quite orthogonal, so they are made."""
@@ -161,8 +169,10 @@ class SeedScalars:
 
         Independent probes of unit variance are orthogonal on average.
         """
-        elements = sum(math.prod(spec.shape) for spec in self._scope)
-        return float(self.scalars.square().sum()) * elements
+        elements = torch.zeros(self.reach.blocks, dtype=torch.float64)
+        for spec in self._scope:
+            elements[self._block[spec.name]] += math.prod(spec.shape) * self.reach.density
+        return float((self.scalars.square() * elements[self.indices % self.reach.blocks]).sum())
 
     def inner(self, other: Any) -> float:
         """Inner product with an update of any family, tensor by tensor."""
@@ -197,7 +207,7 @@ class SeedScalars:
     ) -> SeedScalars:
         return SeedScalars(
             self.layout, self.master_seed, self.pool_size, indices, scalars, self.probe, self.names,
-            statistics,
+            statistics, self.reach,
         )  # fmt: skip
 
 

@@ -208,7 +208,7 @@ def _with_scalars(
     if sums and sums[0].is_of(change):
         return (sums[0].add(change), *sums[1:])
     exponent = math.frexp(configuration.zeroth_order.learning_rate)[1] - STEP_BITS
-    pool = ProbeSum.pool(layout, seed, size, probe, exponent, change.names)
+    pool = ProbeSum.pool(layout, seed, size, probe, exponent, change.names, change.reach)
     return (pool.add(change), *sums)
 
 

@@ -13,16 +13,17 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-import fedkernels as fk
-from aggregators import Layout, SeedScalars, match_targets
+from aggregators import Layout, SeedScalars
 from aggregators.methods import ZerothOrderMethod
 from aggregators.seed_sampling import drawn_indices
 from aggregators.seed_statistics import SeedStatistics
+from aggregators.targets import trained_names
 from fedclient.local.estimators import ESTIMATORS, Measured, Point
 from fedclient.local.objectives import OBJECTIVES
 from fedclient.local.perturbation import perturbable
 from fedclient.local.placement import PlacementError
 from fedclient.local.result import TrainingResult
+from fedclient.local.scope import Scope
 from fedclient.loss import IGNORED
 
 Batch = dict[str, Tensor]
@@ -63,7 +64,7 @@ def train(
     Raises:
         ZerothOrderError: the targets are not in the model, or no step had a finite loss.
     """
-    names = _scope(layout, method)
+    scope = _scope(layout, method)
     probe_seed: dict[int, int] = {}
     draws = drawn_indices(seed, method.pool_size, levels)
     estimator = ESTIMATORS[method.estimator](method)
@@ -73,12 +74,12 @@ def train(
     losses: list[float] = []
     tokens = skipped = taken = 0
     try:
-        with perturbable(model, layout, method.probe, names) as asked:
-            asked.move({fk.derive_seed(method.master_seed, k): a for k, a in (start or {}).items()})
+        with perturbable(model, layout, method.probe, scope=scope) as asked:
+            asked.move({scope.seed(k): amount for k, amount in (start or {}).items()})
             for step, batch in enumerate(islice(batches, steps)):
-                indices = _distinct(draws, min(method.directions, method.pool_size))
+                indices = _distinct(draws, method)
                 for k in indices:
-                    probe_seed[k] = fk.derive_seed(method.master_seed, k)
+                    probe_seed[k] = scope.seed(k)
 
                 def measure(points: Sequence[Point], batch: Batch = batch) -> list[Measured]:
                     seeds = [(probe_seed[k], scale) for k, scale in points]
@@ -116,24 +117,35 @@ def train(
         )
     update = SeedScalars(
         layout, method.master_seed, method.pool_size, used, [scalars.get(k, 0.0) for k in used],
-        method.probe, names, statistics,
+        method.probe, scope.names, statistics, method.reach,
     )  # fmt: skip
     return update, TrainingResult(losses[0], losses[-1], tokens, taken, skipped)
 
 
-def _distinct(draws: Iterator[int], count: int) -> list[int]:
-    chosen: dict[int, None] = {}
-    while len(chosen) < count:
-        chosen[next(draws)] = None
+def _distinct(draws: Iterator[int], method: ZerothOrderMethod) -> list[int]:
+    """The probes of one step: the next ones drawn, each once, of the block of the first.
+
+    So a block is drawn by how likely its probes are.
+    """
+    first = next(draws)
+    blocks = method.reach.blocks
+    in_block = len(range(first % blocks, method.pool_size, blocks))
+    chosen: dict[int, None] = {first: None}
+    while len(chosen) < min(method.directions, in_block):
+        if (index := next(draws)) % blocks == first % blocks:
+            chosen[index] = None
     return list(chosen)
 
 
-def _scope(layout: Layout, method: ZerothOrderMethod) -> list[str] | None:
-    if not method.target_modules:
-        return None
-    names = match_targets(layout, method.target_modules)
+def _scope(layout: Layout, method: ZerothOrderMethod) -> Scope:
+    names = trained_names(layout, method.target_modules, method.layers)
     if not names:
+        layers = f" in the layers {list(method.layers)}" if method.layers else ""
         raise ZerothOrderError(
-            f"target_modules {list(method.target_modules)} match no matrix of this model"
+            f"target_modules {list(method.target_modules)} match no matrix of this model{layers}"
         )
-    return names
+    whole = len(names) == len(layout)
+    try:
+        return Scope(layout, None if whole else names, method.master_seed, method.reach)
+    except ValueError as error:
+        raise ZerothOrderError(str(error)) from None
