@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,15 +11,13 @@ from aggregators.basis import Basis
 from aggregators.codec import WIRE_DTYPES, unpack, update_from_parts
 from aggregators.layout import Layout
 from aggregators.messages import Envelope, Plan, Report, body_digest, open_reply, shared_a
-from aggregators.methods import LoraMethod
+from aggregators.methods import LoraMethod, ZerothOrderMethod
 from aggregators.probe_checks import check_coordinates, check_scalars, check_sketch
 from aggregators.projected import ProjectedGradient
 from aggregators.seed_scalars import SeedScalars
 from aggregators.sketch import Sketch
+from aggregators.targets import match_targets, trained_names
 from aggregators.update import Update, UpdateRejected, Verdict
-
-ALL_LINEAR = "all-linear"
-NOT_LINEAR = ("embed", "wte", "wpe", "lm_head")
 
 # Far above any change that a model survives, and far below where float32 sums of such overflow.
 LARGEST_NORM = 1e15
@@ -95,25 +92,6 @@ def norm_of(update: Update) -> float:
     return math.sqrt(update.squared_norm())
 
 
-def match_targets(layout: Layout, target_modules: Sequence[str]) -> list[str]:
-    """The weights that a list of module names means, in the layout's order.
-
-    A name matches a module's last component or a dotted suffix of its path, as in peft.
-    "all-linear" means every matrix but embeddings and the head.
-    """
-    found = []
-    for spec in layout.tensors:
-        path, _, leaf = spec.name.rpartition(".")
-        if leaf != "weight" or len(spec.shape) != 2:
-            continue
-        linear = not any(word in path for word in NOT_LINEAR)
-        for target in target_modules:
-            if (target == ALL_LINEAR and linear) or f".{path}".endswith(f".{target}"):
-                found.append(spec.name)
-                break
-    return found
-
-
 def _check_identity(envelope: Envelope, context: GateContext) -> None:
     plan = context.plan
     if envelope.run != plan.run:
@@ -156,7 +134,9 @@ def _read_update(body: bytes, context: GateContext) -> Update:
             tensors = _with_shared_a(tensors, context)
     update = update_from_parts(header, tensors, context.layout)
     if isinstance(update, SeedScalars):
-        check_scalars(update, plan.method, _reach(plan, context.layout))
+        assert isinstance(plan.method, ZerothOrderMethod)
+        names = _reached(plan.method, context.layout)
+        check_scalars(update, plan.method, names, plan.local_steps)
     elif isinstance(update, ProjectedGradient):
         check_coordinates(update, plan.method)
     elif isinstance(update, Sketch):
@@ -165,11 +145,10 @@ def _read_update(body: bytes, context: GateContext) -> Update:
     return update
 
 
-def _reach(plan: Plan, layout: Layout) -> list[str] | None:
+def _reached(method: ZerothOrderMethod, layout: Layout) -> list[str] | None:
     """The tensors that a plan's probes reach; None for all."""
-    modules = plan.method.target_modules
-    names = match_targets(layout, modules)
-    return names if modules and len(names) < len(layout) else None
+    names = trained_names(layout, method.target_modules, method.layers)
+    return names if len(names) < len(layout) else None
 
 
 def _check_tensors(tensors: dict[str, Tensor], context: GateContext) -> None:

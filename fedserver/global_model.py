@@ -28,6 +28,7 @@ from aggregators import (
 from aggregators.codec import pack, unpack
 from aggregators.presets import PRESETS, Preset
 from aggregators.probe_sum import ProbeSum
+from aggregators.seed_statistics import SeedStatistics
 from aggregators.view import View, read_view, view_parts
 from fedserver.configuration import RunConfiguration
 from fedserver.planner import basis_seed, trained
@@ -46,7 +47,8 @@ class GlobalModel:
     """``carry``: the exact running sum of all low-rank change. ``sums``: of all change along probes.
 
     ``adapter``: FedIT's averaged factors, or None. ``whole``: small tensors' change, element by element.
-    ``basis``: what the next round's sketches are seen through, None before the first.
+    ``basis``: what the next round's sketches are seen through, None before the first. ``statistics``:
+    what was measured along the pool's seeds, where the run draws seeds by it.
     """
 
     carry: Carry
@@ -54,6 +56,7 @@ class GlobalModel:
     sums: tuple[ProbeSum, ...] = ()
     whole: Dense | None = None
     basis: Basis | None = None
+    statistics: SeedStatistics | None = None
 
     @classmethod
     def empty(cls, layout: Layout) -> GlobalModel:
@@ -68,6 +71,8 @@ class GlobalModel:
         rest = View(sums=self.sums, whole=self.whole, basis=self.basis)
         if rest != View():
             parts["rest"] = pack(*view_parts(rest, None))
+        if self.statistics is not None:
+            parts["statistics"] = pack(*self.statistics.parts())
         header = {"state": {name: len(part) for name, part in sorted(parts.items())}}
         return pack(header, {}) + b"".join(part for _, part in sorted(parts.items()))
 
@@ -84,7 +89,10 @@ class GlobalModel:
         assert adapter is None or isinstance(adapter, LowRank)
         rest = read_view(*unpack(parts["rest"]), layout) if "rest" in parts else View()
         carry = Carry.from_bytes(parts["carry"], layout)
-        return cls(carry, adapter, rest.sums, rest.whole, rest.basis)
+        statistics = None
+        if "statistics" in parts:
+            statistics = SeedStatistics.from_parts(*unpack(parts["statistics"]))
+        return cls(carry, adapter, rest.sums, rest.whole, rest.basis, statistics)
 
     def digest(self) -> str:
         """SHA-256 of ``to_bytes``."""
@@ -157,7 +165,7 @@ def next_model(
         if configuration.server_learning_rate != 1.0:
             change = change * configuration.server_learning_rate
         following = _with(following, change, configuration)
-    return following, mixed.shares
+    return _with_statistics(following, updates), mixed.shares
 
 
 def _with(model: GlobalModel, change: Update, configuration: RunConfiguration) -> GlobalModel:
@@ -200,8 +208,18 @@ def _with_scalars(
     if sums and sums[0].is_of(change):
         return (sums[0].add(change), *sums[1:])
     exponent = math.frexp(configuration.zeroth_order.learning_rate)[1] - STEP_BITS
-    pool = ProbeSum.pool(layout, seed, size, probe, exponent, change.names)
+    pool = ProbeSum.pool(layout, seed, size, probe, exponent, change.names, change.reach)
     return (pool.add(change), *sums)
+
+
+def _with_statistics(model: GlobalModel, updates: Sequence[tuple[Update, int]]) -> GlobalModel:
+    """The state with what this round's nodes measured, each measurement counting alike."""
+    known = model.statistics
+    for update, _ in updates:
+        found = update.statistics if isinstance(update, SeedScalars) else None
+        if found is not None:
+            known = found if known is None else known + found
+    return replace(model, statistics=known)
 
 
 def first_components(adapter: LowRank, rank: int) -> LowRank:

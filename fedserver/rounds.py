@@ -11,7 +11,7 @@ import torch
 
 from aggregators import Basis, GateContext, Layout, Verdict
 from aggregators.messages import Plan, encode_plan
-from aggregators.methods import LoraMethod, SketchMethod
+from aggregators.methods import LoraMethod, SketchMethod, ZerothOrderMethod
 from aggregators.presets import PRESETS
 from aggregators.view import View
 from fedserver import events, metrics
@@ -323,9 +323,17 @@ class Coordinator:
     def _view(self, model: GlobalModel, plan: Plan, basis: Basis | None) -> View:
         if plan.action == "evaluate" or not isinstance(plan.method, LoraMethod):
             view = model.common_view(self._preset, *self._view_limits())
-            wanted = plan.action == "train" and isinstance(plan.method, SketchMethod)
-            return replace(view, basis=basis) if wanted else view
+            return replace(view, **self._beside(model, plan, basis))
         return model.view(self._preset, plan.method.rank, *self._view_limits())
+
+    def _beside(self, model: GlobalModel, plan: Plan, basis: Basis | None) -> dict[str, Any]:
+        """What a method needs to know beside the model itself."""
+        if plan.action == "train" and isinstance(plan.method, SketchMethod):
+            return {"basis": basis}
+        if plan.action == "train" and isinstance(plan.method, ZerothOrderMethod):
+            known = model.statistics
+            return {"levels": known.levels()} if known is not None else {}
+        return {}
 
     def _view_limits(self) -> tuple[int | None, float | None]:
         return self._configuration.view_rank, self._configuration.view_energy

@@ -36,6 +36,7 @@ class FullWeightsTrainer:
     weights: str
     basis: Basis | None
     quantised: bool
+    levels: bytes | None
 
     def train(
         self,
@@ -56,7 +57,7 @@ class FullWeightsTrainer:
             "progress": progress,
         }
         if isinstance(method, ZerothOrderMethod):
-            return zeroth_order.train(own, self.layout, batches, method, **walk)
+            return zeroth_order.train(own, self.layout, batches, method, **walk, levels=self.levels)
         assert isinstance(method, (ProjectedMethod, SketchMethod))
         change, result = first_order.train(own, self.layout, batches, method, **walk)
         del own  # the projection needs its room
@@ -102,4 +103,6 @@ def trainer(
             fk.accelerate(weights.model)
         if quantised:
             stack.enter_context(standing_on(weights.model, layout, standing(base, view)))
-        yield FullWeightsTrainer(weights.model, layout, plan, weights.digest, view.basis, quantised)
+        yield FullWeightsTrainer(
+            weights.model, layout, plan, weights.digest, view.basis, quantised, view.levels
+        )

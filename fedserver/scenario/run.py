@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from aggregators.messages import WireDtype
-from aggregators.methods import BaseFormat
+from aggregators.methods import BaseFormat, Sampling
 from aggregators.presets import PRESETS, Strand
 from fedserver.scenario.data import DataConfiguration
 from fedserver.scenario.mistakes import nearest
@@ -157,6 +157,10 @@ class RunConfiguration(Table):
                     f"node {node.name!r}: preset {self.preset!r} trains {strand!r} on all nodes; use"
                     " preset 'mixed'"
                 )
+        if self.sampling == "magnitude" and self.zeroth_order.clip is None:
+            raise ValueError(
+                "zeroth_order.clip: seeds are drawn by slopes that are cut to it; give a number"
+            )
         self._check_formats()
         if self.lora_init == "carry" and not PRESETS[self.preset].train_a:
             raise ValueError(f"preset {self.preset!r} fixes A, so lora_init cannot be 'carry'")
@@ -171,6 +175,12 @@ class RunConfiguration(Table):
                 raise ValueError(
                     f"node {name!r}: projected nodes train whole weights; set its base_format = 'full'"
                 )
+        sparse = "zeroth-order" in strands.values() and self.zeroth_order.estimator == "sparse"
+        if quantised and sparse:
+            raise ValueError(
+                "zeroth_order.estimator 'sparse' moves single elements, which no adapter holds beside"
+                f" the quantised base of node {quantised[0]!r}; use base_format = 'full'"
+            )
         probes = {
             "zeroth_order.probe": (self.zeroth_order.probe, "zeroth-order"),
             "projected.probe": (self.projected.probe, "projected"),
@@ -217,6 +227,11 @@ class RunConfiguration(Table):
     def basis(self) -> str:
         """What projected nodes see their change through: as the preset says, else the scenario."""
         return PRESETS[self.preset].basis or self.projected.basis
+
+    @property
+    def sampling(self) -> Sampling:
+        """How zeroth-order nodes draw seeds: as the preset says, else the scenario."""
+        return PRESETS[self.preset].sampling or self.zeroth_order.sampling
 
     def largest_rank(self) -> int:
         """The highest rank that any node trains."""

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from aggregators.messages import WireDtype
-from aggregators.methods import Estimator, Objective, Optimiser, Probe, Subset
+from aggregators.methods import Estimator, Objective, Optimiser, Probe, Sampling, Subset
 from aggregators.presets import Strand
+from aggregators.reach import MOST_BLOCKS
 from fedserver.scenario.table import Table
 
 
@@ -24,8 +25,31 @@ class ZerothOrderConfiguration(Table):
     clip: float | None = Field(default=1000.0, gt=0, description="largest slope that counts whole")
     directions: int = Field(default=1, ge=1, le=64, description="probes of one step")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of the estimator momentum")
+    target_modules: tuple[str, ...] = Field(default=(), description="empty: all weights")
+    layers: tuple[int, int] | None = Field(
+        default=None, description="[first, past]: these layers alone, counted from 0"
+    )
+    blocks: int = Field(
+        default=4, ge=2, le=MOST_BLOCKS, description="of layers, of the estimator block-wise"
+    )
+    density: float = Field(
+        default=0.1, gt=0, le=1, description="share of elements, of the estimator sparse"
+    )
+    sampling: Sampling = Field(
+        default="uniform", description="of seeds; magnitude: by the mean size of slopes along each"
+    )
     local_steps: int = Field(default=20, ge=1)
     wire_dtype: WireDtype = Field(default="int8", description="of scalars; int8 errs by about 1 %")
+
+    @model_validator(mode="after")
+    def _possible(self) -> ZerothOrderConfiguration:
+        if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
+            raise ValueError(f"layers {list(self.layers)} are none; [first, past] counts from 0")
+        if self.estimator == "block-wise" and self.pool_size < self.blocks:
+            raise ValueError(
+                f"pool_size {self.pool_size} has no seed for some of the {self.blocks} blocks"
+            )
+        return self
 
 
 class ProjectedConfiguration(Table):

@@ -102,6 +102,37 @@ def test_projections_of_no_tensor_are_refused_before_the_run(
         check_targets(parse({**MIXED, "lora_r": 2, "projected": projected}), LAYOUT)
 
 
+@pytest.mark.parametrize(
+    ("zeroth_order", "words"),
+    [
+        ({"target_modules": ["nothing"]}, "match no weight"),
+        ({"layers": [3, 9]}, "match no weight"),
+        ({"estimator": "block-wise", "blocks": 9}, "9 blocks of 3 layers"),
+    ],
+)
+def test_zeroth_order_training_of_nothing_is_refused_before_the_run(
+    zeroth_order: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        check_targets(parse({**MIXED, "lora_r": 2, "zeroth_order": zeroth_order}), LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("zeroth_order", "words"),
+    [
+        ({"layers": [3, 3]}, "counts from 0"),
+        ({"estimator": "block-wise", "blocks": 4, "pool_size": 3}, "no seed for some"),
+        ({"estimator": "sparse", "density": 0.0}, "density"),
+        ({"sampling": "magnitude", "clip": None}, "clip"),
+    ],
+)
+def test_zeroth_order_settings_that_cannot_work_are_refused(
+    zeroth_order: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        parse({**MIXED, "zeroth_order": zeroth_order})
+
+
 def test_a_mixed_scenario_survives_its_toml() -> None:
     import tomllib
 
