@@ -144,9 +144,7 @@ def _check_identity(envelope: Envelope, context: GateContext) -> None:
         verdict = Verdict.STALE if envelope.round < plan.round else Verdict.WRONG_ROUND
         if envelope.nonce in context.seen_nonces:
             verdict = Verdict.REPLAYED
-        raise UpdateRejected(
-            verdict, f"answers round {envelope.round}, this is round {plan.round}"
-        )
+        raise UpdateRejected(verdict, f"answers round {envelope.round}, this is round {plan.round}")
     if envelope.nonce in context.seen_nonces:
         raise UpdateRejected(Verdict.DUPLICATE, "this reply was already counted")
     if envelope.nonce != plan.nonce:

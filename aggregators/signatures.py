@@ -38,7 +38,14 @@ class Signature:
 def sign_reply(reply: bytes, key: Ed25519PrivateKey) -> bytes:
     """A reply with its signature in front: 112 bytes more."""
     signature = sign(key, _signed(open_envelope(reply)))
-    return MAGIC + bytes.fromhex(public_hex(key)) + signature + reply
+    return join_signature(reply, Signature(public_hex(key), signature.hex()))
+
+
+def join_signature(reply: bytes, signature: Signature | None) -> bytes:
+    """What ``split_signature`` takes apart."""
+    if signature is None:
+        return reply
+    return MAGIC + bytes.fromhex(signature.key) + bytes.fromhex(signature.signature) + reply
 
 
 def split_signature(data: bytes) -> tuple[bytes, Signature | None]:

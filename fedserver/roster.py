@@ -41,11 +41,14 @@ def gather_roster(
     configuration: RunConfiguration,
     exchange: Exchange,
     notify: Listener,
+    *,
     enrolled: Mapping[str, str] | None = None,
+    known: Mapping[str, str] | None = None,
 ) -> Roster:
     """Wait for the nodes, ask what they can do, and keep those that share one base model.
 
-    ``enrolled``: public keys by node; a node that it names takes part with that key alone.
+    ``enrolled``: public keys by node; where it is given and signatures are required, others stay out.
+    ``known``: the keys that nodes signed with so far. A node that either names keeps its key.
     """
     wanted = len(configuration.nodes)
     waited = 0.0
@@ -79,7 +82,7 @@ def gather_roster(
             except ValueError as error:
                 problem = f"unreadable capabilities: {error}"
             else:
-                problem = _stranger(capabilities, configuration, enrolled or {})
+                problem = _stranger(capabilities, configuration, enrolled, known or {})
                 if capabilities.node in members:
                     problem = f"the name {capabilities.node!r} is already taken"
                 elif not problem:
@@ -102,18 +105,24 @@ def gather_roster(
 
 
 def _stranger(
-    told: Capabilities, configuration: RunConfiguration, enrolled: Mapping[str, str]
+    told: Capabilities,
+    configuration: RunConfiguration,
+    enrolled: Mapping[str, str] | None,
+    known: Mapping[str, str],
 ) -> str:
     """Why a node is not who it has to be; "" where nothing speaks against it."""
-    known = enrolled.get(told.node)
-    if known is None and configuration.signatures == "required" and told.public_key is None:
+    expected = {**known, **(enrolled or {})}.get(told.node)
+    required = configuration.signatures == "required"
+    if required and enrolled is not None and told.node not in enrolled:
+        return f"{told.node!r} is not enrolled"
+    if required and told.public_key is None:
         return (
-            f"{told.node!r} has no key, and the run's signatures are required: start it with"
+            f"{told.node!r} has no key, and the run requires signatures: start it with"
             " --node-config 'key=\"FILE\"'"
         )
-    if known is not None and told.public_key != known:
+    if expected is not None and told.public_key != expected:
         found = f"the key {told.public_key[:12]}" if told.public_key else "no key"
-        return f"{told.node!r} has {found}, and is known by {known[:12]}: enrol it again"
+        return f"{told.node!r} has {found}, and is known by {expected[:12]}: enrol it again"
     return ""
 
 
