@@ -42,12 +42,13 @@ def make_app(worker: Worker) -> ClientApp:
 def settings_of(context: Context) -> NodeSettings:
     """A node's settings from its Flower node configuration."""
     own = context.node_config
-    name, source = own.get("name"), own.get("data")
+    name, source, key = own.get("name"), own.get("data"), own.get("key")
     return NodeSettings(
         index=int(own.get("partition-id", 0)),
         name=str(name) if name is not None else None,
         data=str(source) if source is not None else None,
         rank_limit=int(own.get("rank-limit", NodeSettings.rank_limit)),
+        key=str(key) if key is not None else None,
     )
 
 

@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationError
 
 from aggregators import Layout
@@ -27,10 +29,12 @@ from aggregators.messages import (
     encode_reply,
 )
 from aggregators.methods import LoraMethod
+from aggregators.signatures import sign_reply
 from aggregators.view import SealedView, View
 from fedclient import base_model, data, quantised_base
 from fedclient.beside import UnseenChangeError
 from fedclient.evaluation import evaluate
+from fedclient.keys import KeyFileError, load_or_create, public_hex
 from fedclient.local import first_order, full_weights, lora, zeroth_order
 from fedclient.local.placement import PlacementError
 from fedclient.local.result import TrainingResult
@@ -53,12 +57,16 @@ class NodeError(Exception):
 
 @dataclass(frozen=True)
 class NodeSettings:
-    """A node's own settings. ``index`` is its position among the simulated nodes."""
+    """A node's own settings. ``index`` is its position among the simulated nodes.
+
+    ``key``: file of the key that signs its replies, made when it is missing; None: they are not signed.
+    """
 
     index: int = 0
     name: str | None = None
     data: str | None = None
     rank_limit: int = 1 << 16
+    key: str | None = None
 
 
 class Worker:
@@ -92,16 +100,18 @@ class Worker:
                     "transformers": version("transformers"),
                     "peft": version("peft"),
                 },
+                public_key=public_hex(_key(settings.key)) if settings.key else None,
             )
 
     def work(self, payload: bytes, settings: NodeSettings) -> bytes:
-        """Do what a plan asks for and return the signed-to-be envelope's bytes."""
+        """Do what a plan asks for and return the reply's bytes, signed if the node has a key."""
         plan, sealed = decode_plan(payload)
         with base_model.IN_USE, _threads(plan.threads), _scoped_randomness(plan.seed):
             try:
-                return self._work(plan, sealed, settings)
+                reply = self._work(plan, sealed, settings)
             except TRAINING_ERRORS as error:
                 raise NodeError(str(error)) from None
+        return sign_reply(reply, _key(settings.key)) if settings.key else reply
 
     def _work(self, plan: Plan, sealed: SealedView, settings: NodeSettings) -> bytes:
         base = quantised_base.load(plan.base_model, plan.dtype, plan.base_format)
@@ -185,6 +195,13 @@ def _answer(plan: Plan, base_digest: str, report: Report, update: Any) -> bytes:
         dtype=plan.wire_dtype,
         train_a=plan.train_a,
     )
+
+
+def _key(path: str) -> Ed25519PrivateKey:
+    try:
+        return load_or_create(Path(path))
+    except KeyFileError as error:
+        raise NodeError(str(error)) from None
 
 
 def _load_data(given: Mapping[str, Any] | None, settings: NodeSettings) -> data.NodeData:

@@ -10,13 +10,17 @@ from typing import Any
 from aggregators import UpdateRejected, Verdict
 from aggregators.gate import Admitted, GateContext, admit, norm_of
 from aggregators.messages import Evaluation, Plan
+from aggregators.signatures import split_signature
 from fedserver import events
 from fedserver.exchange import Reply
 
 
 @dataclass
 class Outcome:
-    """What one node's reply came to; becomes a row of the round's ledger entry."""
+    """What one node's reply came to; becomes a row of the round's ledger entry.
+
+    ``bytes_up`` is without a signature: signed and unsigned runs have the same entries.
+    """
 
     plan: Plan
     verdict: Verdict
@@ -37,7 +41,7 @@ def judge(reply: Reply, context: GateContext, seen: set[str]) -> Outcome:
     outcome = Outcome(
         plan,
         Verdict.ACCEPTED,
-        bytes_up=len(reply.payload or b""),
+        bytes_up=len(split_signature(reply.payload or b"")[0]),
         seconds=reply.seconds,
         round=reply.round,
     )
@@ -126,6 +130,15 @@ def row(outcome: Outcome) -> dict[str, Any]:
                 "family": admitted.update.family,
             }
     return found
+
+
+def signatures(outcomes: Sequence[Outcome]) -> dict[str, dict[str, str]]:
+    """By the digest of a signed reply: the node's key and its signature."""
+    return {
+        outcome.blob: vars(outcome.admitted.signature)
+        for outcome in outcomes
+        if outcome.blob and outcome.admitted and outcome.admitted.signature
+    }
 
 
 def replied(outcome: Outcome, number: int) -> events.NodeReplied:

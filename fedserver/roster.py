@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aggregators import Layout
@@ -36,8 +37,19 @@ class Roster:
     base_digest: str
 
 
-def gather_roster(configuration: RunConfiguration, exchange: Exchange, notify: Listener) -> Roster:
-    """Wait for the nodes, ask what they can do, and keep those that share one base model."""
+def gather_roster(
+    configuration: RunConfiguration,
+    exchange: Exchange,
+    notify: Listener,
+    *,
+    enrolled: Mapping[str, str] | None = None,
+    known: Mapping[str, str] | None = None,
+) -> Roster:
+    """Wait for the nodes, ask what they can do, and keep those that share one base model.
+
+    ``enrolled``: public keys by node; where it is given and signatures are required, others stay out.
+    ``known``: the keys that nodes signed with so far. A node that either names keeps its key.
+    """
     wanted = len(configuration.nodes)
     waited = 0.0
     while len(exchange.nodes()) < wanted and waited < CONNECT_SECONDS:
@@ -70,9 +82,10 @@ def gather_roster(configuration: RunConfiguration, exchange: Exchange, notify: L
             except ValueError as error:
                 problem = f"unreadable capabilities: {error}"
             else:
+                problem = _stranger(capabilities, configuration, enrolled, known or {})
                 if capabilities.node in members:
                     problem = f"the name {capabilities.node!r} is already taken"
-                else:
+                elif not problem:
                     members[capabilities.node] = Member(reply.node_id, capabilities)
         if problem:
             failures.append(problem)
@@ -89,6 +102,28 @@ def gather_roster(configuration: RunConfiguration, exchange: Exchange, notify: L
             + "".join(f"\n  {problem}" for problem in sorted(set(failures)))
         )
     return roster
+
+
+def _stranger(
+    told: Capabilities,
+    configuration: RunConfiguration,
+    enrolled: Mapping[str, str] | None,
+    known: Mapping[str, str],
+) -> str:
+    """Why a node is not who it has to be; "" where nothing speaks against it."""
+    expected = {**known, **(enrolled or {})}.get(told.node)
+    required = configuration.signatures == "required"
+    if required and enrolled is not None and told.node not in enrolled:
+        return f"{told.node!r} is not enrolled"
+    if required and told.public_key is None:
+        return (
+            f"{told.node!r} has no key, and the run requires signatures: start it with"
+            " --node-config 'key=\"FILE\"'"
+        )
+    if expected is not None and told.public_key != expected:
+        found = f"the key {told.public_key[:12]}" if told.public_key else "no key"
+        return f"{told.node!r} has {found}, and is known by {expected[:12]}: enrol it again"
+    return ""
 
 
 def _agree(members: dict[str, Member], configuration: RunConfiguration, notify: Listener) -> Roster:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from aggregators.view import View
 from fedserver import events, metrics
 from fedserver.configuration import RunConfiguration, to_toml
 from fedserver.device_cost import memory_bytes
-from fedserver.exchange import EVALUATE, TRAIN, Exchange
+from fedserver.exchange import EVALUATE, TRAIN, Exchange, Reply
 from fedserver.global_model import GlobalModel, first_basis, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
+from fedserver.open_round import committed_before, recall, remember
 from fedserver.outcome import (
     Outcome,
     evaluations_by_format,
@@ -27,6 +29,7 @@ from fedserver.outcome import (
     judge,
     replied,
     row,
+    signatures,
     sum_evaluations,
     unlike_weights,
 )
@@ -47,13 +50,20 @@ class Coordinator:
         *,
         emit: events.Listener,
         resume: bool = False,
+        key_file: Path | None = None,
+        enrolled: Mapping[str, str] | None = None,
     ) -> None:
+        """``key_file``: the server's private key, by default one in the folder. ``enrolled``: the
+        nodes' public keys, by name.
+        """
         self._configuration = configuration
         self._preset = PRESETS[configuration.preset]
         self._exchange = exchange
         self._folder = folder
         self._emit = emit
         self._resume = resume
+        self._key_file = key_file
+        self._enrolled = enrolled
         self._seen: set[str] = set()
 
     def run(self) -> dict[str, Any]:
@@ -61,10 +71,15 @@ class Coordinator:
         # The order of floating-point sums, so the bits of the state, depends on the threads.
         torch.set_num_threads(self._configuration.threads)
         # A folder of another run must be found out before the nodes are set to work.
-        existing = open_existing(self._folder, self._configuration, resume=self._resume)
-        roster = gather_roster(self._configuration, self._exchange, self._emit)
+        existing = open_existing(
+            self._folder, self._configuration, resume=self._resume, key_file=self._key_file
+        )
+        self._seen, known = committed_before(existing) if existing else (set(), {})
+        roster = gather_roster(
+            self._configuration, self._exchange, self._emit, enrolled=self._enrolled, known=known
+        )
         targets = check_targets(self._configuration, roster.layout)
-        ledger = existing or Ledger(self._folder, create=True)
+        ledger = existing or Ledger(self._folder, create=True, key_file=self._key_file)
         try:
             return self._run(ledger, roster, targets)
         finally:
@@ -177,7 +192,7 @@ class Coordinator:
             "nodes": _seconds(outcomes),
         }
         previous_state = _state_before(ledger)
-        entry = ledger.append("round", number, content, wall)
+        entry = ledger.append("round", number, content, wall, signatures(outcomes))
         ledger.keep_states({state, previous_state} - {""})
         self._report(entry, entering)
         return following
@@ -211,7 +226,7 @@ class Coordinator:
             "seconds": time.time() - started,
             "nodes": _seconds(outcomes),
         }
-        ledger.append("evaluation", self._configuration.rounds, content, wall)
+        ledger.append("evaluation", self._configuration.rounds, content, wall, signatures(outcomes))
         self._emit_evaluation(self._configuration.rounds, entering)
 
     def _contributions(self, ledger: Ledger, roster: Roster) -> None:
@@ -246,12 +261,17 @@ class Coordinator:
                 "seconds": time.time() - started,
                 "nodes": _seconds(outcomes),
             }
-            ledger.append(metrics.ABLATION, configuration.rounds, content, wall)
+            ledger.append(
+                metrics.ABLATION, configuration.rounds, content, wall, signatures(outcomes)
+            )
 
     def _collect(
         self, number: int, action: str, model: GlobalModel, roster: Roster, ledger: Ledger
     ) -> list[Outcome]:
-        """Send every member its plan and turn each reply, or its absence, into an outcome."""
+        """Send every member its plan and turn each reply, or its absence, into an outcome.
+
+        Replies that arrived before the server was started again are not asked for twice.
+        """
         members = {member.node_id: member for member in roster.members}
         basis = model.basis or first_basis(self._configuration, roster.layout)
         plans: dict[int, Plan] = {}
@@ -274,12 +294,24 @@ class Coordinator:
         others: list[Outcome] = []
         kind = TRAIN if action == "train" else EVALUATE
         deadline = self._configuration.deadline_seconds
-        for reply in self._exchange.ask(payloads, kind, number, deadline):
-            plan = plans[reply.node_id]
-            context = self._context(roster.layout, plan, digests[reply.node_id], basis)
-            outcome = judge(reply, context, self._seen)
-            if outcome.admitted is not None and reply.payload is not None:
-                outcome.blob = ledger.put(reply.payload)
+
+        def judged(reply: Reply) -> Outcome:
+            member, plan = members[reply.node_id], plans[reply.node_id]
+            context = self._context(roster.layout, member, plan, digests[reply.node_id], basis)
+            return judge(reply, context, self._seen)
+
+        for reply in recall(ledger, plans):
+            outcome = judged(reply)
+            if outcome.admitted is not None:
+                outcome.blob = remember(ledger, outcome)
+                outcome.bytes_down = len(payloads[reply.node_id])
+                answered[reply.node_id] = outcome
+                self._tell(outcome, number)
+        unasked = {node: payload for node, payload in payloads.items() if node not in answered}
+        for reply in self._exchange.ask(unasked, kind, number, deadline):
+            outcome = judged(reply)
+            if outcome.admitted is not None:
+                outcome.blob = remember(ledger, outcome)
             if reply.late or reply.node_id in answered:
                 others.append(outcome)
             else:
@@ -301,7 +333,9 @@ class Coordinator:
             self._emit(events.Notice("warning", f"round {number}: {diverged}"))
         return in_order + sorted(others, key=lambda outcome: (outcome.plan.node, outcome.reason))
 
-    def _context(self, layout: Layout, plan: Plan, view: str, basis: Basis | None) -> GateContext:
+    def _context(
+        self, layout: Layout, member: Member, plan: Plan, view: str, basis: Basis | None
+    ) -> GateContext:
         return GateContext(
             layout=layout,
             plan=plan,
@@ -310,6 +344,7 @@ class Coordinator:
             max_examples=self._configuration.max_examples,
             view=view,
             basis=basis,
+            public_key=member.capabilities.public_key,
         )
 
     def _tell(self, outcome: Outcome, number: int) -> None:

@@ -83,6 +83,10 @@ class RunConfiguration(Table):
         default=False, description="at the end, evaluate the model without each family of updates"
     )
 
+    signatures: Literal["optional", "required"] = Field(
+        default="optional",
+        description="required: nodes without a key are left out; a node that has one always signs",
+    )
     quorum: int | None = Field(
         default=None, ge=1, description="accepted updates that a round needs"
     )
@@ -203,6 +207,8 @@ class RunConfiguration(Table):
                 "description": True,
                 "output_dir": True,
                 "rounds": True,
+                # Who signed stands beside what was sent, so a deployment has its simulation's head.
+                "signatures": True,
                 # What a device would take is a view of a run, and changes none of its numbers.
                 "nodes": {"__all__": {"speed", "link_mbps"}},
             },
