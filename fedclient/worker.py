@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -33,6 +32,7 @@ from fedclient.evaluation import evaluate
 from fedclient.local import first_order, full_weights, lora, zeroth_order
 from fedclient.local.placement import PlacementError
 from fedclient.local.result import TrainingResult
+from fedclient.node import NodeSettings
 
 EVALUATION_BATCH = 16
 
@@ -47,16 +47,6 @@ TRAINING_ERRORS = (
 
 class NodeError(Exception):
     """Why this node cannot do what it was asked; one line that the coordinator records."""
-
-
-@dataclass(frozen=True)
-class NodeSettings:
-    """A node's own settings. ``index`` is its position among the simulated nodes."""
-
-    index: int = 0
-    name: str | None = None
-    data: str | None = None
-    rank_limit: int = 1 << 16
 
 
 class Worker:
