@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +37,7 @@ from fedclient.keys import KeyFileError, load_or_create, public_hex
 from fedclient.local import first_order, full_weights, lora, zeroth_order
 from fedclient.local.placement import PlacementError
 from fedclient.local.result import TrainingResult
+from fedclient.node import NodeSettings
 
 EVALUATION_BATCH = 16
 
@@ -53,20 +53,6 @@ TRAINING_ERRORS = (
 
 class NodeError(Exception):
     """Why this node cannot do what it was asked; one line that the coordinator records."""
-
-
-@dataclass(frozen=True)
-class NodeSettings:
-    """A node's own settings. ``index`` is its position among the simulated nodes.
-
-    ``key``: file of the key that signs its replies, made when it is missing; None: they are not signed.
-    """
-
-    index: int = 0
-    name: str | None = None
-    data: str | None = None
-    rank_limit: int = 1 << 16
-    key: str | None = None
 
 
 class Worker:

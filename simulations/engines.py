@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedclient.answers import answers_of
 from fedclient.app import app as client_app
 from fedclient.app import make_app as make_client_app
 from fedclient.worker import Worker
@@ -63,7 +64,7 @@ def run_local(
         if round_number:
             emit(events.NodeStarted(round_number, names[node_id - FIRST_NODE]))
 
-    client = honest(make_client_app(Worker(progress)))
+    client = honest(make_client_app(answers_of(Worker(progress))))
     clock = SimulatedClock()
     answers = {
         index: away(node.away, faulty(node.fault or "", client, configuration.deadline_seconds))
