@@ -207,9 +207,13 @@ def _base_of(folder: Path) -> Path:
         ledger.close()
 
 
-def _mount_ledger() -> None:
+def _mount_rooms() -> None:
+    from fedclient.deployment.command import client_app
+    from fedserver.deployment.command import server_app
     from fedserver.ledger_command import ledger_app
 
+    app.add_typer(server_app, name="server")
+    app.add_typer(client_app, name="client")
     app.add_typer(ledger_app, name="ledger")
 
 
@@ -222,6 +226,13 @@ def expected_errors() -> tuple[type[Exception], ...]:
         ("fedclient.base_model", "BaseModelError"),
         ("fedclient.data", "DataError"),
         ("simulations.run_directory", "RunDirectoryError"),
+        ("fedhost.enrolment", "EnrolmentRefused"),
+        ("fedhost.supervision", "SupervisionError"),
+        ("fedserver.deployment.certificates", "CertificateError"),
+        ("fedserver.deployment.flower_control", "ControlError"),
+        ("fedserver.deployment.folder", "FolderError"),
+        ("fedserver.deployment.front_door", "FrontDoorError"),
+        ("fedclient.deployment.settings", "NodeFolderError"),
     ):
         if module in sys.modules:
             found.append(getattr(sys.modules[module], name))
@@ -230,7 +241,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point: errors for a person are one message on stderr and exit code 2."""
-    _mount_ledger()
+    _mount_rooms()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     if debug:

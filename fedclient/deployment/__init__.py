@@ -1,0 +1,1 @@
+"""A device that joins a server, and keeps its SuperNode running."""

@@ -1,0 +1,117 @@
+"""A device's folder: one configuration file, two keys, the pinned authority, and what processes leave.
+
+node.toml              what joining settled, and the node's own settings
+authority.crt          the only authority whose server this device talks to
+keys/transport         EC P-384 (OpenSSH form): Flower's node authentication
+keys/update.pem        Ed25519: signs updates
+flower/                Flower's home of this node
+logs/, status.json     of the supervised processes
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedhost.private_files import make_private_folder, write_private
+
+DEFAULT_FOLDER = Path("~/.local/share/fedbraid/node")
+
+
+class NodeFolderError(Exception):
+    """What is wrong with a device's folder, and what to do."""
+
+
+@dataclass(frozen=True)
+class NodeFile:
+    """``node.toml``. ``application``: SHA-256 of the only app bundle that this device runs.
+
+    ``node`` is handed to Flower as the node's configuration: ``data``, ``partition-id``, ``rank-limit``.
+    """
+
+    server: str
+    name: str
+    application: str
+    node: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NodeFolder:
+    """Paths and stored values of one device's folder."""
+
+    path: Path
+
+    @property
+    def file(self) -> Path:
+        """The configuration file."""
+        return self.path / "node.toml"
+
+    @property
+    def authority(self) -> Path:
+        """The certificate of the pinned authority."""
+        return self.path / "authority.crt"
+
+    @property
+    def transport_key_file(self) -> Path:
+        """The key of Flower's node authentication."""
+        return self.path / "keys" / "transport"
+
+    @property
+    def update_key_file(self) -> Path:
+        """The key that signs updates."""
+        return self.path / "keys" / "update.pem"
+
+    @property
+    def superexec_secret(self) -> Path:
+        """What the SuperExec proves itself by to the SuperNode on this device."""
+        return self.path / "superexec.secret"
+
+    @property
+    def flower(self) -> Path:
+        """Flower's home of this node."""
+        return self.path / "flower"
+
+    def read(self) -> NodeFile:
+        """The configuration. Raises NodeFolderError if this device has not joined."""
+        try:
+            return NodeFile(**tomllib.loads(self.file.read_text()))
+        except FileNotFoundError:
+            raise NodeFolderError(
+                f"{self.path} has joined no server: 'fedbraid client join URL --token TOKEN'"
+            ) from None
+        except (tomllib.TOMLDecodeError, TypeError) as error:
+            raise NodeFolderError(f"{self.file}: {error}") from None
+
+    def write(self, content: NodeFile) -> None:
+        """Store the configuration."""
+        write_private(self.file, tomli_w.dumps(asdict(content)))
+
+    def transport_key(self) -> ec.EllipticCurvePrivateKey:
+        """The key of Flower's node authentication, made if there is none yet."""
+        path = self.transport_key_file
+        if not path.exists():
+            make_private_folder(path.parent)
+            made = ec.generate_private_key(ec.SECP384R1())
+            form = serialization.PrivateFormat.OpenSSH
+            write_private(
+                path,
+                made.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()),
+            )
+        try:
+            key = serialization.load_ssh_private_key(path.read_bytes(), None)
+        except ValueError:
+            key = None
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise NodeFolderError(f"{path} holds no EC key: restore it, or leave and join anew")
+        return key
+
+
+def open_folder(path: Path) -> NodeFolder:
+    """The folder of a device, by an absolute path."""
+    return NodeFolder(path.expanduser().resolve())

@@ -1,0 +1,296 @@
+"""Child processes that are kept running: started in order, watched, restarted with a growing pause.
+
+A supervisor writes what it knows to one status file, so that other commands can ask and stop it, and so
+that the next supervisor finds what a killed one has left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedhost.private_files import make_private_folder, write_private
+
+STATUS = "status.json"
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+# A child that lived this long was well: its next failure starts with the shortest pause again.
+WELL_SECONDS = 60.0
+STOP_SECONDS = 10.0
+LOG_BYTES = 16 << 20
+
+
+class SupervisionError(Exception):
+    """Why processes are not started or stopped, and what to do."""
+
+
+@dataclass(frozen=True)
+class Child:
+    """One process. ``ready`` says whether it serves yet; later children wait for it.
+
+    ``descendants_survive``: what the process itself started is left alone when it dies and is
+    restarted. A SuperExec's running app goes on that way; nginx's workers would hold the port.
+    ``finish``: exit codes that end the whole supervision instead of a restart, and what they mean.
+    """
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    ready: Callable[[], bool] = lambda: True
+    descendants_survive: bool = False
+    finish: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Running:
+    child: Child
+    process: subprocess.Popen[bytes] | None = None
+    state: str = "waiting"
+    started: float = 0.0
+    pause: float = FIRST_PAUSE
+    resume_at: float = 0.0
+    restarts: int = 0
+    last_exit: int | None = None
+    groups: list[tuple[int, float]] = field(default_factory=list)
+
+
+class Supervisor:
+    """Runs children until it is told to stop; ``folder`` gets the status file and ``logs``."""
+
+    def __init__(self, folder: Path, children: Sequence[Child]) -> None:
+        self._folder = folder
+        self._logs = make_private_folder(folder / "logs")
+        self._running = [_Running(child) for child in children]
+        self._wake = threading.Event()
+        self._stopping = False
+        self._written = ""
+        self._failure: str | None = None
+
+    def run(self) -> None:
+        """Start and watch the children until SIGTERM or SIGINT.
+
+        Raises SupervisionError when a child ended in a way that a restart does not mend.
+        """
+        clear_leftovers(self._folder)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop())
+        signal.signal(signal.SIGCHLD, lambda *_: self._wake.set())
+        try:
+            while not self._stopping:
+                self._step(time.monotonic())
+                self._write()
+                settled = all(one.state == "ready" for one in self._running)
+                self._wake.wait(2.0 if settled else 0.1)
+                self._wake.clear()
+        finally:
+            self._end_all()
+        if self._failure is not None:
+            raise SupervisionError(self._failure)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+
+    def _step(self, now: float) -> None:
+        for one in self._running:
+            if one.process is not None and (code := one.process.poll()) is not None:
+                self._died(one, code, now)
+            if one.process is None and now >= one.resume_at:
+                self._start(one, now)
+            if one.state == "starting" and one.child.ready():
+                one.state = "ready"
+            if now - one.started > WELL_SECONDS:
+                one.pause = FIRST_PAUSE
+            if one.state != "ready":
+                # Those behind it need it.
+                break
+
+    def _start(self, one: _Running, now: float) -> None:
+        log = self._logs / f"{one.child.name}.log"
+        if log.exists() and log.stat().st_size > LOG_BYTES:
+            os.replace(log, log.with_suffix(".log.1"))
+        with log.open("ab") as output:
+            one.process = subprocess.Popen(
+                list(one.child.command),
+                env=dict(one.child.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                cwd=self._folder,
+            )
+        one.state, one.started = "starting", now
+        one.groups.append((one.process.pid, _birth(one.process.pid)))
+
+    def _died(self, one: _Running, code: int, now: float) -> None:
+        assert one.process is not None
+        if not one.child.descendants_survive:
+            _signal_group(one.process.pid, signal.SIGKILL)
+            one.groups.clear()
+        one.process, one.last_exit = None, code
+        if code in one.child.finish:
+            self._failure = one.child.finish[code]
+            self._stopping = True
+            return
+        one.state, one.restarts = "restarting", one.restarts + 1
+        one.resume_at = now + one.pause
+        one.pause = min(2 * one.pause, LONGEST_PAUSE)
+
+    def _write(self) -> None:
+        status = {
+            "pid": os.getpid(),
+            "birth": _birth(os.getpid()),
+            "children": {
+                one.child.name: {
+                    "pid": one.process.pid if one.process else None,
+                    "state": one.state,
+                    "restarts": one.restarts,
+                    "last_exit": one.last_exit,
+                    "groups": one.groups,
+                }
+                for one in self._running
+            },
+        }
+        text = json.dumps(status)
+        if text != self._written:
+            write_private(self._folder / STATUS, text)
+            self._written = text
+
+    def _end_all(self) -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for one in reversed(self._running):
+            if one.process is not None:
+                one.process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    one.process.wait(STOP_SECONDS)
+            for group, birth in one.groups:
+                _end_group(group, birth)
+            if one.process is not None:
+                one.process.wait()
+        (self._folder / STATUS).unlink(missing_ok=True)
+
+
+def status_of(folder: Path) -> dict[str, Any] | None:
+    """What the supervisor of this folder says; None when none is running."""
+    told = _read(folder)
+    return told if told is not None and _is_alive(told["pid"], told["birth"]) else None
+
+
+def stop(folder: Path) -> bool:
+    """End the supervisor of this folder and all its children; False when nothing was running."""
+    told = _read(folder)
+    if told is None:
+        return False
+    if _is_alive(told["pid"], told["birth"]):
+        os.kill(told["pid"], signal.SIGTERM)
+        try:
+            psutil.Process(told["pid"]).wait(STOP_SECONDS * (len(told["children"]) + 1))
+        except psutil.TimeoutExpired:
+            os.kill(told["pid"], signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            pass
+    clear_leftovers(folder)
+    return True
+
+
+def clear_leftovers(folder: Path) -> None:
+    """End what a supervisor that was killed has left running. Raises if one is still at work."""
+    told = _read(folder)
+    if told is None:
+        return
+    if _is_alive(told["pid"], told["birth"]) and told["pid"] != os.getpid():
+        raise SupervisionError(f"{folder} is already running (process {told['pid']})")
+    for child in told["children"].values():
+        for group, birth in child["groups"]:
+            _end_group(group, birth)
+    (folder / STATUS).unlink(missing_ok=True)
+
+
+def start_detached(command: Sequence[str], folder: Path, settled: Callable[[], bool]) -> None:
+    """Start a supervisor's command in the background; returns once its children are ready.
+
+    ``settled`` is asked between looks. Raises SupervisionError with the log's last line if it ends.
+    """
+    log = make_private_folder(folder / "logs") / "supervisor.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+    while True:
+        try:
+            process.wait(0.1)
+        except subprocess.TimeoutExpired:
+            pass
+        else:
+            lines = log.read_text(errors="replace").strip().splitlines() or ["no reason given"]
+            raise SupervisionError(lines[-1].removeprefix("error: "))
+        told = status_of(folder)
+        if told is None or told["pid"] != process.pid:
+            continue
+        for name, child in told["children"].items():
+            if child["restarts"] >= 3:
+                process.terminate()
+                process.wait()
+                raise SupervisionError(f"{name} does not start: see {folder / 'logs' / name}.log")
+        if settled() and all(one["state"] == "ready" for one in told["children"].values()):
+            return
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads((folder / STATUS).read_text())
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def _birth(pid: int) -> float:
+    """When a process began: its number alone may belong to another one by now."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+def _is_alive(pid: int, birth: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() == birth
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _end_group(group: int, birth: float) -> None:
+    """End a process group: politely if its leader lives, then for good.
+
+    Without its leader the group is ended only if no later process took the leader's number.
+    """
+    if _birth(group) not in (0.0, birth):
+        return
+    _signal_group(group, signal.SIGTERM)
+    members = [p for p in psutil.process_iter() if _group_of(p.pid) == group]
+    psutil.wait_procs(members, STOP_SECONDS / 2)
+    _signal_group(group, signal.SIGKILL)
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return None
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)

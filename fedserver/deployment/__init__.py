@@ -1,0 +1,1 @@
+"""A server that devices can join over a network: certificates, front door, enrolment, processes."""

@@ -1,0 +1,119 @@
+"""Flower's control interface, spoken to on loopback: which nodes it knows, and runs.
+
+The registry decides who is a node; Flower's own list is made to follow it, whatever was missed while
+one of the two was down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+
+from fedhost.ports import LOOPBACK
+from fedserver.deployment.application import bundle, bundle_hash
+from fedserver.deployment.registry import Registry
+
+# What a transport key's list entry says once its node was unregistered.
+UNREGISTERED = "unregistered"
+
+
+class ControlError(Exception):
+    """Flower did not do what was asked, and what to do."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How far Flower says that a run is: pending, starting, running, or finished with an outcome."""
+
+    status: str
+    outcome: str
+    details: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.status == "finished"
+
+
+class FlowerControl:
+    """Commands to the SuperLink on this host."""
+
+    def __init__(self, port: int, authority: Path) -> None:
+        self._port = port
+        self._authority = authority
+
+    def follow(self, registry: Registry) -> dict[str, int]:
+        """Make Flower's nodes those of the registry; returns Flower's node id of each name."""
+        enrolled = {node.transport_key: node for node in registry.nodes() if node.revoked is None}
+        with self._connected() as client:
+            known = {
+                node.public_key.decode(): node.node_id
+                for node in client.ListNodes(ListNodesRequest()).nodes_info
+                if node.status != UNREGISTERED
+            }
+            for key in known.keys() - enrolled.keys():
+                client.UnregisterNode(UnregisterNodeRequest(node_id=known[key]))
+            for key in enrolled.keys() - known.keys():
+                answer = client.RegisterNode(
+                    RegisterNodeRequest(public_key=key.encode(), name=enrolled[key].name)
+                )
+                known[key] = answer.node_id
+        return {node.name: known[key] for key, node in enrolled.items()}
+
+    def start_run(self, settings: Mapping[str, str | bool]) -> int:
+        """Start a run of the installed app; returns Flower's run id."""
+        request = StartRunRequest(
+            fab=fab_to_proto(Fab(bundle_hash(), bundle(), {})),
+            override_config=user_config_to_proto(dict(settings)),
+        )
+        with self._connected() as client:
+            answer = client.StartRun(request)
+        if not answer.HasField("run_id"):
+            raise ControlError(f"Flower started no run: {answer.note or 'no reason given'}")
+        return int(answer.run_id)
+
+    def run_status(self, run_id: int) -> RunStatus:
+        """How far a run is."""
+        with self._connected() as client:
+            found = client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict
+        if run_id not in found:
+            raise ControlError(f"Flower knows no run {run_id}")
+        status = found[run_id].status
+        return RunStatus(status.status, status.sub_status, status.details)
+
+    @contextmanager
+    def _connected(self) -> Iterator[ControlHttpClient]:
+        client = ControlHttpClient.from_server_address(
+            f"{LOOPBACK}:{self._port}",
+            insecure=False,
+            root_certificates=self._authority.read_bytes(),
+            interceptors=[
+                CliClientHttpInterceptor(),
+                RuntimeVersionHttpInterceptor(component_name="flwr CLI"),
+            ],
+        )
+        try:
+            yield client
+        except httpx.HTTPStatusError as error:
+            reason = error.response.text[:200]
+            raise ControlError(f"Flower refused ({error.response.status_code}): {reason}") from None
+        except httpx.TransportError as error:
+            raise ControlError(f"the SuperLink does not answer: {error}") from None
+        finally:
+            client.close()

@@ -1,0 +1,129 @@
+"""The processes of a deployed server, and the entry point that supervises them.
+
+    python -m fedserver.deployment.processes DIR
+
+SuperLink, SuperExec and gatekeeper listen on loopback only; nginx is the only one that may do otherwise.
+With process isolation and a database a run survives the death of its SuperLink.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import sys
+import urllib.error
+import urllib.request
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedhost.flower import environment, program
+from fedhost.ports import LOOPBACK, accepts, holder
+from fedhost.supervision import Child, SupervisionError, Supervisor, status_of
+from fedserver.deployment.certificates import CertificateError, check_given
+from fedserver.deployment.folder import FolderError, Ports, ServerFolder, Settings, open_folder
+from fedserver.deployment.front_door import FrontDoor, FrontDoorError, is_healthy
+
+ERRORS = (CertificateError, FolderError, FrontDoorError, SupervisionError)
+
+
+def superlink_serves(folder: ServerFolder, ports: Ports) -> bool:
+    """Whether the SuperLink answers its health route."""
+    context = ssl.create_default_context(cafile=str(folder.loopback_identity.authority))
+    try:
+        with urllib.request.urlopen(
+            f"https://{LOOPBACK}:{ports.superlink}/health", timeout=2.0, context=context
+        ) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def children(folder: ServerFolder, settings: Settings, ports: Ports) -> list[Child]:
+    """The server's processes, in the order in which they need each other.
+
+    Raises FrontDoorError where nginx cannot be run.
+    """
+    own = environment(folder.flower)
+    loopback, shown = folder.loopback_identity, folder.identity(settings)
+    door = FrontDoor(
+        host=settings.host,
+        port=settings.port,
+        identity=shown,
+        superlink_port=ports.superlink,
+        superlink_authority=loopback.authority,
+        gatekeeper_port=ports.gatekeeper,
+        body_megabytes=settings.body_megabytes,
+    )
+    superlink = [
+        program("flower-superlink"),
+        "--host", LOOPBACK,
+        "--port", str(ports.superlink),
+        "--isolation", "process",
+        "--database", str(folder.flower / "superlink.db"),
+        "--enable-supernode-auth",
+        "--superexec-auth-secret-file", str(folder.superexec_secret),
+        "--ssl-certfile", str(loopback.certificate),
+        "--ssl-keyfile", str(loopback.key),
+        "--ssl-ca-certfile", str(loopback.authority),
+        "--disable-runtime-dependency-installation",
+    ]  # fmt: skip
+    superexec = [
+        program("flower-superexec"),
+        "--runtime-api-address", f"{LOOPBACK}:{ports.superlink}",
+        "--root-certificates", str(loopback.authority),
+        "--superexec-auth-secret-file", str(folder.superexec_secret),
+        "--health-server-address", f"{LOOPBACK}:{ports.superexec_health}",
+    ]  # fmt: skip
+    gatekeeper = [sys.executable, "-m", "fedserver.deployment.service", str(folder.path)]
+    return [
+        Child("superlink", superlink, own, lambda: superlink_serves(folder, ports)),
+        Child(
+            "superexec", superexec, own, lambda: accepts(ports.superexec_health),
+            descendants_survive=True,
+        ),
+        Child("gatekeeper", gatekeeper, own, lambda: accepts(ports.gatekeeper)),
+        Child(
+            "nginx", door.write(folder.path / "nginx"), own,
+            lambda: is_healthy(settings.host, settings.port, shown.authority),
+        ),
+    ]  # fmt: skip
+
+
+def check_startable(folder: ServerFolder, settings: Settings) -> None:
+    """Find out before anything starts why it would not. Raises one of ERRORS."""
+    told = status_of(folder.path)
+    if told is not None:
+        raise SupervisionError(f"{folder.path} is already running (process {told['pid']})")
+    if settings.certificate:
+        check_given(folder.identity(settings), datetime.now(UTC))
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except PermissionError:
+            raise FolderError(
+                f"port {settings.port} is for root: choose one above 1023 with --listen"
+            ) from None
+        except OSError as error:
+            if accepts(settings.port, settings.host):
+                raise FolderError(
+                    f"port {settings.port} is taken by {holder(settings.port)}: end that, or choose"
+                    " another one with --listen"
+                ) from None
+            raise FolderError(f"cannot listen on {settings.listen}: {error.strerror}") from None
+
+
+def supervise(path: Path) -> None:
+    """Run the server in the foreground until it is told to stop. Raises one of ERRORS."""
+    folder = open_folder(path)
+    settings = folder.settings()
+    check_startable(folder, settings)
+    Supervisor(folder.path, children(folder, settings, folder.choose_ports())).run()
+
+
+if __name__ == "__main__":
+    try:
+        supervise(Path(sys.argv[1]))
+    except ERRORS as error:
+        sys.exit(f"error: {error}")
