@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from aggregators import UpdateRejected
 from fedclient.base_model import BaseModelError
 from fedclient.data import DataError
+from fedclient.memory import PeakMemory
 from fedclient.worker import NodeError, NodeSettings, Worker
 
 RECORD = "fedbraid"
@@ -54,7 +55,7 @@ def settings_of(context: Context) -> NodeSettings:
 def _reply(
     message: Message, context: Context, answer: Callable[[bytes, NodeSettings], bytes]
 ) -> Message:
-    started = time.monotonic()
+    started, memory = time.monotonic(), PeakMemory()
     record = ConfigRecord()
     try:
         payload = message.content[RECORD]["payload"]
@@ -63,8 +64,10 @@ def _reply(
     except (BaseModelError, DataError, NodeError, UpdateRejected) as error:
         # Expected failures travel as one line; anything else is a bug and Flower reports it.
         record["error"] = str(error)
-    # Beside the payload, so that the bytes that are hashed hold no clock.
+    # Beside the payload, so that the bytes that are hashed hold no clock, and nothing of the machine.
     record["seconds"] = time.monotonic() - started
+    peak = memory.read()
+    record["memory"] = [peak.grown, peak.most, peak.accelerator]
     return Message(RecordDict({RECORD: record}), reply_to=message)
 
 
