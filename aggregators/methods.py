@@ -198,3 +198,8 @@ class SketchMethod(FirstOrderMethod):
 Method = Annotated[
     LoraMethod | ZerothOrderMethod | ProjectedMethod | SketchMethod, Field(discriminator="family")
 ]
+
+
+def label(method: Method, base_format: BaseFormat) -> str:
+    """What a node sends, and on what it works where that is not the whole base."""
+    return method.label if base_format == "full" else f"{method.label} on {base_format}"

@@ -16,6 +16,6 @@ MAPPED_FROM_BYTES = 1 << 20
 
 
 def give_back_large_blocks() -> None:
-    """Map every block from ``MAPPED_FROM_BYTES`` on by itself; nothing where the library is not glibc."""
+    """Map every block from ``MAPPED_FROM_BYTES`` on by itself; without glibc nothing happens."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)

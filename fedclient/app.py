@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import time
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedclient.node import RECORD, Answer, Kind, NodeSettings, Refused
+
+if TYPE_CHECKING:
+    from fedclient.memory import PeakMemory
 
 
 def make_app(answer: Answer) -> ClientApp:
@@ -50,19 +54,30 @@ def settings_of(context: Context) -> NodeSettings:
 
 
 def _reply(message: Message, context: Context, kind: Kind, answer: Answer) -> Message:
-    started = time.monotonic()
+    settings = settings_of(context)
+    started, memory = time.monotonic(), _peak_memory() if settings.worker is None else None
     record = ConfigRecord()
     try:
         payload = message.content[RECORD]["payload"]
         assert isinstance(payload, bytes)
-        record["payload"] = answer(kind, payload, settings_of(context))
+        record["payload"] = answer(kind, payload, settings)
     except Refused as refusal:
         # Expected failures travel as one line; anything else is a bug and Flower reports it.
         record["error"] = str(refusal)
         record["reason"] = refusal.reason
-    # Beside the payload, so that the bytes that are hashed hold no clock.
+    # Beside the payload, so that the bytes that are hashed hold no clock, and nothing of the machine.
     record["seconds"] = time.monotonic() - started
+    if memory is not None:
+        peak = memory.read()
+        record["memory"] = [peak.grown, peak.most, peak.accelerator]
     return Message(RecordDict({RECORD: record}), reply_to=message)
+
+
+def _peak_memory() -> PeakMemory:
+    """Of this process, where it does the work itself."""
+    from fedclient.memory import PeakMemory
+
+    return PeakMemory()
 
 
 def _answer(kind: Kind, payload: bytes, settings: NodeSettings) -> bytes:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 RECORD = "fedbraid"
+# By how much the node's process grew, its peak of resident memory, and that of its accelerator.
+MEMORY = ("grown", "resident", "accelerator")
 POLL_SECONDS = 0.1
 # A late reply is still worth a verdict, so Flower keeps the message this much longer.
 LATE_GRACE_SECONDS = 600.0
@@ -49,7 +51,10 @@ class MachineClock:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back from a node. ``payload`` is None when ``error`` says why there is none."""
+    """What came back from a node. ``payload`` is None when ``error`` says why there is none.
+
+    ``memory``: what the node measured, by what (``MEMORY``), in bytes; nobody checks it.
+    """
 
     node_id: int
     round: int
@@ -57,6 +62,7 @@ class Reply:
     error: str
     seconds: float
     late: bool = False
+    memory: Mapping[str, int] = field(default_factory=dict)
 
 
 class Exchange:
@@ -130,8 +136,16 @@ def _read(message: Message, node_id: int, round_number: int, late: bool, waited:
     taken = float(seconds) if isinstance(seconds, float) and seconds >= 0 else waited
     if isinstance(error_text, str) and error_text:
         return Reply(node_id, round_number, None, _first_line(error_text), taken, late)
+    told = record.get("memory")
+    sizes = [n for n in told if type(n) is int and n >= 0] if isinstance(told, list) else []
     return Reply(
-        node_id, round_number, payload if isinstance(payload, bytes) else b"", "", taken, late
+        node_id,
+        round_number,
+        payload if isinstance(payload, bytes) else b"",
+        "",
+        taken,
+        late,
+        dict(zip(MEMORY, sizes, strict=True)) if len(sizes) == len(MEMORY) else {},
     )
 
 

@@ -225,11 +225,13 @@ def _reported(entry: Entry) -> dict[str, dict[str, Any]]:
 
 def _node_row(node: dict[str, Any], entry: Entry) -> dict[str, Any]:
     report = node.get("report") or {}
+    measured = entry.wall["memory"].get(node["node"], {})
     return {
         "node": node["node"],
         "family": node["plan"]["method"]["family"],
         "sends": node["sends"],
         "base_format": node["base_format"],
+        "choice": node["choice"],
         "examples": report.get("examples"),
         "weight": node["share"],
         "train_loss_first": report.get("train_loss_first"),
@@ -241,6 +243,9 @@ def _node_row(node: dict[str, Any], entry: Entry) -> dict[str, Any]:
         "reason": node["reason"],
         "norm": node.get("norm"),
         "memory_bytes": node["memory_bytes"],
+        "memory_grown": measured.get("grown"),
+        "memory_peak": measured.get("resident"),
+        "memory_accelerator": measured.get("accelerator"),
     }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from aggregators import UpdateRejected, Verdict
 from aggregators.gate import Admitted, GateContext, admit, norm_of
 from aggregators.messages import Evaluation, Plan
+from aggregators.methods import label
 from aggregators.signatures import split_signature
 from fedserver import events
 from fedserver.exchange import Reply
@@ -33,6 +34,8 @@ class Outcome:
     round: int = 0
     share: float = 0.0
     memory_bytes: int = 0
+    choice: str = ""
+    measured: Mapping[str, int] = field(default_factory=dict)
 
 
 def judge(reply: Reply, context: GateContext, seen: set[str]) -> Outcome:
@@ -44,6 +47,7 @@ def judge(reply: Reply, context: GateContext, seen: set[str]) -> Outcome:
         bytes_up=len(split_signature(reply.payload or b"")[0]),
         seconds=reply.seconds,
         round=reply.round,
+        measured=reply.memory,
     )
     if reply.payload is None:
         outcome.verdict, outcome.reason = Verdict.FAILED, reply.error
@@ -113,7 +117,8 @@ def row(outcome: Outcome) -> dict[str, Any]:
         "round": outcome.round,
         "plan": outcome.plan.model_dump(mode="json", exclude={"data"}),
         "base_format": outcome.plan.base_format,
-        "sends": outcome.plan.method.label,
+        "choice": outcome.choice,
+        "sends": label(outcome.plan.method, outcome.plan.base_format),
         "verdict": outcome.verdict.value,
         "reason": outcome.reason,
         "bytes_up": outcome.bytes_up,
@@ -148,7 +153,7 @@ def replied(outcome: Outcome, number: int) -> events.NodeReplied:
         node=outcome.plan.node,
         verdict=outcome.verdict.value,
         reason=outcome.reason,
-        sends=outcome.plan.method.label,
+        sends=label(outcome.plan.method, outcome.plan.base_format),
         train_loss_first=report.train_loss_first if report else None,
         train_loss=report.train_loss if report else None,
         bytes_up=outcome.bytes_up,

@@ -12,12 +12,13 @@ import torch
 
 from aggregators import Basis, GateContext, Layout, Verdict
 from aggregators.messages import Plan, encode_plan
-from aggregators.methods import LoraMethod, SketchMethod, ZerothOrderMethod
+from aggregators.methods import LoraMethod, SketchMethod, ZerothOrderMethod, label
 from aggregators.presets import PRESETS
 from aggregators.view import View
 from fedserver import events, metrics
 from fedserver.configuration import RunConfiguration, to_toml
-from fedserver.device_cost import memory_bytes
+from fedserver.device_choice import with_choices
+from fedserver.device_cost import memory_of
 from fedserver.exchange import EVALUATE, TRAIN, Exchange, Reply
 from fedserver.global_model import GlobalModel, first_basis, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
@@ -56,7 +57,8 @@ class Coordinator:
         """``key_file``: the server's private key, by default one in the folder. ``enrolled``: the
         nodes' public keys, by name.
         """
-        self._configuration = configuration
+        self._asked = self._configuration = configuration
+        self._choices: dict[str, str] = {}
         self._preset = PRESETS[configuration.preset]
         self._exchange = exchange
         self._folder = folder
@@ -78,6 +80,7 @@ class Coordinator:
         roster = gather_roster(
             self._configuration, self._exchange, self._emit, enrolled=self._enrolled, known=known
         )
+        self._configuration, self._choices = with_choices(self._configuration, roster.layout)
         targets = check_targets(self._configuration, roster.layout)
         ledger = existing or Ledger(self._folder, create=True, key_file=self._key_file)
         try:
@@ -87,7 +90,7 @@ class Coordinator:
 
     def _run(self, ledger: Ledger, roster: Roster, targets: list[str]) -> dict[str, Any]:
         configuration = self._configuration
-        (self._folder / "scenario.toml").write_text(to_toml(configuration), encoding="utf-8")
+        (self._folder / "scenario.toml").write_text(to_toml(self._asked), encoding="utf-8")
         self._begin(ledger, roster)
         model, done = restore(ledger, configuration)
         self._announce(roster, done + 1)
@@ -111,7 +114,7 @@ class Coordinator:
                 "genesis",
                 0,
                 {
-                    "run": self._configuration.run_id(),
+                    "run": self._asked.run_id(),
                     "configuration": self._configuration.identity(),
                     "base_model": self._configuration.base_model,
                     "base_digest": roster.base_digest,
@@ -119,6 +122,11 @@ class Coordinator:
                     "layout_blob": ledger.put(roster.layout_json.encode()),
                 },
                 {"started": time.time()},
+            )
+        elif genesis.content["configuration"] != self._configuration.identity():
+            raise LedgerError(
+                "the limits of the nodes' devices have changed, and with them what the nodes would be"
+                " asked for: restore them, or start a new run"
             )
         elif genesis.content["base_digest"] != roster.base_digest:
             raise LedgerError(
@@ -140,6 +148,9 @@ class Coordinator:
             )
         )
 
+        for name, reason in self._choices.items():
+            self._emit(events.Notice("info", f"{name}: {reason}"))
+
     def _node_info(self, member: Member, roster: Roster) -> events.NodeInfo:
         node = self._configuration.node(member.capabilities.node)
         method = make_method(
@@ -148,7 +159,7 @@ class Coordinator:
         categories = ", ".join(node.categories or ()) if node else ""
         return events.NodeInfo(
             node=member.capabilities.node,
-            sends=method.label,
+            sends=label(method, self._configuration.base_format_of(member.capabilities.node)),
             examples=member.capabilities.examples,
             held_out=member.capabilities.held_out,
             description=(node.description if node else "") or categories,
@@ -190,6 +201,7 @@ class Coordinator:
             "started": started,
             "seconds": time.monotonic() - monotonic,
             "nodes": _seconds(outcomes),
+            "memory": _memory(outcomes),
         }
         previous_state = _state_before(ledger)
         entry = ledger.append("round", number, content, wall, signatures(outcomes))
@@ -225,6 +237,7 @@ class Coordinator:
             "started": started,
             "seconds": time.time() - started,
             "nodes": _seconds(outcomes),
+            "memory": _memory(outcomes),
         }
         ledger.append("evaluation", self._configuration.rounds, content, wall, signatures(outcomes))
         self._emit_evaluation(self._configuration.rounds, entering)
@@ -260,6 +273,7 @@ class Coordinator:
                 "started": started,
                 "seconds": time.time() - started,
                 "nodes": _seconds(outcomes),
+                "memory": _memory(outcomes),
             }
             ledger.append(
                 metrics.ABLATION, configuration.rounds, content, wall, signatures(outcomes)
@@ -327,7 +341,13 @@ class Coordinator:
                 answered[node_id] = missing
                 self._tell(missing, number)
         for outcome in answered.values():
-            outcome.memory_bytes = memory_bytes(outcome.plan, roster.layout)
+            outcome.choice = self._choices.get(outcome.plan.node, "")
+            outcome.memory_bytes = memory_of(
+                outcome.plan,
+                roster.layout,
+                self._configuration.view_rank or 0,
+                self._configuration.pool_in_use,
+            ).total
         in_order = sorted(answered.values(), key=lambda outcome: outcome.plan.node)
         for diverged in unlike_weights(in_order):
             self._emit(events.Notice("warning", f"round {number}: {diverged}"))
@@ -413,6 +433,11 @@ class Coordinator:
 def _seconds(outcomes: list[Outcome]) -> dict[str, float | None]:
     """By node; of a node that answered twice the first answer's, and the first is in the list first."""
     return {outcome.plan.node: outcome.seconds for outcome in reversed(outcomes)}
+
+
+def _memory(outcomes: list[Outcome]) -> dict[str, dict[str, int]]:
+    """By node, of its first answer: what it measured, beside the hashed content as seconds are."""
+    return {outcome.plan.node: dict(outcome.measured) for outcome in reversed(outcomes)}
 
 
 def _state_before(ledger: Ledger) -> str:

@@ -20,14 +20,15 @@ from fedclient.beside import standing, standing_on
 from fedclient.local import first_order, projection, zeroth_order
 from fedclient.local.result import TrainingResult
 from fedclient.residual import Residuals
-from fedclient.state import Weights, weights_of
+from fedclient.state import Weights, forget, is_alone, weights_of
 
 
 @dataclass(frozen=True)
 class FullWeightsTrainer:
     """``model``: the weights of the round's start, for evaluation; ``weights``: their digest.
 
-    ``quantised``: no step is folded into them, so they need no copy to walk on.
+    A walk has a copy of them, unless ``own``: then nobody else will ask for them, or, as they are
+    quantised, no step is folded into them.
     """
 
     model: nn.Module
@@ -35,7 +36,7 @@ class FullWeightsTrainer:
     plan: Plan
     weights: str
     basis: Basis | None
-    quantised: bool
+    own: bool
     levels: bytes | None
 
     def train(
@@ -45,11 +46,10 @@ class FullWeightsTrainer:
     ) -> tuple[Update, TrainingResult]:
         """Walk from the weights; return what the plan's method makes of the walk."""
         plan, method = self.plan, self.plan.method
-        own = self.model
-        if not self.quantised:
+        if not self.own:
             # The model may run fused, and its copy is trained: fused modules are put on anew.
             fk.restore(self.model)
-            own = copy.deepcopy(self.model)
+        own = self.model if self.own else copy.deepcopy(self.model)
         walk: dict[str, Any] = {
             "seed": plan.seed,
             "learning_rate": plan.learning_rate,
@@ -91,6 +91,7 @@ def trainer(
 ) -> Iterator[FullWeightsTrainer]:
     """The weights that the view is, run fused where the plan says so until the block ends."""
     quantised = base.format != "full"
+    alone = is_alone(plan.node)
     weights = (
         Weights(base.model, standing(base, view).digest)
         if quantised
@@ -103,6 +104,9 @@ def trainer(
             fk.accelerate(weights.model)
         if quantised:
             stack.enter_context(standing_on(weights.model, layout, standing(base, view)))
+        own = quantised or (alone and not view.empty and plan.action == "train")
+        if own and not quantised:
+            forget()
         yield FullWeightsTrainer(
-            weights.model, layout, plan, weights.digest, view.basis, quantised, view.levels
+            weights.model, layout, plan, weights.digest, view.basis, own, view.levels
         )

@@ -18,7 +18,10 @@ class NodeConfiguration(Table):
     """What is asked of one node; unset values come from the run's."""
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")
-    strand: Strand | None = Field(default=None, description="lora, zeroth-order or projected")
+    strand: Strand | Literal["auto"] | None = Field(
+        default=None,
+        description="lora, zeroth-order, projected, or auto: what the device can afford",
+    )
     trains: bool = Field(default=True, description="false: the node only evaluates")
     base_format: BaseFormat | None = Field(
         default=None, description="what the node holds of the base: full, int8, int4 or nf4"
@@ -40,6 +43,13 @@ class NodeConfiguration(Table):
     link_mbps: float | None = Field(
         default=None, gt=0, description="megabits a second of the device's link; unset: no delay"
     )
+    memory_limit_mb: float | None = Field(
+        default=None, gt=0, description="megabytes that the device has for its part of a round"
+    )
+    upload_limit_kb: float | None = Field(
+        default=None, gt=0, description="kilobytes that the device may send in a round"
+    )
+    backpropagates: bool = Field(default=True, description="false: forward passes alone")
     description: str = ""
     fault: Fault | None = Field(default=None, description="simulate a misbehaving node")
     away: tuple[Annotated[int, Field(ge=1)], ...] = Field(

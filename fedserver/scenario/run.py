@@ -172,7 +172,8 @@ class RunConfiguration(Table):
 
     def _check_formats(self) -> None:
         """A quantised base holds no trained weights, and beside it only rank-1 probes are exact."""
-        strands = {node.name: self.strand(node.name) for node in self.nodes}
+        # What a node that chooses for itself may hold is found when it chooses.
+        strands = {n.name: self.strand(n.name) for n in self.nodes if n.strand != "auto"}
         quantised = [name for name in strands if self.base_format_of(name) != "full"]
         for name in quantised:
             if strands[name] == "projected":
@@ -220,14 +221,25 @@ class RunConfiguration(Table):
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
     def strand(self, name: str) -> Strand:
-        """How a node trains: as the preset says, else as its entry says, else LoRA."""
+        """How a node trains: as the preset says, else as its entry says, else LoRA.
+
+        An entry that leaves it open ("auto") has to be settled before (``device_choice``).
+        """
         node = self.node(name)
-        return PRESETS[self.preset].strand or (node.strand if node else None) or "lora"
+        asked = node.strand if node else None
+        assert asked != "auto", f"the strand of {name!r} is not chosen yet"
+        return PRESETS[self.preset].strand or asked or "lora"
 
     def base_format_of(self, name: str) -> BaseFormat:
         """What a node holds of the base: as its entry says, else the run's."""
         node = self.node(name)
         return (node.base_format if node else None) or self.base_format
+
+    @property
+    def sums_stand_beside(self) -> bool:
+        """Whether change along probes, if there is some, can be seen beside a quantised base."""
+        projected = self.basis == "adaptive" or self.projected.probe == "rank1"
+        return self.zeroth_order.probe == "rank1" and projected
 
     @property
     def basis(self) -> str:
@@ -238,6 +250,12 @@ class RunConfiguration(Table):
     def sampling(self) -> Sampling:
         """How zeroth-order nodes draw seeds: as the preset says, else the scenario."""
         return PRESETS[self.preset].sampling or self.zeroth_order.sampling
+
+    @property
+    def pool_in_use(self) -> int:
+        """Seeds of the run's pool; 0 where no node trains along them."""
+        used = any(self.strand(node.name) == "zeroth-order" for node in self.nodes)
+        return self.zeroth_order.pool_size if used else 0
 
     def largest_rank(self) -> int:
         """The highest rank that any node trains."""
