@@ -8,6 +8,7 @@ from aggregators.gate import Admitted, GateContext, admit, gate
 from aggregators.layout import Layout, TensorSpec
 from aggregators.low_rank import Factors, LowRank
 from aggregators.mixing import Aggregate, aggregate, average_factors
+from aggregators.overlap import gram, overlap_weights
 from aggregators.projected import ProjectedGradient, allocation
 from aggregators.seed_scalars import SeedScalars
 from aggregators.sketch import Sketch
@@ -38,5 +39,7 @@ __all__ = [
     "decode",
     "encode",
     "gate",
+    "gram",
     "match_targets",
+    "overlap_weights",
 ]

@@ -20,7 +20,7 @@ from fedserver.configuration import RunConfiguration, to_toml
 from fedserver.device_choice import with_choices
 from fedserver.device_cost import memory_of
 from fedserver.exchange import EVALUATE, TRAIN, Exchange, Reply
-from fedserver.global_model import GlobalModel, first_basis, next_model
+from fedserver.global_model import GlobalModel, Mixed, first_basis, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
 from fedserver.open_round import committed_before, recall, remember
 from fedserver.outcome import (
@@ -174,7 +174,7 @@ class Coordinator:
         accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
         updates = [o for o in accepted if o.admitted is not None and o.admitted.update is not None]
         quorum = len(updates) >= self._configuration.minimum_updates()
-        following = self._fold(model, updates) if quorum else model
+        following, mixed = self._fold(model, updates) if quorum else (model, None)
         if not quorum:
             self._emit(
                 events.Notice(
@@ -188,6 +188,7 @@ class Coordinator:
         head = following.common_view(self._preset, *self._view_limits())
         content = {
             "quorum": quorum,
+            "mixing": {"weights": mixed.weights, "cosines": mixed.cosines} if mixed else {},
             "entering": entering,
             "entering_by_format": evaluations_by_format(accepted),
             "nodes": [row(outcome) for outcome in outcomes],
@@ -209,16 +210,16 @@ class Coordinator:
         self._report(entry, entering)
         return following
 
-    def _fold(self, model: GlobalModel, accepted: list[Outcome]) -> GlobalModel:
+    def _fold(self, model: GlobalModel, accepted: list[Outcome]) -> tuple[GlobalModel, Mixed]:
         weighted = []
         for outcome in accepted:
             assert outcome.admitted is not None
             assert outcome.admitted.update is not None
             weighted.append((outcome.admitted.update, examples(outcome)))
-        following, shares = next_model(model, weighted, self._configuration)
-        for outcome, share in zip(accepted, shares, strict=True):
+        following, mixed = next_model(model, weighted, self._configuration)
+        for outcome, share in zip(accepted, mixed.shares, strict=True):
             outcome.share = share
-        return following
+        return following, mixed
 
     def _final_evaluation(self, model: GlobalModel, ledger: Ledger, roster: Roster) -> None:
         """Ask every node for the loss of the model that the last round produced."""

@@ -90,7 +90,10 @@ class ProjectedConfiguration(Table):
 class MixingConfiguration(Table):
     """How the families of a round come together."""
 
-    rule: Literal["add", "mean"] = "add"
+    rule: Literal["add", "overlap", "mean"] = Field(
+        default="add",
+        description="of families; overlap: what two of them changed alike counts once",
+    )
     weights: dict[Strand, Annotated[float, Field(ge=0, le=1e6)]] = Field(
         default_factory=dict, description="factor of each strand's mean, 1 where none is given"
     )
