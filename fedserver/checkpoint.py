@@ -34,8 +34,7 @@ def checkpoint_problem(text: str, entries: Sequence[tuple[str, str]], key: str) 
         return f"{FILE} is not a checkpoint by the server's key {key[:16]}"
     count = int(found.predicate["entries"])
     if count > len(entries):
-        have = len(entries)
-        return f"{FILE} names {count} entries, the ledger has {have}: some are missing at its end"
+        return f"{FILE} names {count} entries, the ledger has {len(entries)}: its end is missing"
     if count == 0:
         return ""
     tree = GrowingTree()

@@ -16,6 +16,7 @@ from fedserver import events
 from fedserver.app import make_app as make_server_app
 from fedserver.configuration import ConfigurationError, RunConfiguration
 from fedserver.exchange import Exchange
+from fedserver.ledger import KEYS
 from fedserver.rounds import Coordinator
 from simulations.faults import away, faulty
 from simulations.local_grid import FIRST_NODE, LocalGrid, SimulatedClock, honest
@@ -70,7 +71,9 @@ def run_local(
         index: away(node.away, faulty(node.fault or "", client, configuration.deadline_seconds))
         for index, node in enumerate(configuration.nodes)
     }
-    exchange = Exchange(LocalGrid(answers, clock, on_start=started), clock)
+    keys = {index: folder / KEYS / "nodes" / f"{index}.pem" for index in answers}
+    signed = keys if configuration.signatures == "required" else None
+    exchange = Exchange(LocalGrid(answers, clock, on_start=started, keys=signed), clock)
     Coordinator(configuration, exchange, folder, emit=listen, resume=resume).run()
 
 
@@ -81,6 +84,11 @@ def run_flower(
     faults = [node.name for node in configuration.nodes if node.fault or node.away]
     if faults:
         raise ConfigurationError(f"node {faults[0]!r}: faults are simulated by --engine local only")
+    if configuration.signatures == "required":
+        # Flower's engine gives all simulated nodes one configuration, so they have no keys.
+        raise ConfigurationError(
+            "signatures = 'required': nodes have keys in --engine local and in deployments only"
+        )
     os.environ.update(QUIET_FLOWER)
     try:
         import ray  # noqa: F401

@@ -10,6 +10,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
 
 from aggregators.codec import pack, unpack
+from aggregators.signatures import join_signature, split_signature
 from simulations.local_grid import Answer, Delivery
 
 RECORD = "fedbraid"
@@ -57,9 +58,12 @@ def _tampered(
     assert isinstance(record, ConfigRecord)
     payload = record["payload"]
     assert isinstance(payload, bytes)
-    header, tensors = unpack(payload)
+    reply, signature = split_signature(payload)
+    header, tensors = unpack(reply)
     change(header, tensors)
-    forged = ConfigRecord({**record, "payload": pack(header, tensors)})
+    # The signature stays that of what the node meant to send.
+    tampered = join_signature(pack(header, tensors), signature)
+    forged = ConfigRecord({**record, "payload": tampered})
     return Delivery(Message(RecordDict({RECORD: forged}), reply_to=asked), delivery.after)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -72,14 +73,17 @@ class LocalGrid(Grid):
         clock: SimulatedClock,
         *,
         on_start: Callable[[int, Message], None] | None = None,
+        keys: Mapping[int, Path] | None = None,
     ) -> None:
-        """``answers``: partition id -> what the node there does with a message."""
+        """``answers``: partition id -> what the node there does with a message. ``keys``: key files."""
         self._clock = clock
         self._on_start = on_start
         self._run = Run.create_empty(run_id=1)
         self._mail = _Mailbox()
         self._nodes = {
-            FIRST_NODE + index: LocalNode(FIRST_NODE + index, answer, _context(index, len(answers)))
+            FIRST_NODE + index: LocalNode(
+                FIRST_NODE + index, answer, _context(index, len(answers), (keys or {}).get(index))
+            )
             for index, answer in sorted(answers.items())
         }
         # Flower's messages take their sender from here; no other run lives in this process.
@@ -172,13 +176,14 @@ def honest(app: ClientApp) -> Answer:
     return answer
 
 
-def _context(index: int, count: int) -> Context:
+def _context(index: int, count: int, key: Path | None) -> Context:
     from flwr.app import UserConfig
 
+    own = {} if key is None else {"key": str(key)}
     return Context(
         run_id=1,
         node_id=FIRST_NODE + index,
-        node_config=UserConfig({"partition-id": index, "num-partitions": count}),
+        node_config=UserConfig({"partition-id": index, "num-partitions": count, **own}),
         state=RecordDict(),
         run_config=UserConfig(),
     )
