@@ -36,10 +36,22 @@ class Outcome:
     memory_bytes: int = 0
     choice: str = ""
     measured: Mapping[str, int] = field(default_factory=dict)
+    staleness: int = 0
+    discount: float = 1.0
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it is accepted and answers the round that it is counted in."""
+        return self.verdict is Verdict.ACCEPTED and self.staleness == 0
 
 
-def judge(reply: Reply, context: GateContext, seen: set[str]) -> Outcome:
-    """Pass a reply through the gate. Every way that it can be wrong ends in a verdict."""
+def judge(
+    reply: Reply, context: GateContext, seen: set[str], *, late_counts: bool = False
+) -> Outcome:
+    """Pass a reply through the gate. Every way that it can be wrong ends in a verdict.
+
+    ``late_counts``: an answer to an earlier round's plan is judged by that plan, and may be accepted.
+    """
     plan = context.plan
     outcome = Outcome(
         plan,
@@ -52,7 +64,7 @@ def judge(reply: Reply, context: GateContext, seen: set[str]) -> Outcome:
     if reply.payload is None:
         outcome.verdict, outcome.reason = Verdict.FAILED, reply.error
         return outcome
-    if reply.late:
+    if reply.late and not late_counts:
         outcome.verdict = Verdict.LATE
         outcome.reason = f"answers round {reply.round} after its deadline"
         return outcome
@@ -127,6 +139,8 @@ def row(outcome: Outcome) -> dict[str, Any]:
         "share": outcome.share,
         "memory_bytes": outcome.memory_bytes,
     }
+    if outcome.staleness:
+        found |= {"staleness": outcome.staleness, "discount": outcome.discount}
     if admitted is not None:
         found |= {"report": admitted.report.model_dump(mode="json")}
         if admitted.update is not None:

@@ -61,7 +61,8 @@ class SimulatedClock:
 @dataclass
 class _Mailbox:
     asked: dict[str, Message] = field(default_factory=dict)
-    arriving: list[tuple[float, Message]] = field(default_factory=list)
+    arriving: list[tuple[float, int, Message]] = field(default_factory=list)
+    round: int = 0
 
 
 class LocalGrid(Grid):
@@ -120,6 +121,7 @@ class LocalGrid(Grid):
             identity = str(uuid4())
             message.metadata.__dict__["_message_id"] = identity
             self._mail.asked[identity] = message
+            self._mail.round = max(self._mail.round, _round_of(message))
             ids.append(identity)
         return ids
 
@@ -130,14 +132,17 @@ class LocalGrid(Grid):
             if identity in wanted:
                 self._compute(self._mail.asked.pop(identity))
                 break
+        # What is too late for its round comes with the next: by order, not by the clock, so that a run
+        # that is resumed hears it in the same round.
         arrived = [
-            (time, reply)
-            for time, reply in self._mail.arriving
-            if time <= self._clock.now() and reply.metadata.reply_to_message_id in wanted
+            (time, number, reply)
+            for time, number, reply in self._mail.arriving
+            if (time <= self._clock.now() or number < self._mail.round)
+            and reply.metadata.reply_to_message_id in wanted
         ]
         for item in arrived:
             self._mail.arriving.remove(item)
-        return [reply for _, reply in arrived]
+        return [reply for _, _, reply in arrived]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -159,7 +164,12 @@ class LocalGrid(Grid):
             self._on_start(node.node_id, message)
         now = self._clock.now()
         for delivery in node.answer(message, node.context):
-            self._mail.arriving.append((now + delivery.after, delivery.reply))
+            self._mail.arriving.append((now + delivery.after, _round_of(message), delivery.reply))
+
+
+def _round_of(message: Message) -> int:
+    group = message.metadata.group_id
+    return int(group) if group.isdigit() else 0
 
 
 def honest(app: ClientApp) -> Answer:

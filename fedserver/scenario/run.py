@@ -14,12 +14,12 @@ from aggregators.presets import PRESETS, Strand
 from fedserver.scenario.data import DataConfiguration
 from fedserver.scenario.mistakes import nearest
 from fedserver.scenario.nodes import NodeConfiguration
+from fedserver.scenario.rounds import RoundKeys
 from fedserver.scenario.strands import (
     MixingConfiguration,
     ProjectedConfiguration,
     ZerothOrderConfiguration,
 )
-from fedserver.scenario.table import Table
 
 NON_LINEAR_VARIANTS = {
     "dora": "its magnitude rescales the whole column, so two nodes' changes do not add",
@@ -38,7 +38,7 @@ BASE_CHANGING_INITS = {
 }
 
 
-class RunConfiguration(Table):
+class RunConfiguration(RoundKeys):
     """Everything that decides the numbers of a run, and where they are written."""
 
     name: str = Field(default="run", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
@@ -87,10 +87,6 @@ class RunConfiguration(Table):
         default="optional",
         description="required: nodes without a key are left out; a node that has one always signs",
     )
-    quorum: int | None = Field(
-        default=None, ge=1, description="accepted updates that a round needs"
-    )
-    deadline_seconds: float = Field(default=3600.0, gt=0)
     max_norm: float | None = Field(default=1e4, gt=0, description="of one update's change")
     max_update_bytes: int = Field(default=1 << 30, ge=1024)
     max_examples: int = Field(
@@ -141,8 +137,16 @@ class RunConfiguration(Table):
         training = sum(node.trains for node in self.nodes)
         if training == 0:
             raise ValueError("nodes: none of them trains")
-        if self.quorum is not None and self.quorum > training:
-            raise ValueError(f"quorum {self.quorum} exceeds the {training} nodes that train")
+        asked = self.participants(training)
+        if self.needed(asked) > (training if self.asynchronous else asked):
+            which = "train" if asked == training else f"train in a round, of {training}"
+            key = "buffer" if self.asynchronous and self.buffer else "quorum"
+            raise ValueError(f"{key} {self.needed(asked)} exceeds the {asked} nodes that {which}")
+        if self.late == "discount" and PRESETS[self.preset].server == "average_factors":
+            raise ValueError(
+                f"late: preset {self.preset!r} averages factors, and a part of both is no part of"
+                " the change; use 'drop'"
+            )
         listed = [node.categories is not None for node in self.nodes]
         if self.data.partition == "categories" and not all(listed):
             missing = names[listed.index(False)]
@@ -262,9 +266,8 @@ class RunConfiguration(Table):
         return max(node.lora_r or self.lora_r for node in self.nodes)
 
     def minimum_updates(self) -> int:
-        """The quorum, by default a majority of the nodes that train."""
-        training = sum(node.trains for node in self.nodes)
-        return self.quorum if self.quorum is not None else training // 2 + 1
+        """The quorum of a round, by default a majority of the nodes that it asks to train."""
+        return self.needed(self.participants(sum(node.trains for node in self.nodes)))
 
     def node(self, name: str) -> NodeConfiguration | None:
         """The entry of one node, None for a node that the scenario does not name."""
