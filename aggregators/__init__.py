@@ -4,6 +4,7 @@ from aggregators.basis import Basis
 from aggregators.carry import Carry
 from aggregators.codec import decode, encode
 from aggregators.dense import Dense
+from aggregators.factor_scalars import FactorScalars
 from aggregators.gate import Admitted, GateContext, admit, gate
 from aggregators.layout import Layout, TensorSpec
 from aggregators.low_rank import Factors, LowRank
@@ -20,6 +21,7 @@ __all__ = [
     "Basis",
     "Carry",
     "Dense",
+    "FactorScalars",
     "Factors",
     "GateContext",
     "Layout",

@@ -15,10 +15,13 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from aggregators.dense import Dense
+from aggregators.factor_scalars import FactorScalars
 from aggregators.layout import Layout
 from aggregators.low_rank import LowRank
 from aggregators.probe_codec import (
+    factor_scalars_parts,
     projected_parts,
+    read_factor_scalars,
     read_projected,
     read_seed_scalars,
     seed_scalars_parts,
@@ -124,6 +127,9 @@ def update_parts(update: Update, dtype: str | None = None) -> tuple[Header, dict
     elif isinstance(update, SeedScalars):
         fields, tensors = seed_scalars_parts(update, dtype)
         header |= fields
+    elif isinstance(update, FactorScalars):
+        fields, tensors = factor_scalars_parts(update, dtype)
+        header |= fields
     elif isinstance(update, ProjectedGradient):
         fields, tensors = projected_parts(update, dtype)
         header |= fields
@@ -148,6 +154,7 @@ def update_from_parts(header: Header, tensors: dict[str, Tensor], layout: Layout
         LowRank.family: _read_low_rank,
         Dense.family: _read_dense,
         SeedScalars.family: read_seed_scalars,
+        FactorScalars.family: read_factor_scalars,
         ProjectedGradient.family: read_projected,
         Sketch.family: read_sketch,
     }

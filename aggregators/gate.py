@@ -9,12 +9,19 @@ from torch import Tensor
 
 from aggregators.basis import Basis
 from aggregators.codec import WIRE_DTYPES, unpack, update_from_parts
+from aggregators.factor_scalars import FactorScalars
 from aggregators.layout import Layout
-from aggregators.messages import Envelope, Plan, Report, body_digest, open_reply, shared_a
-from aggregators.methods import LoraMethod, ZerothOrderMethod
-from aggregators.probe_checks import check_coordinates, check_scalars, check_sketch
+from aggregators.messages import Envelope, Plan, Report, body_digest, open_reply
+from aggregators.methods import FactorMethod, LoraMethod, ZerothOrderMethod
+from aggregators.probe_checks import (
+    check_coordinates,
+    check_factors,
+    check_scalars,
+    check_sketch,
+)
 from aggregators.projected import ProjectedGradient
 from aggregators.seed_scalars import SeedScalars
+from aggregators.shared_factors import shared_a
 from aggregators.sketch import Sketch
 from aggregators.targets import match_targets, trained_names
 from aggregators.update import Update, UpdateRejected, Verdict
@@ -81,7 +88,7 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
 
 def norm_of(update: Update) -> float:
     """The norm of a change; of one along probes its mean over seeds, which takes no probe."""
-    if isinstance(update, (SeedScalars, ProjectedGradient)):
+    if isinstance(update, (SeedScalars, FactorScalars, ProjectedGradient)):
         return math.sqrt(update.expected_squared_norm())
     return math.sqrt(update.squared_norm())
 
@@ -131,6 +138,11 @@ def _read_update(body: bytes, context: GateContext) -> Update:
         assert isinstance(plan.method, ZerothOrderMethod)
         names = _reached(plan.method, context.layout)
         check_scalars(update, plan.method, names, plan.local_steps)
+    elif isinstance(update, FactorScalars):
+        assert isinstance(plan.method, FactorMethod)
+        names = trained_names(context.layout, plan.method.target_modules, plan.method.layers)
+        check_factors(update, plan.method, names)
+        check_scalars(update.scalars, plan.method, None, plan.local_steps)
     elif isinstance(update, ProjectedGradient):
         check_coordinates(update, plan.method)
     elif isinstance(update, Sketch):

@@ -2,17 +2,18 @@
 
 LoraMethod          low-rank factors by backpropagation             -> LowRank
 ZerothOrderMethod   forward passes alone, scalars along probes      -> SeedScalars
+FactorMethod        the same, along probes of LoRA's B              -> FactorScalars
 ProjectedMethod     backpropagation through weights, projected      -> ProjectedGradient
 SketchMethod        the same, seen through the public basis         -> Sketch
 """
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from aggregators.factor_scalars import LARGEST_RANK, lora_scale
 from aggregators.reach import MOST_BLOCKS, Reach
 from aggregators.targets import Layers
 
@@ -55,7 +56,7 @@ class LoraMethod(_Method):
     @property
     def scale(self) -> float:
         """s in the change s B A: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski, 2023)."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return lora_scale(self.alpha, self.rank, self.rslora)
 
     @property
     def label(self) -> str:
@@ -112,6 +113,24 @@ class ZerothOrderMethod(_Method):
     def label(self) -> str:
         """What the node sends, in a word or two."""
         return f"{self.pool_size:,} seeds"
+
+
+class FactorMethod(ZerothOrderMethod):
+    """The same along probes of LoRA's B of ``rank`` on ``target_modules``, with a public A.
+
+    The base is frozen. ``scale``: s in the change s B A; ``shared_seed``: what A stands for. All nodes
+    have one rank and one A: only then do their scalars add.
+    """
+
+    family: Literal["factor_scalars"] = "factor_scalars"  # type: ignore[assignment]
+    rank: int = Field(ge=1, le=LARGEST_RANK)
+    scale: float = Field(gt=0, lt=1e6)
+    shared_seed: Seed
+
+    @property
+    def label(self) -> str:
+        """What the node sends, in a word or two."""
+        return f"{self.pool_size:,} seeds, rank {self.rank}"
 
 
 class FirstOrderMethod(_Method):
@@ -194,5 +213,6 @@ class SketchMethod(FirstOrderMethod):
 
 
 Method = Annotated[
-    LoraMethod | ZerothOrderMethod | ProjectedMethod | SketchMethod, Field(discriminator="family")
+    LoraMethod | ZerothOrderMethod | FactorMethod | ProjectedMethod | SketchMethod,
+    Field(discriminator="family"),
 ]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aggregators.codec import encode
 from aggregators.dense import Dense
+from aggregators.factor_scalars import FactorScalars
 from aggregators.layout import Layout
 from aggregators.low_rank import LowRank, stack
 from aggregators.projected import ProjectedGradient
@@ -24,7 +25,9 @@ from aggregators.update import Update, require_layout
 
 Weighted = tuple[Any, float]
 
-FAMILIES = tuple(kind.family for kind in (LowRank, SeedScalars, ProjectedGradient, Sketch, Dense))
+FAMILIES = tuple(
+    kind.family for kind in (LowRank, SeedScalars, FactorScalars, ProjectedGradient, Sketch, Dense)
+)
 
 
 @dataclass(frozen=True)

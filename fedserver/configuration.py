@@ -87,7 +87,12 @@ class ZerothOrderConfiguration(_Strict):
     clip: float | None = Field(default=1000.0, gt=0, description="largest slope that counts whole")
     directions: int = Field(default=1, ge=1, le=64, description="probes of one step")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of the estimator momentum")
-    target_modules: tuple[str, ...] = Field(default=(), description="empty: all weights")
+    trains: Literal["weights", "lora"] = Field(
+        default="weights", description="lora: B of rank lora_r, beside an A that a seed stands for"
+    )
+    target_modules: tuple[str, ...] = Field(
+        default=(), description="empty: all weights; with lora all-linear"
+    )
     layers: tuple[int, int] | None = Field(
         default=None, description="[first, past]: these layers alone, counted from 0"
     )

@@ -14,6 +14,7 @@ from aggregators import (
     Basis,
     Carry,
     Dense,
+    FactorScalars,
     Layout,
     LowRank,
     ProjectedGradient,
@@ -33,10 +34,7 @@ from aggregators.view import View, read_view, view_parts
 from fedserver.configuration import RunConfiguration
 from fedserver.planner import basis_seed, trained
 
-FAMILY_OF = {
-    "lora": LowRank.family,
-    "zeroth-order": SeedScalars.family,
-}
+ZEROTH_ORDER_FAMILY = {"weights": SeedScalars.family, "lora": FactorScalars.family}
 PROJECTED_FAMILY = {"adaptive": Sketch.family, "random": ProjectedGradient.family}
 # Of the learning rate: the finest step of a scalar that a run's sum tells apart.
 STEP_BITS = 16
@@ -157,7 +155,11 @@ def next_model(
         total = sum(examples for _, examples in updates)
         shares = [examples / total for _, examples in updates]
         return GlobalModel(Carry.empty(layout).add(adapter), adapter), shares
-    families = FAMILY_OF | {"projected": PROJECTED_FAMILY[configuration.basis]}
+    families = {
+        "lora": LowRank.family,
+        "zeroth-order": ZEROTH_ORDER_FAMILY[configuration.zeroth_order.trains],
+        "projected": PROJECTED_FAMILY[configuration.basis],
+    }
     weights = {families[strand]: w for strand, w in configuration.mixing.weights.items()}
     mixed = aggregate(list(updates), layout, configuration.mixing.rule, weights)
     following = model
@@ -172,6 +174,8 @@ def _with(model: GlobalModel, change: Update, configuration: RunConfiguration) -
     """The state with one family's change of a round."""
     if isinstance(change, LowRank):
         return replace(model, carry=model.carry.add(change))
+    if isinstance(change, FactorScalars):
+        return replace(model, carry=model.carry.add(change.low_rank()))
     if isinstance(change, SeedScalars):
         return replace(model, sums=_with_scalars(model.sums, change, configuration))
     if isinstance(change, Sketch):
@@ -216,7 +220,7 @@ def _with_statistics(model: GlobalModel, updates: Sequence[tuple[Update, int]]) 
     """The state with what this round's nodes measured, each measurement counting alike."""
     known = model.statistics
     for update, _ in updates:
-        found = update.statistics if isinstance(update, SeedScalars) else None
+        found = update.statistics if isinstance(update, (SeedScalars, FactorScalars)) else None
         if found is not None:
             known = found if known is None else known + found
     return replace(model, statistics=known)

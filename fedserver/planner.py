@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from aggregators import Layout, match_targets
+from aggregators.factor_scalars import lora_scale
 from aggregators.messages import Capabilities, Plan
 from aggregators.methods import (
+    FactorMethod,
     LoraMethod,
     Method,
     ProjectedMethod,
@@ -81,7 +83,8 @@ def check_targets(configuration: RunConfiguration, layout: Layout) -> list[str]:
 def check_reach(configuration: RunConfiguration, layout: Layout) -> None:
     """Refuse zeroth-order training of no tensor, and of more blocks than layers."""
     settings = configuration.zeroth_order
-    names = trained_names(layout, settings.target_modules, settings.layers)
+    method = zeroth_order(configuration)
+    names = trained_names(layout, method.target_modules, method.layers)
     if not names:
         raise ConfigurationError(
             f"zeroth_order.target_modules {list(settings.target_modules)} and layers"
@@ -89,7 +92,7 @@ def check_reach(configuration: RunConfiguration, layout: Layout) -> None:
             f" {layer_count(layout)} layers"
         )
     try:
-        zeroth_order(configuration).reach.block_of(layout, names)
+        method.reach.block_of(layout, names)
     except ValueError as error:
         raise ConfigurationError(f"zeroth_order: {error}") from None
 
@@ -159,10 +162,17 @@ def make_method(
 
 def zeroth_order(configuration: RunConfiguration) -> ZerothOrderMethod:
     """How a node trains by forward passes alone: the same in every round, so that scalars add."""
-    settings = configuration.zeroth_order.model_dump(exclude=OF_THE_PLAN)
-    return ZerothOrderMethod(
-        **settings
-        | {"master_seed": _seed(configuration, "pool"), "sampling": configuration.sampling}
+    settings = configuration.zeroth_order.model_dump(exclude={*OF_THE_PLAN, "trains"})
+    settings |= {"master_seed": _seed(configuration, "pool"), "sampling": configuration.sampling}
+    if configuration.zeroth_order.trains == "weights":
+        return ZerothOrderMethod(**settings)
+    alpha, rank = configuration.lora_alpha, configuration.lora_r
+    settings["target_modules"] = settings["target_modules"] or ("all-linear",)
+    return FactorMethod(
+        **settings,
+        rank=rank,
+        scale=lora_scale(alpha, rank, configuration.lora_rslora),
+        shared_seed=_seed(configuration, "factors"),
     )
 
 

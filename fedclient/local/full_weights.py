@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fedkernels as fk
 from aggregators import Basis, Layout, ProjectedGradient, Sketch, Update
 from aggregators.messages import Plan
-from aggregators.methods import ProjectedMethod, SketchMethod, ZerothOrderMethod
+from aggregators.methods import FactorMethod, ProjectedMethod, SketchMethod, ZerothOrderMethod
 from aggregators.view import View
 from fedclient.base_model import LoadedModel
 from fedclient.local import first_order, projection, zeroth_order
@@ -42,7 +42,8 @@ class FullWeightsTrainer:
         plan, method = self.plan, self.plan.method
         # The model may run fused, and its copy is trained: fused modules are put on anew.
         fk.restore(self.model)
-        own = copy.deepcopy(self.model)
+        # Factors are trained beside weights that stay, so these need no copy.
+        own = self.model if isinstance(method, FactorMethod) else copy.deepcopy(self.model)
         walk: dict[str, Any] = {
             "seed": plan.seed,
             "learning_rate": plan.learning_rate,

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import fedkernels as fk
 from aggregators import Layout, LowRank, match_targets
-from aggregators.messages import Plan, shared_a
+from aggregators.messages import Plan
+from aggregators.shared_factors import shared_a
 from aggregators.view import View
 from fedclient.base_model import LoadedModel
 from fedclient.local.result import TrainingResult

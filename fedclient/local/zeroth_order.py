@@ -13,14 +13,15 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from aggregators import Layout, SeedScalars
-from aggregators.methods import ZerothOrderMethod
+from aggregators import FactorScalars, Layout, SeedScalars
+from aggregators.methods import FactorMethod, ZerothOrderMethod
 from aggregators.seed_sampling import drawn_indices
 from aggregators.seed_statistics import SeedStatistics
+from aggregators.shared_factors import factor_layout
 from aggregators.targets import trained_names
 from fedclient.local.estimators import ESTIMATORS, Measured, Point
 from fedclient.local.objectives import OBJECTIVES
-from fedclient.local.perturbation import perturbable
+from fedclient.local.perturbation import factored, perturbable
 from fedclient.local.placement import PlacementError
 from fedclient.local.result import TrainingResult
 from fedclient.local.scope import Scope
@@ -45,11 +46,12 @@ def train(
     progress: Callable[[int, int, float], None] | None = None,
     start: Mapping[int, float] | None = None,
     levels: bytes | None = None,
-) -> tuple[SeedScalars, TrainingResult]:
+) -> tuple[SeedScalars | FactorScalars, TrainingResult]:
     """Take ``steps`` steps, a batch each, and return their sum and how it went.
 
     The walk moves ``model``, where its weights can hold small steps (float32); beside others it is kept
-    for as long as this call lasts. Measuring never changes a weight.
+    for as long as this call lasts. Measuring never changes a weight, and a walk
+    of factors (``FactorMethod``) none at all.
 
     Args:
         model: a causal language model of Hugging Face with the node's own weights at the start.
@@ -64,7 +66,12 @@ def train(
     Raises:
         ZerothOrderError: the targets are not in the model, or no step had a finite loss.
     """
-    scope = _scope(layout, method)
+    own = _layout_of(layout, method)
+    scope = _scope(layout, own, method)
+    if isinstance(method, FactorMethod):
+        perturbed = factored(model, layout, own, method, scope)
+    else:
+        perturbed = perturbable(model, layout, method.probe, scope=scope)
     probe_seed: dict[int, int] = {}
     draws = drawn_indices(seed, method.pool_size, levels)
     estimator = ESTIMATORS[method.estimator](method)
@@ -74,7 +81,7 @@ def train(
     losses: list[float] = []
     tokens = skipped = taken = 0
     try:
-        with perturbable(model, layout, method.probe, scope=scope) as asked:
+        with perturbed as asked:
             asked.move({scope.seed(k): amount for k, amount in (start or {}).items()})
             for step, batch in enumerate(islice(batches, steps)):
                 indices = _distinct(draws, method)
@@ -115,10 +122,14 @@ def train(
         statistics = SeedStatistics.of(method.clip, method.pool_size, measured).on(
             torch.tensor(used)
         )
-    update = SeedScalars(
-        layout, method.master_seed, method.pool_size, used, [scalars.get(k, 0.0) for k in used],
+    found = SeedScalars(
+        own, method.master_seed, method.pool_size, used, [scalars.get(k, 0.0) for k in used],
         method.probe, scope.names, statistics, method.reach,
     )  # fmt: skip
+    update: SeedScalars | FactorScalars = found
+    if isinstance(method, FactorMethod):
+        names = [spec.name for spec in own]
+        update = FactorScalars(layout, names, method.rank, method.scale, method.shared_seed, found)
     return update, TrainingResult(losses[0], losses[-1], tokens, taken, skipped)
 
 
@@ -137,15 +148,31 @@ def _distinct(draws: Iterator[int], method: ZerothOrderMethod) -> list[int]:
     return list(chosen)
 
 
-def _scope(layout: Layout, method: ZerothOrderMethod) -> Scope:
+def _layout_of(layout: Layout, method: ZerothOrderMethod) -> Layout:
+    """The layout whose tensors the probes are of: the weights', or that of their factors."""
+    if not isinstance(method, FactorMethod):
+        return layout
+    names = _names(layout, method)
+    try:
+        return factor_layout(layout, names, method.rank)
+    except ValueError as error:
+        raise ZerothOrderError(str(error)) from None
+
+
+def _names(layout: Layout, method: ZerothOrderMethod) -> list[str]:
     names = trained_names(layout, method.target_modules, method.layers)
     if not names:
         layers = f" in the layers {list(method.layers)}" if method.layers else ""
         raise ZerothOrderError(
             f"target_modules {list(method.target_modules)} match no matrix of this model{layers}"
         )
-    whole = len(names) == len(layout)
+    return names
+
+
+def _scope(layout: Layout, own: Layout, method: ZerothOrderMethod) -> Scope:
+    names = _names(layout, method)
+    whole = len(names) == len(own)
     try:
-        return Scope(layout, None if whole else names, method.master_seed, method.reach)
+        return Scope(own, None if whole else names, method.master_seed, method.reach)
     except ValueError as error:
         raise ZerothOrderError(str(error)) from None
