@@ -9,6 +9,7 @@ from aggregators.gate import Admitted, GateContext, admit, gate
 from aggregators.layout import Layout, TensorSpec
 from aggregators.low_rank import Factors, LowRank
 from aggregators.mixing import Aggregate, aggregate, average_factors
+from aggregators.pair import Pair
 from aggregators.projected import ProjectedGradient, allocation
 from aggregators.seed_scalars import SeedScalars
 from aggregators.sketch import Sketch
@@ -26,6 +27,7 @@ __all__ = [
     "GateContext",
     "Layout",
     "LowRank",
+    "Pair",
     "ProjectedGradient",
     "SeedScalars",
     "Sketch",

@@ -3,6 +3,7 @@
 LoraMethod          low-rank factors by backpropagation             -> LowRank
 ZerothOrderMethod   forward passes alone, scalars along probes      -> SeedScalars
 FactorMethod        the same, along probes of LoRA's B              -> FactorScalars
+HybridMethod        the one below a cut, LoRA above it              -> Pair
 ProjectedMethod     backpropagation through weights, projected      -> ProjectedGradient
 SketchMethod        the same, seen through the public basis         -> Sketch
 """
@@ -37,10 +38,14 @@ class _Method(BaseModel):
 
 
 class LoraMethod(_Method):
-    """A LoRA adapter of ``rank`` on ``target_modules``; the rest is the preset's way of doing it."""
+    """A LoRA adapter of ``rank`` on ``target_modules``; the rest is the preset's way of doing it.
+
+    ``layers``: those [first, past) alone are adapted.
+    """
 
     family: Literal["low_rank"] = "low_rank"
     target_modules: Modules
+    layers: Layers = None
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
     rslora: bool
@@ -133,6 +138,25 @@ class FactorMethod(ZerothOrderMethod):
         return f"{self.pool_size:,} seeds, rank {self.rank}"
 
 
+class HybridMethod(_Method):
+    """Zeroth-order steps below a cut, backpropagation above it (ZO-Bench, Zhang et al., 2024).
+
+    ``lower`` trains weights of the layers below the cut and ``upper`` LoRA factors of those from it on,
+    at ``upper_learning_rate``; every step does both, at one point. Backpropagation ends at the cut, so
+    nothing below it keeps activations.
+    """
+
+    family: Literal["pair"] = "pair"
+    lower: ZerothOrderMethod
+    upper: LoraMethod
+    upper_learning_rate: float = Field(gt=0)
+
+    @property
+    def label(self) -> str:
+        """What the node sends, in a word or two."""
+        return f"{self.lower.label}, {self.upper.label}"
+
+
 class FirstOrderMethod(_Method):
     """Backpropagation through the weights of ``target_modules`` (() means all).
 
@@ -213,6 +237,6 @@ class SketchMethod(FirstOrderMethod):
 
 
 Method = Annotated[
-    LoraMethod | ZerothOrderMethod | FactorMethod | ProjectedMethod | SketchMethod,
+    LoraMethod | ZerothOrderMethod | FactorMethod | HybridMethod | ProjectedMethod | SketchMethod,
     Field(discriminator="family"),
 ]

@@ -81,7 +81,7 @@ class ZerothOrderConfiguration(_Strict):
     learning_rate: float = Field(default=1e-6, gt=0)
     probe: Probe = "rank1"
     pool_size: int = Field(default=4096, ge=1, le=1 << 24, description="seeds of the pool")
-    estimator: Estimator = "spsa"
+    estimator: Estimator | Literal["hybrid"] = "spsa"
     objective: Objective = "loss"
     epsilon: float = Field(default=1e-3, gt=0, le=1, description="how far weights are perturbed")
     clip: float | None = Field(default=1000.0, gt=0, description="largest slope that counts whole")
@@ -95,6 +95,9 @@ class ZerothOrderConfiguration(_Strict):
     )
     layers: tuple[int, int] | None = Field(
         default=None, description="[first, past]: these layers alone, counted from 0"
+    )
+    cut: int | None = Field(
+        default=None, ge=1, description="first layer of backpropagation, of the estimator hybrid"
     )
     blocks: int = Field(
         default=4, ge=2, le=MOST_BLOCKS, description="of layers, of the estimator block-wise"
@@ -112,6 +115,13 @@ class ZerothOrderConfiguration(_Strict):
     def _possible(self) -> ZerothOrderConfiguration:
         if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
             raise ValueError(f"layers {list(self.layers)} are none; [first, past] counts from 0")
+        if self.estimator == "hybrid" and (self.trains != "weights" or self.layers is not None):
+            raise ValueError(
+                "estimator 'hybrid' trains the weights below cut and LoRA above it; leave trains and"
+                " layers out"
+            )
+        if self.cut is not None and self.estimator != "hybrid":
+            raise ValueError("cut is of the estimator 'hybrid'; leave it out")
         if self.estimator == "block-wise" and self.pool_size < self.blocks:
             raise ValueError(
                 f"pool_size {self.pool_size} has no seed for some of the {self.blocks} blocks"
@@ -298,6 +308,11 @@ class RunConfiguration(_Strict):
         if self.sampling == "magnitude" and self.zeroth_order.clip is None:
             raise ValueError(
                 "zeroth_order.clip: seeds are drawn by slopes that are cut to it; give a number"
+            )
+        if self.zeroth_order.estimator == "hybrid" and self.base_dtype != "float32":
+            raise ValueError(
+                "zeroth_order.estimator 'hybrid' takes small steps in the weights themselves; set"
+                ' base_dtype = "float32"'
             )
         if self.lora_init == "carry" and not PRESETS[self.preset].train_a:
             raise ValueError(f"preset {self.preset!r} fixes A, so lora_init cannot be 'carry'")

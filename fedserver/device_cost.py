@@ -12,7 +12,7 @@ import math
 
 from aggregators import Layout, match_targets
 from aggregators.messages import Plan
-from aggregators.methods import LoraMethod, ZerothOrderMethod
+from aggregators.methods import HybridMethod, LoraMethod, ZerothOrderMethod
 from fedserver.configuration import NodeConfiguration
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -28,6 +28,13 @@ def memory_bytes(plan: Plan, layout: Layout) -> int:
     tokens = plan.batch_size * plan.max_length
     matrices = match_targets(layout, ("all-linear",))
     kept = sum(layout.shape(name)[0] for name in matrices) * tokens * FLOAT
+    if isinstance(method, HybridMethod):
+        # Below the cut nothing is kept, and the copy that moves is float32.
+        names = match_targets(layout, method.upper.target_modules, method.upper.layers)
+        above = match_targets(layout, ("all-linear",), method.upper.layers)
+        kept = sum(layout.shape(name)[0] for name in above) * tokens * FLOAT
+        numbers = sum(method.upper.rank * sum(layout.shape(name)) for name in names)
+        return layout.elements * FLOAT + kept + numbers * FLOAT * (2 + ADAMW_STATE)
     if isinstance(method, ZerothOrderMethod):
         widest = max((max(layout.shape(name)) for name in matrices), default=1)
         return weights + FORWARD_STREAMS * widest * tokens * FLOAT

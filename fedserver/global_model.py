@@ -27,6 +27,7 @@ from aggregators import (
     encode,
 )
 from aggregators.codec import pack, unpack
+from aggregators.pair import parts_of
 from aggregators.presets import PRESETS, Preset
 from aggregators.probe_sum import ProbeSum
 from aggregators.seed_statistics import SeedStatistics
@@ -220,9 +221,10 @@ def _with_statistics(model: GlobalModel, updates: Sequence[tuple[Update, int]]) 
     """The state with what this round's nodes measured, each measurement counting alike."""
     known = model.statistics
     for update, _ in updates:
-        found = update.statistics if isinstance(update, (SeedScalars, FactorScalars)) else None
-        if found is not None:
-            known = found if known is None else known + found
+        for part in parts_of(update):
+            found = part.statistics if isinstance(part, (SeedScalars, FactorScalars)) else None
+            if found is not None:
+                known = found if known is None else known + found
     return replace(model, statistics=known)
 
 

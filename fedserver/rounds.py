@@ -11,7 +11,7 @@ import torch
 
 from aggregators import Basis, GateContext, Layout, Verdict
 from aggregators.messages import Plan, encode_plan
-from aggregators.methods import LoraMethod, SketchMethod, ZerothOrderMethod
+from aggregators.methods import HybridMethod, LoraMethod, SketchMethod, ZerothOrderMethod
 from aggregators.presets import PRESETS
 from aggregators.view import View
 from fedserver import events, metrics
@@ -322,7 +322,7 @@ class Coordinator:
         """What a method needs to know beside the model itself."""
         if plan.action == "train" and isinstance(plan.method, SketchMethod):
             return {"basis": basis}
-        if plan.action == "train" and isinstance(plan.method, ZerothOrderMethod):
+        if plan.action == "train" and isinstance(plan.method, ZerothOrderMethod | HybridMethod):
             known = model.statistics
             return {"levels": known.levels()} if known is not None else {}
         return {}

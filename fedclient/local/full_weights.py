@@ -13,10 +13,16 @@ from torch import Tensor, nn
 import fedkernels as fk
 from aggregators import Basis, Layout, ProjectedGradient, Sketch, Update
 from aggregators.messages import Plan
-from aggregators.methods import FactorMethod, ProjectedMethod, SketchMethod, ZerothOrderMethod
+from aggregators.methods import (
+    FactorMethod,
+    HybridMethod,
+    ProjectedMethod,
+    SketchMethod,
+    ZerothOrderMethod,
+)
 from aggregators.view import View
 from fedclient.base_model import LoadedModel
-from fedclient.local import first_order, projection, zeroth_order
+from fedclient.local import first_order, hybrid, projection, zeroth_order
 from fedclient.local.result import TrainingResult
 from fedclient.residual import Residuals
 from fedclient.state import weights_of
@@ -52,6 +58,8 @@ class FullWeightsTrainer:
         }
         if isinstance(method, ZerothOrderMethod):
             return zeroth_order.train(own, self.layout, batches, method, **walk, levels=self.levels)
+        if isinstance(method, HybridMethod):
+            return hybrid.train(own, self.layout, batches, plan, self.levels, progress)
         assert isinstance(method, (ProjectedMethod, SketchMethod))
         change, result = first_order.train(own, self.layout, batches, method, **walk)
         del own  # the projection needs its room

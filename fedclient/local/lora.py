@@ -88,7 +88,7 @@ def adapted(
     ``view``: layout name -> (B [out, k], A [k, in], scale). With ``plan.lora.start == "view"`` the view
     is the trainable adapter's start and nothing is frozen beside it. Raises AdapterError.
     """
-    targets = match_targets(layout, plan.lora.target_modules)
+    targets = match_targets(layout, plan.lora.target_modules, plan.lora.layers)
     modules = {name.removesuffix(WEIGHT): name for name in targets}
     frozen = view if view and plan.lora.start == "fresh" else None
     transposed = {path: _is_transposed(model.get_submodule(path)) for path in modules}
@@ -172,7 +172,10 @@ def read_factors(wrapped: PeftModel, layout: Layout, plan: Plan) -> dict[str, Fa
             a.clone(memory_format=torch.contiguous_format),
             float(layer.scaling[LOCAL]),
         )
-    return {name: found[name] for name in match_targets(layout, plan.lora.target_modules)}
+    return {
+        name: found[name]
+        for name in match_targets(layout, plan.lora.target_modules, plan.lora.layers)
+    }
 
 
 def local_update(

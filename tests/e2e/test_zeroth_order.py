@@ -23,6 +23,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "pro": {"preset": "fedkseed-pro"},
     "block-wise": {"estimator": "block-wise", "blocks": 2, "layers": [0, 2]},
     "sparse": {"estimator": "sparse", "density": 0.2, "learning_rate": 1e-3},
+    "hybrid": {"estimator": "hybrid", "cut": 1, "sampling": "magnitude"},
     "lora": {"trains": "lora", "learning_rate": 1e-3},
     "lora-pro": {"preset": "fedkseed-pro", "trains": "lora", "target_modules": ["q_proj"]},
 }
@@ -100,7 +101,7 @@ def test_a_run_replays_and_one_that_was_interrupted_ends_alike(
     ledger.close()
 
 
-@pytest.mark.parametrize("way", ["lora", "sparse"])
+@pytest.mark.parametrize("way", ["lora", "sparse", "hybrid"])
 def test_the_state_is_the_sum_of_the_weighted_means(way: str, make: Any, tmp_path: Path) -> None:
     """Law 2, in float64; of factors a low-rank change, of a mask only what it leaves."""
     configuration = make(way)
@@ -127,7 +128,7 @@ def test_the_state_is_the_sum_of_the_weighted_means(way: str, make: Any, tmp_pat
     for name, change in expected.items():
         found = view.moved(name, torch.zeros(layout.shape(name))).double()
         assert float((found - change).norm()) <= 1e-4 * float(change.norm()) > 0, name
-    assert bool(view.sums) == (way == "sparse")
+    assert bool(view.sums) == (way != "lora")
 
 
 def test_sampling_needs_a_bound(make: Any) -> None:
