@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from aggregators import SeedScalars
+from aggregators import FactorScalars, Layout, SeedScalars
 from aggregators.gate import GateContext, admit
 from aggregators.messages import Plan
+from aggregators.methods import FactorMethod
+from aggregators.shared_factors import factor_layout
+from aggregators.targets import trained_names
+from fedclient.base_model import load
 from fedserver.configuration import ConfigurationError, RunConfiguration, parse
 from fedserver.export import final_change
-from fedserver.global_model import GlobalModel
+from fedserver.global_model import GlobalModel, next_model
 from fedserver.ledger import Ledger
+from fedserver.planner import zeroth_order
 from fedserver.replay import replay, restore, states
 from fedserver.run_folder import read_layout
 from simulations.run import ledger_head, simulate
@@ -129,6 +134,31 @@ def test_the_state_is_the_sum_of_the_weighted_means(way: str, make: Any, tmp_pat
         found = view.moved(name, torch.zeros(layout.shape(name))).double()
         assert float((found - change).norm()) <= 1e-4 * float(change.norm()) > 0, name
     assert bool(view.sums) == (way != "lora")
+
+
+@pytest.mark.parametrize(("way", "part"), [("lora", "carry"), ("sparse", "sums")])
+def test_the_weight_of_the_strand_is_that_of_what_it_trains(
+    way: str, part: str, make: Any, tiny_model_folder: Path
+) -> None:
+    """Half the weight, half the change: of factors as of weights."""
+    layout = Layout.from_model(load(str(tiny_model_folder)).model)
+    method = zeroth_order(make(way))
+    names = trained_names(layout, method.target_modules)
+    own = layout if way == "sparse" else factor_layout(layout, names, 2)
+    update: Any = SeedScalars(
+        own, method.master_seed, 32, [3], [2.0**-12], method.probe, reach=method.reach
+    )
+    if isinstance(method, FactorMethod):
+        update = FactorScalars(layout, names, 2, method.scale, method.shared_seed, update)
+    changes = []
+    for weight in (1.0, 0.5):
+        configuration = make(way, mixing={"weights": {"zeroth-order": weight}})
+        model, shares = next_model(GlobalModel.empty(layout), [(update, 7)], configuration)
+        assert shares == [weight]
+        held = model.carry.dense() if part == "carry" else model.sums[0].dense()
+        changes.append(held[names[0]])
+    assert float(changes[0].norm()) > 0
+    torch.testing.assert_close(changes[1], changes[0] / 2, rtol=1e-3, atol=1e-9)
 
 
 def test_sampling_needs_a_bound(make: Any) -> None:
