@@ -7,7 +7,7 @@ from typing import Any
 
 from aggregators import Basis
 from aggregators.messages import Plan, encode_plan
-from aggregators.methods import LoraMethod, SketchMethod, ZerothOrderMethod
+from aggregators.methods import HybridMethod, LoraMethod, SketchMethod, ZerothOrderMethod
 from aggregators.presets import PRESETS
 from aggregators.view import View
 from fedserver.configuration import RunConfiguration
@@ -69,7 +69,7 @@ def _beside(model: GlobalModel, plan: Plan, basis: Basis | None) -> dict[str, An
     """What a method needs to know beside the model itself."""
     if plan.action == "train" and isinstance(plan.method, SketchMethod):
         return {"basis": basis}
-    if plan.action == "train" and isinstance(plan.method, ZerothOrderMethod):
+    if plan.action == "train" and isinstance(plan.method, ZerothOrderMethod | HybridMethod):
         known = model.statistics
         return {"levels": known.levels()} if known is not None else {}
     return {}
