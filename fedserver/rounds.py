@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,17 @@ class Coordinator:
         # The order of floating-point sums, so the bits of the state, depends on the threads.
         torch.set_num_threads(self._configuration.threads)
         # A folder of another run must be found out before the nodes are set to work.
-        existing = open_existing(self._folder, self._configuration, resume=self._resume)
-        roster = gather_roster(self._configuration, self._exchange, self._emit)
-        self._configuration, self._choices = with_choices(self._configuration, roster.layout)
-        targets = check_targets(self._configuration, roster.layout)
-        ledger = existing or Ledger(self._folder, create=True)
-        try:
+        with ExitStack() as stack:
+            ledger = open_existing(self._folder, self._configuration, resume=self._resume)
+            if ledger is not None:
+                stack.callback(ledger.close)
+            roster = gather_roster(self._configuration, self._exchange, self._emit)
+            self._configuration, self._choices = with_choices(self._configuration, roster.layout)
+            targets = check_targets(self._configuration, roster.layout)
+            if ledger is None:
+                ledger = Ledger(self._folder, create=True)
+                stack.callback(ledger.close)
             return self._run(ledger, roster, targets)
-        finally:
-            ledger.close()
 
     def _run(self, ledger: Ledger, roster: Roster, targets: list[str]) -> dict[str, Any]:
         configuration = self._configuration
