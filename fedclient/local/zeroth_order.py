@@ -7,7 +7,7 @@ number for each probe that it used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from torch import Tensor, nn
@@ -39,7 +39,6 @@ def train(
     learning_rate: float,
     steps: int,
     progress: Callable[[int, int, float], None] | None = None,
-    start: Mapping[int, float] | None = None,
 ) -> tuple[SeedScalars, TrainingResult]:
     """Take ``steps`` steps, a batch each, and return their sum and how it went.
 
@@ -47,12 +46,11 @@ def train(
     for as long as this call lasts. Measuring never changes a weight.
 
     Args:
-        model: a causal language model of Hugging Face with the node's own weights at the start.
+        model: a causal language model of Hugging Face with the node's own weights at the start, or a
+            quantised base with the run's change beside it (``fedclient.beside``).
         layout: that of the base model; a quantised model still has the layout of the whole one.
         batches: input_ids, attention_mask and labels, each int64 [batch, length].
         seed: decides which probes of the pool are drawn, the same on every machine.
-        start: amounts by pool index of a change that ``model`` does not have yet, and that is no part of
-            the update: the run's, for a base that cannot hold it.
         progress: hears (step, steps, mean loss) after every step.
 
     Raises:
@@ -68,7 +66,6 @@ def train(
     tokens = skipped = taken = 0
     try:
         with perturbable(model, layout, method.probe, names) as asked:
-            asked.move({fk.derive_seed(method.master_seed, k): a for k, a in (start or {}).items()})
             for step, batch in enumerate(islice(batches, steps)):
                 indices = _distinct(draws, min(method.directions, method.pool_size))
                 for k in indices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import torch
 
 from aggregators import LowRank, ProjectedGradient, SeedScalars, Sketch
 from aggregators.gate import GateContext, admit
-from aggregators.messages import Plan
+from aggregators.messages import Capabilities, Plan, encode_plan
+from aggregators.presets import PRESETS
 from aggregators.projected import shrinkage
+from fedclient import state
+from fedclient.worker import NodeSettings, Worker
 from fedserver.configuration import ConfigurationError, RunConfiguration, parse
 from fedserver.export import export_merged, final_change
 from fedserver.global_model import GlobalModel, first_basis
 from fedserver.ledger import Ledger, LedgerError
+from fedserver.planner import make_plan
 from fedserver.replay import replay, states
 from fedserver.run_folder import read_layout, recorded_configuration
 from simulations.run import ledger_head, simulate
@@ -267,6 +272,34 @@ def test_nodes_choose_by_their_limits_and_a_resumed_run_chooses_the_same(
     )
     with pytest.raises((LedgerError, ConfigurationError)):
         run(limits, tmp_path / "whole", resume=True)
+
+
+@pytest.mark.parametrize("node", ["cafe", "school", "phone"])
+def test_a_node_alone_in_its_process_answers_as_one_of_many(
+    node: str, configuration: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone it trains the rebuilt weights themselves, and has to make them again for the next plan."""
+    asked = configuration(nodes=FORMATS)
+    run(asked.model_copy(update={"rounds": 1}), tmp_path / "run")
+    ledger = Ledger(tmp_path / "run")
+    layout = read_layout(ledger)
+    ((_, model),) = states(ledger, asked)
+    content = next(iter(ledger.entries("genesis"))).content
+    ledger.close()
+    device = Capabilities(
+        node=node, examples=1, held_out=1, rank_limit=64, base_digest=content["base_digest"],
+        layout_json=layout.to_json(), threads=1, memory_bytes=1, device="cpu", versions={},
+    )  # fmt: skip
+    plan = make_plan(
+        asked, device, round_number=2, layout=layout, base_digest=content["base_digest"]
+    )
+    view = model.common_view(PRESETS["mixed"], asked.view_rank, None)
+    payload = encode_plan(plan, replace(view, basis=model.basis), asked.view_dtype)
+    answers = []
+    for others in (set(), {"another"}, set(), set()):
+        monkeypatch.setattr(state, "_seen", set(others))
+        answers.append(Worker().work(payload, NodeSettings(index=2)))
+    assert answers[1:] == answers[:1] * 3
 
 
 def test_what_a_node_measured_stands_beside_the_ledger(configuration: Any, tmp_path: Path) -> None:
