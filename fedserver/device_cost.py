@@ -33,7 +33,8 @@ LIVE = 6  # results of a layer's widest matrix that a forward pass holds at once
 KEPT = 2  # of each result of a layer that backpropagation keeps, and of those between
 EVALUATION_BATCH = 16
 HEAD_ROWS = 256  # of logits that the loss makes at once
-ENVELOPE = 2048  # bytes of a reply beside its numbers
+ENVELOPE = 2048  # bytes of a reply beside its numbers, and of what says where they belong:
+NAMED = 320  # names, shapes and scales of one tensor
 SCALAR_BYTES = 3  # of the place of a scalar in the pool, at most
 
 
@@ -90,14 +91,15 @@ def _sent(method: Method, plan: Plan, layout: Layout, wire: int) -> int:
         used = min(method.pool_size, plan.local_steps * method.directions)
         return ENVELOPE + used * (wire + SCALAR_BYTES)
     if isinstance(method, ProjectedMethod):
-        return ENVELOPE + sum(method.coordinates.values()) * wire
+        return ENVELOPE + sum(NAMED + count * wire for count in method.coordinates.values())
     names = _trained(method, layout)
+    around = ENVELOPE + NAMED * len(names)
     if isinstance(method, LoraMethod):
         ranks = 2 * method.rank if method.sends == "delta" else method.rank
         sizes = [layout.shape(name) for name in names]
-        return ENVELOPE + sum(ranks * (m + (n if method.train_a else 0)) for m, n in sizes) * wire
+        return around + sum(ranks * (m + (n if method.train_a else 0)) for m, n in sizes) * wire
     assert isinstance(method, SketchMethod)
-    return ENVELOPE + sum(_sketched(layout.shape(name), method) for name in names) * wire
+    return around + sum(_sketched(layout.shape(name), method) for name in names) * wire
 
 
 def device_seconds(node: NodeConfiguration | None, seconds: float, transferred: int) -> float:

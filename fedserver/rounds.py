@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,25 @@ class Coordinator:
         # The order of floating-point sums, so the bits of the state, depends on the threads.
         torch.set_num_threads(self._configuration.threads)
         # A folder of another run must be found out before the nodes are set to work.
-        existing = open_existing(
-            self._folder, self._configuration, resume=self._resume, key_file=self._key_file
-        )
-        known = committed_before(existing)[1] if existing else {}
-        roster = gather_roster(
-            self._configuration, self._exchange, self._emit, enrolled=self._enrolled, known=known
-        )
-        self._configuration, self._choices = with_choices(self._configuration, roster.layout)
-        targets = check_targets(self._configuration, roster.layout)
-        ledger = existing or Ledger(self._folder, create=True, key_file=self._key_file)
-        try:
+        with ExitStack() as stack:
+            ledger = open_existing(
+                self._folder, self._configuration, resume=self._resume, key_file=self._key_file
+            )
+            if ledger is not None:
+                stack.callback(ledger.close)
+            known = committed_before(ledger)[1] if ledger is not None else {}
+            roster = gather_roster(
+                self._configuration,
+                self._exchange,
+                self._emit,
+                enrolled=self._enrolled,
+                known=known,
+            )
+            self._configuration, self._choices = with_choices(self._configuration, roster.layout)
+            targets = check_targets(self._configuration, roster.layout)
+            if ledger is None:
+                ledger = Ledger(self._folder, create=True, key_file=self._key_file)
+                stack.callback(ledger.close)
             collector = Collector(
                 self._configuration,
                 self._exchange,
@@ -91,8 +100,6 @@ class Coordinator:
             )
             churn = Churn(roster, self._configuration, self._emit, self._enrolled, known)
             return self._run(ledger, churn, collector, targets)
-        finally:
-            ledger.close()
 
     def _run(
         self, ledger: Ledger, churn: Churn, collector: Collector, targets: list[str]

@@ -7,7 +7,7 @@ number for each probe that it used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -44,7 +44,6 @@ def train(
     learning_rate: float,
     steps: int,
     progress: Callable[[int, int, float], None] | None = None,
-    start: Mapping[int, float] | None = None,
     levels: bytes | None = None,
 ) -> tuple[SeedScalars | FactorScalars, TrainingResult]:
     """Take ``steps`` steps, a batch each, and return their sum and how it went.
@@ -54,12 +53,11 @@ def train(
     of factors (``FactorMethod``) none at all.
 
     Args:
-        model: a causal language model of Hugging Face with the node's own weights at the start.
+        model: a causal language model of Hugging Face with the node's own weights at the start, or a
+            quantised base with the run's change beside it (``fedclient.beside``).
         layout: that of the base model; a quantised model still has the layout of the whole one.
         batches: input_ids, attention_mask and labels, each int64 [batch, length].
         seed: decides which probes of the pool are drawn, the same on every machine.
-        start: amounts by pool index of a change that ``model`` does not have yet, and that is no part of
-            the update: the run's, for a base that cannot hold it.
         levels: how likely each seed of the pool is drawn (``seed_sampling``); None: all alike.
         progress: hears (step, steps, mean loss) after every step.
 
@@ -77,7 +75,6 @@ def train(
     tokens = skipped = taken = 0
     try:
         with perturbed as asked:
-            asked.move({scope.seed(k): amount for k, amount in (start or {}).items()})
             for step, batch in enumerate(islice(batches, steps)):
                 result = walk.step(asked, batch)
                 taken, skipped = step + 1, skipped + result.skipped
