@@ -23,7 +23,7 @@ from aggregators.seed_scalars import SeedScalars
 from aggregators.update import Update, require_layout
 
 # Beside the squared distances: which of the weights that fit equally well is taken.
-PULL = 1e-7
+PULL = 1e-6
 # Weights are whole multiples of this, so that sums in another order give the same ones.
 STEP = 2.0**-16
 
