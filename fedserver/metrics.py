@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -113,11 +114,15 @@ def scores(sums: dict[str, Any] | None) -> dict[str, Any] | None:
 def families(ledger: Ledger) -> dict[str, dict[str, Any]]:
     """By family of updates: nodes, accepted updates, bytes, seconds of work, and what it adds.
 
+    ``weight``: what its mean was multiplied by, on average over rounds; None where nothing came in.
     ``contribution``: by how many nats a token the loss would be higher without the family's updates;
     None where that was not evaluated.
     """
     found: dict[str, dict[str, Any]] = {}
+    weights: dict[str, list[float]] = {}
     for entry in ledger.entries("round"):
+        for family, weight in entry.content["mixing"].get("weights", {}).items():
+            weights.setdefault(family, []).append(weight)
         for node in entry.content["nodes"]:
             if node["verdict"] != "accepted" or "family" not in node:
                 continue
@@ -137,7 +142,12 @@ def families(ledger: Ledger) -> dict[str, dict[str, Any]]:
         if whole and lost and last is not None and entry.round == last.round:
             found[entry.content["without"]]["contribution"] = lost["loss"] - whole["loss"]
     return {
-        family: one | {"nodes": len(one["nodes"]), "contribution": one.get("contribution")}
+        family: one
+        | {
+            "nodes": len(one["nodes"]),
+            "weight": statistics.fmean(weights[family]) if family in weights else None,
+            "contribution": one.get("contribution"),
+        }
         for family, one in sorted(found.items())
     }
 
