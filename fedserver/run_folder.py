@@ -82,7 +82,7 @@ def _is_fresh(folder: Path) -> bool:
     """Nothing stands in it, or what a ledger leaves that was stopped while it was being made."""
     return all(
         path.name in (LOCK, KEYS)
-        or path.suffix == ".part"
+        or ".part" in path.suffix  # with what SQLite puts behind it
         or (path.name == BLOBS and path.is_dir() and not any(path.iterdir()))
         for path in folder.iterdir()
     )

@@ -81,7 +81,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 Exact = Annotated[bool, typer.Option("--exact", help="The whole carry, not the view's rank.")]
 
 DISK_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
 }  # fmt: skip
 
@@ -209,9 +209,11 @@ def _base_of(folder: Path) -> Path:
 
 def _mount_rooms() -> None:
     from fedclient.deployment.command import client_app
+    from fedserver.backup_command import add_backup_commands
     from fedserver.deployment.command import server_app
     from fedserver.ledger_command import ledger_app
 
+    add_backup_commands(server_app)
     app.add_typer(server_app, name="server")
     app.add_typer(client_app, name="client")
     app.add_typer(ledger_app, name="ledger")

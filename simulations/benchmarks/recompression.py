@@ -85,7 +85,7 @@ def measure(case: Case, method: str, repeats: int, threads: int) -> Measurement:
     # loads the code of the linear algebra libraries and makes the workspaces of their threads
     run(draw(replace(case, size=min(case.size, 512))), case.rank)
     factors = draw(case)
-    memory = PeakMemory()
+    memory = PeakMemory(collect=True)
     started = time.perf_counter()
     result = run(factors, case.rank)
     times = [time.perf_counter() - started]

@@ -212,7 +212,7 @@ def _work(variant: Variant, threads: int, reference: str) -> None:
     torch.set_num_threads(threads)
     model, layout = _model(variant, reference)
     batch = random_batch(model.config.vocab_size)
-    memory = PeakMemory()
+    memory = PeakMemory(collect=True)
     with torch.no_grad(), _stepper(variant, model, layout, batch) as step:
         for request in sys.stdin:
             if request.strip() == "end":

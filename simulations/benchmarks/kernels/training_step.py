@@ -134,7 +134,7 @@ def _ask(worker: subprocess.Popen[str], request: str) -> dict[str, Any]:
 def _work(variant: str, threads: int) -> None:
     """One variant's process: a step for every line that comes in."""
     torch.set_num_threads(threads)
-    memory = PeakMemory()
+    memory = PeakMemory(collect=True)
     model, weight_bytes = _model(variant)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=1e-3, fused=variant != "plain")
