@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 RECORD = "fedbraid"
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.2
 # A late reply is still worth a verdict, and a node's clock may be ten minutes off: Flower compares the
 # two clocks, and drops what is older than this beyond the deadline.
 LATE_GRACE_SECONDS = 900.0

@@ -111,8 +111,9 @@ class Loopback:
         if self.stub_times is not None:
             timed = _timed_stub(folder / "timed", environment["PATH"], self.stub_times)
             environment["PATH"] = f"{timed}{os.pathsep}{environment['PATH']}"
+        supernode = "-m fedclient.resident.supernode" if self.resident else "flower-supernode"
         self._add(
-            f"supernode-{index}", environment, "flower-supernode", "--insecure",
+            f"supernode-{index}", environment, supernode, "--insecure",
             "--superlink", f"{HOST}:{self.port}", "--host", HOST, "--port", str(port),
             "--isolation", "process", "--node-config", settings,
         )  # fmt: skip
@@ -122,7 +123,9 @@ class Loopback:
         )  # fmt: skip
 
     def _add(self, name: str, environment: Mapping[str, str], program: str, *rest: str) -> None:
-        command = [str(Path(sys.executable).parent / program), *rest]
+        module = program.removeprefix("-m ")
+        own = [sys.executable, "-m", module] if module != program else [_program(program)]
+        command = [*own, *rest]
         self.services[name] = Service(name, command, environment, self.folder / f"{name}.log")
 
     def __enter__(self) -> Loopback:
@@ -148,7 +151,7 @@ class Loopback:
 
     def submit(self, application: Path, settings: str) -> None:
         """``flwr run`` without waiting for its end."""
-        command = [str(Path(sys.executable).parent / "flwr"), "run", str(application), "loop"]
+        command = [_program("flwr"), "run", str(application), "loop"]
         command += ["--run-config", settings]
         with (self.folder / "flwr-run.log").open("ab") as output:
             self._submission = subprocess.Popen(
@@ -195,6 +198,10 @@ class Loopback:
             text = path.read_text(encoding="utf-8", errors="replace")
             texts.append(f"== {path.name}\n{text[-characters:]}")
         return "\n".join(texts)
+
+
+def _program(name: str) -> str:
+    return str(Path(sys.executable).parent / name)
 
 
 def _timed_stub(folder: Path, path: str, times: Path) -> Path:
