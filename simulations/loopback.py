@@ -106,7 +106,9 @@ class Loopback:
                 f"worker-{index}", worker.command(), own, self.folder / f"worker-{index}.log"
             )
         else:
-            environment = {**environment, "PATH": self._home["PATH"]}
+            # Flower's own stub and its own polls.
+            path = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+            environment = {**environment, "PATH": os.pathsep.join(path)}
             del environment["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"]
         if self.stub_times is not None:
             timed = _timed_stub(folder / "timed", environment["PATH"], self.stub_times)

@@ -40,6 +40,7 @@ PHASES = ("joining", "training", "evaluation")
 GONE_SECONDS = 8.0
 STUCK_SECONDS = 900.0
 LOOK_SECONDS = 0.2
+JOINING_SHARE = 0.2
 
 
 @dataclass
@@ -146,15 +147,16 @@ def _kill_until_done(
         if now - began > STUCK_SECONDS * (1 + sum(found.killed.values())):
             raise TimeoutError(run.deployment.logs())
         if now >= due and sum(found.killed.values()) < kills:
-            # Kinds first: there is one ServerApp and there are many model processes.
-            kinds = [kind for kind in victims if run.deployment.processes(kind)]
-            if kinds:
-                kind = chance.choice(kinds)
-                phase = run.phase()
+            phase = run.phase()
+            # Most of a run's time is its beginning; most of the kills should not be.
+            if phase != "joining" or chance.random() < JOINING_SHARE:
+                # Kinds first: there is one ServerApp and there are many model processes.
+                kinds = [kind for kind in victims if run.deployment.processes(kind)]
+                kind = chance.choice(kinds) if kinds else ""
                 if _kill(chance.choice(run.deployment.processes(kind) or [0])):
                     found.killed[kind, phase] += 1
                     tell(f"killed {kind} while {phase}")
-                    due = now + chance.uniform(*pause)
+            due = now + chance.uniform(*pause)
         time.sleep(LOOK_SECONDS)
 
 
