@@ -85,11 +85,10 @@ class Server:
 class Door:
     """One kept connection to the front door; reconnects when the server has closed it."""
 
-    def __init__(self, server: Server, source: str = LOOPBACK) -> None:
+    def __init__(self, server: Server, context: ssl.SSLContext | None = None) -> None:
         self._connection = http.client.HTTPSConnection(
-            LOOPBACK, server.settings.port, timeout=60.0, context=server.tls(),
-            source_address=(source, 0),
-        )  # fmt: skip
+            LOOPBACK, server.settings.port, timeout=60.0, context=context or server.tls()
+        )
 
     def ask(
         self, method: str, path: str, headers: Mapping[str, str] | None = None, body: bytes = b""
