@@ -184,9 +184,7 @@ http {{
             "nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
         )
         if found is None:
-            raise FrontDoorError(
-                "nginx is not installed: sudo apt-get install nginx-light (or your system's package)"
-            )
+            raise FrontDoorError("nginx is not installed: sudo apt-get install nginx")
         make_private_folder(folder)
         file = write_private(folder / "nginx.conf", self.configuration(folder))
         command = [found, "-c", str(file), "-p", str(folder), "-e", str(folder / "error.log")]

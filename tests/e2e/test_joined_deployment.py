@@ -1,4 +1,4 @@
-"""Two devices join a server by token, over TLS and through nginx, and train with the simulation's result."""
+"""Two devices join by token and train over TLS through nginx; the result is the simulation's."""
 
 from __future__ import annotations
 
