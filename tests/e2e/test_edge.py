@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import socket
 import socketserver
 import ssl
@@ -11,6 +13,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 import zipfile
 from collections import Counter
@@ -39,6 +42,7 @@ from simulations.benchmarks.edge.server import PULL, Device, Door, Server, runni
 from simulations.benchmarks.edge.slow_sockets import GIVE_UP_SECONDS, hold_sockets
 
 MEGABYTE = 1 << 20
+PATIENCE_SECONDS = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +251,27 @@ def test_status_tells_processes_and_nodes(server: Server, device: Device) -> Non
     assert running.returncode == 2
     assert "already running" in running.stderr
     assert status_of(server.folder.path) is not None
+
+
+def test_every_process_is_started_again_and_nodes_are_served(
+    server: Server, device: Device
+) -> None:
+    before = status_of(server.folder.path)
+    assert before is not None
+    for child in before["children"].values():
+        os.kill(child["pid"], signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+
+    def mended() -> bool:
+        now = status_of(server.folder.path)
+        assert now is not None
+        children = now["children"].values()
+        return all(one["state"] == "ready" and one["restarts"] for one in children)
+
+    while not mended():
+        assert time.monotonic() < deadline, status_of(server.folder.path)
+        time.sleep(0.1)
+    assert pull(server, device) == 200
 
 
 def test_the_bundle_names_the_apps_of_the_project_and_holds_no_code() -> None:
