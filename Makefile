@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint format bench docs gpu-check neon-check sanitize clean
+.PHONY: help venv system-packages demo test lint format bench docs gpu-check neon-check sanitize clean
 
 help:
 	@echo "make demo       fine-tune a language model across six unlike devices, and report"
@@ -48,7 +48,15 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint
+# The front door of a deployed server is nginx; its tests run the real one.
+system-packages:
+	@PATH="$$PATH:/usr/sbin" command -v nginx > /dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+		&& apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nginx > /dev/null; \
+	} || { echo "nginx is missing: sudo apt-get install nginx (or your system's package)"; exit 1; }
+
+test: system-packages lint
 	$(BIN)/python -m fedclient.base_model fetch
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 		--cov --cov-report=term --cov-fail-under=85

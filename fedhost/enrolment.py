@@ -114,7 +114,7 @@ class _Words(BaseModel):
 class JoinRequest(_Words):
     """What a device sends. Both signatures are over ``statement()``: it holds the private keys.
 
-    ``transport_key``: PEM, a NIST curve, for Flower's node authentication. ``update_key``: Ed25519, 64
+    ``transport_key``: PEM, on P-256, for Flower's node authentication. ``update_key``: Ed25519, 64
     hex digits, for signed updates.
     """
 

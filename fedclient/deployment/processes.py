@@ -17,7 +17,7 @@ from fedhost.supervision import Child, SupervisionError, Supervisor
 
 
 def children(folder: NodeFolder, runtime_port: int, health_port: int) -> list[Child]:
-    """SuperNode and SuperExec. The app of a message goes on while either is restarted."""
+    """SuperNode, SuperExec. The app of a message goes on while either is restarted."""
     own = environment(folder.flower)
     supernode = [
         sys.executable, "-m", "fedclient.deployment.supernode", str(folder.path), str(runtime_port),

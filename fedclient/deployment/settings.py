@@ -2,7 +2,7 @@
 
 node.toml              what joining settled, and the node's own settings
 authority.crt          the only authority whose server this device talks to
-keys/transport         EC P-384 (OpenSSH form): Flower's node authentication
+keys/transport         EC P-256 (OpenSSH form): Flower's node authentication
 keys/update.pem        Ed25519: signs updates
 flower/                Flower's home of this node
 logs/, status.json     of the supervised processes
@@ -97,7 +97,7 @@ class NodeFolder:
         path = self.transport_key_file
         if not path.exists():
             make_private_folder(path.parent)
-            made = ec.generate_private_key(ec.SECP384R1())
+            made = ec.generate_private_key(ec.SECP256R1())
             form = serialization.PrivateFormat.OpenSSH
             write_private(
                 path,

@@ -124,6 +124,7 @@ def run(
 ) -> None:
     """Run a scenario on the devices that have joined, and wait for its end."""
     from fedserver.configuration import load
+    from fedserver.deployment.application import bundle
     from fedserver.deployment.flower_control import ControlError, FlowerControl
     from fedserver.deployment.folder import open_folder
 
@@ -133,12 +134,13 @@ def run(
     file = Path(scenario).expanduser()
     control = FlowerControl(folder.ports().superlink, folder.loopback_identity.authority)
     run_id = control.start_run(
+        bundle(),
         {
             "scenario": str(file.resolve()) if file.is_file() else scenario,
             "output": str(target),
             "set": ";".join(override or ()),
             "resume": resume,
-        }
+        },
     )
     print(f"run {run_id} has started; run folder {target}", flush=True)
     status = control.run_status(run_id)

@@ -6,6 +6,7 @@ one of the two was down.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
 from fedhost.ports import LOOPBACK
-from fedserver.deployment.application import bundle, bundle_hash
 from fedserver.deployment.registry import Registry
 
 # What a transport key's list entry says once its node was unregistered.
@@ -76,10 +76,10 @@ class FlowerControl:
                 known[key] = answer.node_id
         return {node.name: known[key] for key, node in enrolled.items()}
 
-    def start_run(self, settings: Mapping[str, str | bool]) -> int:
-        """Start a run of the installed app; returns Flower's run id."""
+    def start_run(self, bundle: bytes, settings: Mapping[str, str | bool]) -> int:
+        """Start a run of an app bundle; returns Flower's run id."""
         request = StartRunRequest(
-            fab=fab_to_proto(Fab(bundle_hash(), bundle(), {})),
+            fab=fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})),
             override_config=user_config_to_proto(dict(settings)),
         )
         with self._connected() as client:

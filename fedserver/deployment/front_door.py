@@ -104,7 +104,12 @@ http {{
   proxy_connect_timeout 5s;
   # What a node fetches is not gathered on the server's disk while the node is slow to take it.
   proxy_max_temp_file_size 0;
-  upstream superlink {{ server {LOOPBACK}:{self.superlink_port}; keepalive 16; }}
+  # Flower's server closes idle connections after 5 s; nginx must be the first to.
+  upstream superlink {{
+    server {LOOPBACK}:{self.superlink_port};
+    keepalive 16;
+    keepalive_timeout 3s;
+  }}
   upstream gatekeeper {{ server {LOOPBACK}:{self.gatekeeper_port}; keepalive 16; }}
 
   server {{
@@ -125,6 +130,8 @@ http {{
     }}
     location = /gatekeeper {{
       internal;
+      # The size was checked where the request came in; nginx would check it here again.
+      client_max_body_size 0;
       proxy_pass http://gatekeeper/check;
       proxy_pass_request_body off;
       proxy_set_header Content-Length "";
@@ -177,9 +184,7 @@ http {{
             "nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
         )
         if found is None:
-            raise FrontDoorError(
-                "nginx is not installed: sudo apt-get install nginx-light (or your system's package)"
-            )
+            raise FrontDoorError("nginx is not installed: sudo apt-get install nginx")
         make_private_folder(folder)
         file = write_private(folder / "nginx.conf", self.configuration(folder))
         command = [found, "-c", str(file), "-p", str(folder), "-e", str(folder / "error.log")]

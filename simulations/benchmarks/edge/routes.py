@@ -1,0 +1,41 @@
+"""Which routes answer somebody who shows no credentials: none but health and readiness."""
+
+from __future__ import annotations
+
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+
+from fedhost.enrolment import AUTHORITY_ROUTE, JOIN_ROUTE, LEAVE_ROUTE, NODE_ROUTE
+from simulations.benchmarks.edge.server import Door, Server
+
+OPEN = ("/health", "/ready")
+OTHERS = (
+    "/", "/docs", "/openapi.json", "/gatekeeper", "/check", "/v1/runtime/responses", "/v1/fleet/",
+    "/v1/fleet//pull-messages", "/v1/fleet/../control/start-run", "/v1/fleet/%2e%2e/control/list-runs",
+    "/health/../v1/control/list-runs", "/enrol/", AUTHORITY_ROUTE, JOIN_ROUTE, LEAVE_ROUTE, NODE_ROUTE,
+)  # fmt: skip
+REFUSALS = (401, 403, 404)
+
+
+def open_routes(server: Server) -> tuple[int, dict[str, int]]:
+    """How many requests were made, and those that were not refused, with their status.
+
+    Every route of Flower's three interfaces and of ours, by GET and by POST with an empty message.
+    """
+    door = Door(server)
+    paths = sorted({path for _, path in PROTOBUF_REQUEST_TYPES} | set(OTHERS))
+    answered: dict[str, int] = {}
+    made = 0
+    for path in paths:
+        for method in ("GET", "POST"):
+            headers = {"Content-Type": PROTOBUF_MEDIA_TYPE, "Content-Length": "0"}
+            status, _ = door.ask(method, path, headers)
+            made += 1
+            if status not in REFUSALS:
+                answered[f"{method} {path}"] = status
+    for path in OPEN:
+        status, _ = door.ask("GET", path)
+        if status != 200:
+            answered[f"GET {path}"] = status
+    door.close()
+    return made, answered

@@ -1,0 +1,175 @@
+"""Two devices join by token and train over TLS through nginx; the result is the simulation's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tomli_w
+from flwr.cli.build import build_fab_from_files
+
+from fedhost.ports import LOOPBACK, free_ports
+from fedhost.supervision import status_of, stop
+from fedserver.configuration import load
+from fedserver.deployment.flower_control import FlowerControl
+from fedserver.deployment.folder import ServerFolder
+from simulations.run import ledger_head, simulate
+
+# Every message imports torch anew until a resident worker answers, so one round is what time allows.
+ROUNDS = 1
+PATIENCE_SECONDS = 240.0
+SCENARIO = """
+name = "joined"
+preset = "mixed"
+base_model = "{model}"
+rounds = {rounds}
+seed = 3
+threads = 1
+local_steps = 2
+max_length = 48
+lora_r = 3
+view_rank = 6
+micro_batch_size = 4
+deadline_seconds = 120.0
+
+[data]
+source = "{data}"
+held_out_max = 3
+limit_per_node = 16
+
+[zeroth_order]
+learning_rate = 1e-3
+pool_size = 64
+local_steps = 3
+
+[[nodes]]
+name = "clinic"
+
+[[nodes]]
+name = "phone"
+strand = "zeroth-order"
+"""
+# What a server that was taken over might send: code of its own for the devices.
+FOREIGN = """
+import pathlib
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+client, server = ClientApp(), ServerApp()
+
+@client.query()
+def query(message, context):
+    pathlib.Path("{proof}").touch()
+    return Message(RecordDict(), reply_to=message)
+
+@server.main()
+def main(grid, context):
+    messages = [Message(RecordDict(), node, "query", ttl=60.0) for node in grid.get_node_ids()]
+    replies = list(grid.send_and_receive(messages, timeout=60.0))
+    told = [reply.error.reason if reply.has_error() else "obeyed" for reply in replies]
+    pathlib.Path("{replies}").write_text("\\n".join(told))
+"""
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def fedbraid(tmp_path: Path) -> Iterator[Run]:
+    """The command, with a cache of this test's own: residuals are kept by run and node."""
+    environment = os.environ | {"FEDBRAID_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+
+    def run(*words: object) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "simulations.command", *map(str, words)],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        logs = "".join(p.read_text()[-3000:] for p in tmp_path.glob("*/logs/*.log"))
+        assert done.returncode == 0, done.stderr + logs
+        return done.stdout
+
+    yield run
+    for folder in ("clinic", "phone", "server"):
+        stop(tmp_path / folder)
+
+
+def test_devices_join_train_and_are_shut_out(
+    fedbraid: Run, tmp_path: Path, tiny_model_folder: Path, tiny_data_file: Path
+) -> None:
+    scenario = tmp_path / "joined.toml"
+    scenario.write_text(
+        SCENARIO.format(model=tiny_model_folder, data=tiny_data_file, rounds=ROUNDS)
+    )
+    server = tmp_path / "server"
+    fedbraid("server", "up", server, "--listen", f"{LOOPBACK}:{free_ports(1)[0]}")
+    for partition, name in enumerate(("clinic", "phone")):
+        words = fedbraid("server", "invite", server, name).split()
+        assert words[:3] == ["fedbraid", "client", "join"]
+        fedbraid(*words[1:], "--folder", tmp_path / name, "--partition", partition)
+        fedbraid("client", "run", "--background", "--folder", tmp_path / name)
+        fedbraid("client", "status", "--folder", tmp_path / name)
+
+    assert (
+        _foreign_replies(ServerFolder(server), tmp_path) == ["The FAB could not be verified."] * 2
+    )
+    assert not (tmp_path / "proof").exists()
+
+    told = fedbraid("server", "run", server, scenario)
+    simulate(load(str(scenario), []), tmp_path / "simulated", lambda event: None, samples=0)
+    head = ledger_head(tmp_path / "simulated")
+    assert re.search(rf"ledger head {head}", told), told
+    fedbraid("ledger", "verify", server / "runs" / "joined")
+
+    # Shut out, a node ends by itself; the other one stays.
+    fedbraid("server", "revoke", server, "phone")
+    _until(lambda: status_of(tmp_path / "phone") is None)
+    fedbraid("client", "status", "--folder", tmp_path / "clinic")
+    nodes = json.loads(fedbraid("server", "status", server, "--json"))["nodes"]
+    assert {node["name"]: bool(node["revoked"]) for node in nodes} == {
+        "clinic": False,
+        "phone": True,
+    }
+    fedbraid("client", "leave", "--folder", tmp_path / "clinic")
+    fedbraid("server", "down", server)
+    assert status_of(server) is None
+
+
+def _foreign_replies(server: ServerFolder, folder: Path) -> list[str]:
+    """Start a foreign app on the server; what the devices answered to it."""
+    project = {
+        "project": {"name": "foreign", "version": "1.0.0", "dependencies": []},
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "foreign",
+                    "components": {
+                        "serverapp": "foreign_app:server",
+                        "clientapp": "foreign_app:client",
+                    },
+                }
+            }
+        },
+    }
+    code = FOREIGN.format(proof=folder / "proof", replies=folder / "replies")
+    content, _ = build_fab_from_files(
+        {"pyproject.toml": tomli_w.dumps(project).encode(), "foreign_app.py": code.encode()}
+    )
+    control = FlowerControl(server.ports().superlink, server.loopback_identity.authority)
+    run = control.start_run(content, {})
+    _until(lambda: control.run_status(run).finished)
+    assert control.run_status(run).outcome == "completed", control.run_status(run)
+    return (folder / "replies").read_text().splitlines()
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.25)

@@ -1,0 +1,153 @@
+"""Real processes: what dies is started again, and nothing is left when the supervisor ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fedhost.supervision import SupervisionError, clear_leftovers, status_of, stop
+
+PATIENCE_SECONDS = 60.0
+WAIT = "import signal; signal.pause()"
+# A parent whose own child says where it is, and stays.
+PARENT = (
+    "import pathlib, subprocess, sys, signal;"
+    " child = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()']);"
+    " pathlib.Path(sys.argv[1]).write_text(str(child.pid)); signal.pause()"
+)
+DRIVER = """
+import sys, json, os
+from pathlib import Path
+from fedhost.supervision import Child, SupervisionError, Supervisor
+folder = Path(sys.argv[1])
+children = [
+    Child(one["name"], [sys.executable, "-c", *one["code"]], dict(os.environ),
+          ready=lambda one=one: not one.get("needs") or (folder / one["needs"]).exists(),
+          descendants_survive=one.get("survive", False),
+          finish={int(k): v for k, v in one.get("finish", {}).items()})
+    for one in json.loads(sys.argv[2])
+]
+try:
+    Supervisor(folder, children).run()
+except SupervisionError as error:
+    sys.exit(f"error: {error}")
+"""
+
+Start = Callable[[list[dict[str, Any]]], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def run(children: list[dict[str, Any]]) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(tmp_path), json.dumps(children)],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+    clear_leftovers(tmp_path)
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+    return found
+
+
+def ready(folder: Path, name: str = "one", restarts: int = 0) -> Callable[[], Any]:
+    def look() -> Any:
+        told = status_of(folder)
+        child = told["children"][name] if told else {"state": "", "restarts": 0}
+        return child if child["state"] == "ready" and child["restarts"] >= restarts else None
+
+    return look
+
+
+def test_a_killed_child_is_started_again_and_a_stop_ends_all(tmp_path: Path, start: Start) -> None:
+    supervisor = start([{"name": "one", "code": [WAIT]}])
+    first = until(ready(tmp_path))
+    os.kill(first["pid"], signal.SIGKILL)
+    second = until(ready(tmp_path, restarts=1))
+    assert second["pid"] != first["pid"]
+    assert second["last_exit"] == -signal.SIGKILL
+    assert stop(tmp_path)
+    supervisor.wait()
+    assert not psutil.pid_exists(second["pid"])
+    assert status_of(tmp_path) is None
+    assert not stop(tmp_path)
+
+
+def test_a_child_waits_for_those_before_it(tmp_path: Path, start: Start) -> None:
+    start([{"name": "one", "code": [WAIT], "needs": "gate"}, {"name": "two", "code": [WAIT]}])
+    until(lambda: (told := status_of(tmp_path)) and told["children"]["one"]["state"] == "starting")
+    told = status_of(tmp_path)
+    assert told is not None
+    assert told["children"]["two"]["pid"] is None
+    (tmp_path / "gate").touch()
+    until(ready(tmp_path, "two"))
+
+
+@pytest.mark.parametrize("survive", [True, False])
+def test_descendants_of_a_killed_child(tmp_path: Path, start: Start, survive: bool) -> None:
+    note = tmp_path / "descendant"
+    start([{"name": "one", "code": [PARENT, str(note)], "survive": survive}])
+    descendant = int(until(lambda: note.exists() and note.read_text()))
+    os.kill(until(ready(tmp_path))["pid"], signal.SIGKILL)
+    until(ready(tmp_path, restarts=1))
+    assert _alive(descendant) is survive
+    stop(tmp_path)
+    assert not _alive(descendant)
+
+
+def test_what_a_killed_supervisor_left_is_ended_by_the_next(tmp_path: Path, start: Start) -> None:
+    killed = start([{"name": "one", "code": [WAIT]}])
+    orphan = until(ready(tmp_path))["pid"]
+    killed.kill()
+    killed.wait()
+    assert _alive(orphan)
+    start([{"name": "one", "code": [WAIT]}])
+    assert until(ready(tmp_path))["pid"] != orphan
+    assert not _alive(orphan)
+
+
+def test_two_supervisors_do_not_share_a_folder(tmp_path: Path, start: Start) -> None:
+    start([{"name": "one", "code": [WAIT]}])
+    until(ready(tmp_path))
+    with pytest.raises(SupervisionError, match="already running"):
+        clear_leftovers(tmp_path)
+
+
+def test_an_exit_that_no_restart_mends_ends_the_supervision(tmp_path: Path, start: Start) -> None:
+    children = [{"name": "one", "code": ["raise SystemExit(77)"], "finish": {77: "shut out"}}]
+    supervisor = start([*children, {"name": "two", "code": [WAIT]}])
+    _, text = supervisor.communicate(timeout=PATIENCE_SECONDS)
+    assert supervisor.returncode == 1
+    assert text.strip() == "error: shut out"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
