@@ -76,6 +76,8 @@ def round_row(entry: Entry, evaluation: dict[str, Any] | None) -> dict[str, Any]
         "carry_rank": entry.content["carry_rank"],
         "tail_energy": entry.content["tail_energy"],
         "head": entry.hash,
+        "device_seconds": None,
+        # Last, so that a reader of the round alone can stop here: there may be thousands.
         "nodes": [_node_row(node, entry) for node in nodes],
     }
 
@@ -142,9 +144,7 @@ def summarise(
     before, after = _before_and_after(ledger)
     genesis = ledger.last("genesis")
     assert genesis is not None
-    weights = sum(math.prod(tensor.shape) for tensor in layout.tensors)
-    per_rank = sum(sum(layout.shape(name)) for name in targets)
-    ranks = [node.lora_r or configuration.lora_r for node in configuration.nodes]
+    full_model, full_lora = baselines(configuration, layout, targets)
     return {
         "name": configuration.name,
         "preset": configuration.preset,
@@ -158,8 +158,8 @@ def summarise(
         "families": families(ledger),
         "bytes_up": _bytes(ledger, "bytes_up"),
         "bytes_down": _bytes(ledger, "bytes_down"),
-        "bytes_full_model": 2 * FP32_BYTES * weights * len(ranks) * len(lines),
-        "bytes_full_lora": 2 * FP32_BYTES * per_rank * sum(ranks) * len(lines),
+        "bytes_full_model": full_model * len(lines),
+        "bytes_full_lora": full_lora * len(lines),
         "seconds": sum(entry.wall["seconds"] for entry in _messages(ledger)),
         "device_seconds": sum(line["device_seconds"] for line in lines),
         "device_memory": max(
@@ -169,6 +169,16 @@ def summarise(
         "adapter": "adapter",
         "version": _version(),
     }
+
+
+def baselines(
+    configuration: RunConfiguration, layout: Layout, targets: Sequence[str]
+) -> tuple[int, int]:
+    """Bytes of one round, up and down, if every node exchanged all weights, or its LoRA factors."""
+    weights = sum(math.prod(tensor.shape) for tensor in layout.tensors)
+    per_rank = sum(sum(layout.shape(name)) for name in targets)
+    ranks = [node.lora_r or configuration.lora_r for node in configuration.nodes]
+    return 2 * FP32_BYTES * weights * len(ranks), 2 * FP32_BYTES * per_rank * sum(ranks)
 
 
 def write(ledger: Ledger, configuration: RunConfiguration, path: Path) -> None:

@@ -65,16 +65,21 @@ class Coordinator:
         targets = check_targets(self._configuration, roster.layout)
         ledger = existing or Ledger(self._folder, create=True)
         try:
-            return self._run(ledger, roster, targets)
+            summary = self._run(ledger, roster, targets)
+        except BaseException as error:
+            self._emit(events.RoundsEnded("failed", str(error) or type(error).__name__))
+            raise
         finally:
             ledger.close()
+        self._emit(events.RoundsEnded("finished"))
+        return summary
 
     def _run(self, ledger: Ledger, roster: Roster, targets: list[str]) -> dict[str, Any]:
         configuration = self._configuration
         (self._folder / "scenario.toml").write_text(to_toml(configuration), encoding="utf-8")
         self._begin(ledger, roster)
         model, done = restore(ledger, configuration)
-        self._announce(roster, done + 1)
+        self._announce(roster, done + 1, metrics.baselines(configuration, roster.layout, targets))
         for number in range(done + 1, configuration.rounds + 1):
             model = self._round(number, model, ledger, roster)
             metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
@@ -110,7 +115,7 @@ class Coordinator:
                 f" hold {roster.base_digest[:12]}: restore the first model, or start a new run"
             )
 
-    def _announce(self, roster: Roster, first_round: int) -> None:
+    def _announce(self, roster: Roster, first_round: int, baselines: tuple[int, int]) -> None:
         configuration = self._configuration
         self._emit(
             events.RunStarted(
@@ -121,6 +126,9 @@ class Coordinator:
                 nodes=tuple(self._node_info(member, roster) for member in roster.members),
                 base_model=configuration.base_model,
                 output=str(self._folder),
+                full_model_bytes=baselines[0],
+                full_lora_bytes=baselines[1],
+                real_time=self._exchange.real_time,
             )
         )
 
@@ -136,6 +144,10 @@ class Coordinator:
             examples=member.capabilities.examples,
             held_out=member.capabilities.held_out,
             description=(node.description if node else "") or categories,
+            device=member.capabilities.device,
+            threads=member.capabilities.threads,
+            memory_bytes=member.capabilities.memory_bytes,
+            version=", ".join(f"{k} {v}" for k, v in member.capabilities.versions.items()),
         )
 
     def _round(
@@ -146,6 +158,7 @@ class Coordinator:
         outcomes = self._collect(number, "train", model, roster, ledger)
         accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
         updates = [o for o in accepted if o.admitted is not None and o.admitted.update is not None]
+        self._emit(events.PhaseStarted(number, "aggregate"))
         quorum = len(updates) >= self._configuration.minimum_updates()
         following = self._fold(model, updates) if quorum else model
         if not quorum:
@@ -156,6 +169,7 @@ class Coordinator:
                     f" {self._configuration.minimum_updates()} needed; the model stays as it was",
                 )
             )
+        self._emit(events.PhaseStarted(number, "commit"))
         state = ledger.put(following.to_bytes())
         entering = sum_evaluations(accepted)
         head = following.common_view(self._preset, *self._view_limits())
@@ -244,6 +258,7 @@ class Coordinator:
         self, number: int, action: str, model: GlobalModel, roster: Roster, ledger: Ledger
     ) -> list[Outcome]:
         """Send every member its plan and turn each reply, or its absence, into an outcome."""
+        self._emit(events.PhaseStarted(number, "plan"))
         members = {member.node_id: member for member in roster.members}
         basis = model.basis or first_basis(self._configuration, roster.layout)
         plans: dict[int, Plan] = {}
@@ -266,6 +281,8 @@ class Coordinator:
         others: list[Outcome] = []
         kind = TRAIN if action == "train" else EVALUATE
         deadline = self._configuration.deadline_seconds
+        quorum = self._configuration.minimum_updates() if action == "train" else 0
+        self._emit(events.PhaseStarted(number, action, len(payloads), quorum, deadline))
         for reply in self._exchange.ask(payloads, kind, number, deadline):
             plan = plans[reply.node_id]
             context = self._context(roster.layout, plan, digests[reply.node_id], basis)

@@ -207,10 +207,13 @@ def _base_of(folder: Path) -> Path:
         ledger.close()
 
 
-def _mount_ledger() -> None:
+def _mount_server() -> None:
+    from fedserver.dashboard.command import accounts_app, dashboard
     from fedserver.ledger_command import ledger_app
 
     app.add_typer(ledger_app, name="ledger")
+    app.command()(dashboard)
+    app.add_typer(accounts_app, name="accounts")
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
@@ -219,6 +222,9 @@ def expected_errors() -> tuple[type[Exception], ...]:
     for module, name in (
         ("fedserver.configuration", "ConfigurationError"),
         ("fedserver.ledger", "LedgerError"),
+        ("fedserver.dashboard.accounts", "AccountError"),
+        ("fedserver.dashboard.command", "DashboardError"),
+        ("fedserver.dashboard.vendor", "VendorError"),
         ("fedclient.base_model", "BaseModelError"),
         ("fedclient.data", "DataError"),
         ("simulations.run_directory", "RunDirectoryError"),
@@ -230,7 +236,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point: errors for a person are one message on stderr and exit code 2."""
-    _mount_ledger()
+    _mount_server()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     if debug:

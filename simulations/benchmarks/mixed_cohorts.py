@@ -23,9 +23,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fedserver.configuration import RunConfiguration, parse
+from fedserver.intervals import Estimate, estimate
 from fedserver.ledger import Ledger
 from simulations.benchmarks.adaptive_basis import TOPICS, Case, pretrained, tokenizer
-from simulations.intervals import Estimate, estimate
 from simulations.run import simulate
 
 STRONG, WEAK = ("lora-1", "lora-2"), ("sketch-1", "sketch-2", "forward-1", "forward-2")
