@@ -178,7 +178,7 @@ class Notice:
 
 @dataclasses.dataclass(frozen=True)
 class RoundsEnded:
-    """The coordinator has left the loop. ``outcome``: "finished", "stopped" or "failed"."""
+    """The coordinator has left the loop. ``outcome``: finished, stopped, interrupted or failed."""
 
     outcome: str
     reason: str = ""

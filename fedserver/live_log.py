@@ -150,6 +150,14 @@ def process_identity(pid: int) -> str:
     return str(pid)
 
 
+def state_of(live: dict[str, Any]) -> str:
+    """running, paused, finished, stopped or failed; interrupted where the process has gone; ""."""
+    state = str(live.get("state") or "")
+    if state == "running" and not is_running(live):
+        return "interrupted"
+    return "paused" if state == "running" and live.get("phase") == "paused" else state
+
+
 def is_running(live: dict[str, Any]) -> bool:
     """Whether the process that wrote a ``live.json`` still runs; on another host: as far as it said."""
     if live.get("state") != "running":

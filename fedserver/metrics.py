@@ -14,6 +14,7 @@ from typing import Any
 from aggregators import Layout
 from aggregators.messages import Evaluation
 from fedserver.configuration import RunConfiguration
+from fedserver.control import OPERATOR
 from fedserver.device_cost import device_seconds
 from fedserver.ledger import Entry, Ledger
 
@@ -46,11 +47,18 @@ def rows(ledger: Ledger, configuration: RunConfiguration) -> list[dict[str, Any]
 
 def evaluations(ledger: Ledger) -> dict[int, dict[str, Any] | None]:
     """Round number -> scores of the model after that round; 0 is the base model."""
-    found = {
-        entry.round - 1: scores(entry.content["entering"]) for entry in ledger.entries("round")
-    }
-    for entry in ledger.entries("evaluation"):
-        found[entry.round] = scores(entry.content["entering"])
+    found: dict[int, dict[str, Any] | None] = {}
+    model = 0
+    for entry in ledger.entries():
+        if entry.kind == "round":
+            # A model that came back by a roll-back is evaluated again; the first time counts.
+            if found.get(model) is None:
+                found[model] = scores(entry.content["entering"])
+            model = entry.round
+        elif entry.kind == "evaluation":
+            found[entry.round] = scores(entry.content["entering"])
+        elif entry.kind == OPERATOR and entry.content["action"] == "rollback":
+            model = entry.content["arguments"]["round"]
     return found
 
 

@@ -20,6 +20,7 @@ from fedserver.device_cost import memory_bytes
 from fedserver.exchange import EVALUATE, TRAIN, Exchange
 from fedserver.global_model import GlobalModel, first_basis, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
+from fedserver.operations import Operations
 from fedserver.outcome import (
     Outcome,
     examples,
@@ -30,7 +31,7 @@ from fedserver.outcome import (
     unlike_weights,
 )
 from fedserver.planner import check_targets, make_method, make_plan
-from fedserver.replay import restore, without
+from fedserver.replay import last_state, restore, without
 from fedserver.roster import Member, Roster, gather_roster
 from fedserver.run_folder import open_existing
 
@@ -67,11 +68,14 @@ class Coordinator:
         try:
             summary = self._run(ledger, roster, targets)
         except BaseException as error:
-            self._emit(events.RoundsEnded("failed", str(error) or type(error).__name__))
+            outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self._emit(events.RoundsEnded(outcome, str(error)))
             raise
         finally:
             ledger.close()
-        self._emit(events.RoundsEnded("finished"))
+        stopped_by = self._operations.stopped_by
+        reason = f"stopped by {stopped_by}" if stopped_by else ""
+        self._emit(events.RoundsEnded("stopped" if stopped_by else "finished", reason))
         return summary
 
     def _run(self, ledger: Ledger, roster: Roster, targets: list[str]) -> dict[str, Any]:
@@ -80,13 +84,21 @@ class Coordinator:
         self._begin(ledger, roster)
         model, done = restore(ledger, configuration)
         self._announce(roster, done + 1, metrics.baselines(configuration, roster.layout, targets))
+        members = [member.capabilities.node for member in roster.members]
+        operations = Operations(ledger, configuration, members, self._emit)
+        self._operations = operations
         for number in range(done + 1, configuration.rounds + 1):
+            model = operations.before(number, model)
+            if operations.stopped_by:
+                break
             model = self._round(number, model, ledger, roster)
             metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
-        if configuration.evaluate and not _evaluated(ledger, configuration.rounds):
-            self._final_evaluation(model, ledger, roster)
-        if configuration.contributions:
-            self._contributions(ledger, roster)
+        operations.end()
+        if not operations.stopped_by:
+            if configuration.evaluate and not _evaluated(ledger, configuration.rounds):
+                self._final_evaluation(model, ledger, roster)
+            if configuration.contributions:
+                self._contributions(ledger, roster)
         metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
         summary = metrics.summarise(ledger, configuration, roster.layout, targets)
         metrics.write_json(summary, self._folder / "summary.json")
@@ -159,14 +171,15 @@ class Coordinator:
         accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
         updates = [o for o in accepted if o.admitted is not None and o.admitted.update is not None]
         self._emit(events.PhaseStarted(number, "aggregate"))
-        quorum = len(updates) >= self._configuration.minimum_updates()
+        needed = self._operations.quorum(number)
+        quorum = len(updates) >= needed
         following = self._fold(model, updates) if quorum else model
         if not quorum:
             self._emit(
                 events.Notice(
                     "warning",
                     f"round {number}: {len(updates)} updates accepted,"
-                    f" {self._configuration.minimum_updates()} needed; the model stays as it was",
+                    f" {needed} needed; the model stays as it was",
                 )
             )
         self._emit(events.PhaseStarted(number, "commit"))
@@ -188,7 +201,7 @@ class Coordinator:
             "seconds": time.monotonic() - monotonic,
             "nodes": _seconds(outcomes),
         }
-        previous_state = _state_before(ledger)
+        previous_state = last_state(ledger)
         entry = ledger.append("round", number, content, wall)
         ledger.keep_states({state, previous_state} - {""})
         self._report(entry, entering)
@@ -259,7 +272,9 @@ class Coordinator:
     ) -> list[Outcome]:
         """Send every member its plan and turn each reply, or its absence, into an outcome."""
         self._emit(events.PhaseStarted(number, "plan"))
-        members = {member.node_id: member for member in roster.members}
+        out = self._operations.excluded
+        members = {m.node_id: m for m in roster.members if m.capabilities.node not in out}
+        deadline = self._operations.deadline_seconds(number)
         basis = model.basis or first_basis(self._configuration, roster.layout)
         plans: dict[int, Plan] = {}
         payloads: dict[int, bytes] = {}
@@ -272,7 +287,7 @@ class Coordinator:
                 layout=roster.layout,
                 base_digest=roster.base_digest,
                 action=action,
-            )
+            ).model_copy(update={"deadline_seconds": deadline})
             view = self._view(model, plan, basis)
             plans[node_id] = plan
             digests[node_id] = view.as_sent(self._configuration.view_dtype).digest()
@@ -280,8 +295,7 @@ class Coordinator:
         answered: dict[int, Outcome] = {}
         others: list[Outcome] = []
         kind = TRAIN if action == "train" else EVALUATE
-        deadline = self._configuration.deadline_seconds
-        quorum = self._configuration.minimum_updates() if action == "train" else 0
+        quorum = self._operations.quorum(number) if action == "train" else 0
         self._emit(events.PhaseStarted(number, action, len(payloads), quorum, deadline))
         for reply in self._exchange.ask(payloads, kind, number, deadline):
             plan = plans[reply.node_id]
@@ -345,7 +359,7 @@ class Coordinator:
         return model.carry.tail_energy(*self._view_limits())
 
     def _report(self, entry: Entry, entering: dict[str, Any] | None) -> None:
-        self._emit_evaluation(entry.round - 1, entering)
+        self._emit_evaluation(self._operations.entering(entry.round), entering)
         row = metrics.round_row(entry, None)
         self._emit(
             events.RoundCommitted(
@@ -379,11 +393,6 @@ class Coordinator:
 def _seconds(outcomes: list[Outcome]) -> dict[str, float | None]:
     """By node; of a node that answered twice the first answer's, and the first is in the list first."""
     return {outcome.plan.node: outcome.seconds for outcome in reversed(outcomes)}
-
-
-def _state_before(ledger: Ledger) -> str:
-    last = ledger.last("round")
-    return "" if last is None else str(last.content["state"])
 
 
 def _evaluated(ledger: Ledger, round_number: int) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from aggregators import Layout
 from fedserver.configuration import ConfigurationError, RunConfiguration, load
+from fedserver.control import CONTROL
 from fedserver.ledger import BLOBS, LOCK, Entry, Ledger, LedgerError
 
 
@@ -74,8 +75,10 @@ def _genesis(ledger: Ledger) -> Entry:
 
 
 def _is_fresh(folder: Path) -> bool:
-    """Nothing stands in it, or what a ledger leaves that was stopped while it was being made."""
+    """Nothing stands in it but an operator's requests, or a ledger's beginnings that were stopped."""
     return all(
-        path.name == LOCK or (path.name == BLOBS and path.is_dir() and not any(path.iterdir()))
+        path.name == LOCK
+        or path.name.startswith(CONTROL)
+        or (path.name == BLOBS and path.is_dir() and not any(path.iterdir()))
         for path in folder.iterdir()
     )

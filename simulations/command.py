@@ -98,9 +98,14 @@ def simulate(
     engine: Annotated[str, typer.Option(help="local (in process) or flower (Ray).")] = "local",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     samples: Annotated[int, typer.Option(help="Sample questions to answer at the end.")] = 2,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Serve the run meanwhile, and open a browser.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a scenario on this machine and write a run folder with report and adapter."""
+    from contextlib import nullcontext
+
     from fedclient.base_model import resolve_with_bars
     from fedserver.configuration import load
     from simulations.live import LiveView
@@ -111,8 +116,14 @@ def simulate(
     folder = choose_folder(configuration, output, resume=resume)
     # Fetching the model draws bars of its own, so it comes before the live table.
     resolve_with_bars(configuration.base_model)
-    with LiveView(json=as_json) as view:
-        run(configuration, folder, view, engine=engine, resume=resume, samples=samples)
+    from fedserver.dashboard.beside import served
+
+    with served(folder) if dashboard else nullcontext():
+        with LiveView(json=as_json) as view:
+            run(configuration, folder, view, engine=engine, resume=resume, samples=samples)
+        if dashboard and sys.stdin.isatty():
+            Console(stderr=True).print("the dashboard serves until Return is pressed")
+            sys.stdin.readline()
 
 
 @app.command()

@@ -22,10 +22,13 @@ from starlette.responses import (
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from fedserver.dashboard import ledger_views, library_views, openapi
-from fedserver.dashboard.accounts import LOOPBACK, AccountError, Accounts, Session
+from fedserver.control import ControlError
+from fedserver.dashboard import actions, ledger_views, library_views, openapi
+from fedserver.dashboard.accounts import LOOPBACK, AccountError, Accounts
+from fedserver.dashboard.actions import Desk, scenario_names
 from fedserver.dashboard.guard import COOKIE, Guard, form_of
 from fedserver.dashboard.html import render
+from fedserver.dashboard.jobs import JobError, Jobs
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import NotThere, Page, Question, run_address
 from fedserver.dashboard.registry import BY_NAME, ROUND, VIEWS, View
@@ -33,6 +36,7 @@ from fedserver.dashboard.run_reader import RunReader
 from fedserver.dashboard.streams import Channels
 from fedserver.dashboard.tables import Choice, to_csv
 from fedserver.dashboard.vendor import VendorError, missing
+from fedserver.ledger import LedgerError
 
 STATIC = Path(__file__).resolve().parent / "static"
 API = "/api/v1"
@@ -65,6 +69,7 @@ class Site:
         self.library = library
         self.accounts = accounts
         self.channels = Channels()
+        self.desk = Desk(library, Jobs(library.root))
 
     def routes(self) -> list[Route | Mount]:
         """Every address."""
@@ -74,12 +79,14 @@ class Site:
             Route("/login", self.login, methods=["GET", "POST"]),
             Route("/logout", self.logout, methods=["POST"]),
             Route("/", self.runs),
+            Route("/start", self.start, methods=["GET", "POST"]),
             Route("/compare", self.compare),
             Route("/server", self.server),
             Route("/stream", self.library_stream),
             Route(f"{run}", self.run_view),
             Route(f"{run}/stream", self.run_stream),
             Route(f"{run}/ledger/verify", self.verify),
+            Route(f"{run}/actions/{{action}}", self.act, methods=["POST"]),
             Route(f"{run}/rounds/{{round:int}}", self.one_round),
             Route(f"{run}/{{view}}", self.run_view),
             Route(f"{API}/openapi.json", self.document),
@@ -140,6 +147,10 @@ class Site:
 
     async def runs(self, request: Request) -> Response:
         """All runs."""
+        folders = await run_in_threadpool(self.library.folders)
+        alone = next((name for name, at in folders.items() if at == self.library.root), None)
+        if alone is not None and request.url.path == "/":
+            return RedirectResponse(run_address(alone), 303)
         question = _question(request)
         page = await run_in_threadpool(library_views.runs, self.library, question)
         return self._answer(request, page, "runs.html.jinja", "runs", stream="/stream")
@@ -153,7 +164,7 @@ class Site:
     async def server(self, request: Request) -> Response:
         """The machine."""
         page = await run_in_threadpool(
-            library_views.server, self.library, self.channels.viewers, ()
+            library_views.server, self.library, self.channels.viewers, self.desk.jobs.json()
         )
         return self._answer(request, page, "server.html.jinja", stream="/stream")
 
@@ -181,6 +192,56 @@ class Site:
         run = await run_in_threadpool(self._reader, request)
         page = await run_in_threadpool(ledger_views.verify, run, Question())
         return self._answer(request, page, "verify.html.jinja")
+
+    async def act(self, request: Request) -> Response:
+        """An operator's action on a run."""
+        run = await run_in_threadpool(self._reader, request)
+        action = request.path_params["action"]
+        done = problem = ""
+        here = run_address(run.identity, "control")
+        try:
+            form = await form_of(request)
+            done = await run_in_threadpool(
+                self.desk.act, run, action, form, request.scope["session"]
+            )
+        except PermissionError as error:
+            return PlainTextResponse(str(error), 403)
+        except (ControlError, JobError, LedgerError, ValueError) as error:
+            problem = str(error)
+        if "application/json" in request.headers.get("accept", ""):
+            answer = {"error": problem} if problem else {"done": done}
+            return JSONResponse(answer, 409 if problem else 202)
+        if not problem:
+            return RedirectResponse(here, 303)
+        page = await run_in_threadpool(actions.control, run, Question())
+        view = BY_NAME["control"]
+        html = self._page(request, page, view.template, view=view, path=here, problem=problem)
+        return HTMLResponse(html, 409)
+
+    async def start(self, request: Request) -> Response:
+        """The form that starts a simulation, and what it sends."""
+        form: dict[str, str] = {}
+        problem = ""
+        if request.method == "POST":
+            try:
+                form = await form_of(request)
+                session = request.scope["session"]
+                name = await run_in_threadpool(self.desk.start, form, session)
+                return RedirectResponse("/server?" + urlencode({"started": name}), 303)
+            except PermissionError as error:
+                return PlainTextResponse(str(error), 403)
+            except (ControlError, JobError, ValueError) as error:
+                problem = str(error)
+        html = render(
+            "start.html.jinja",
+            session=request.scope["session"],
+            path="/start",
+            root=str(self.library.root),
+            scenarios=scenario_names(),
+            problem=problem,
+            form=form,
+        )
+        return HTMLResponse(html, 409 if problem else 200)
 
     async def run_stream(self, request: Request) -> Response:
         """Events of a run's pages: what the live view shows, or only that something has changed."""
@@ -251,11 +312,27 @@ class Site:
             )
         if path.startswith(API):
             return JSONResponse(page.json())
-        session: Session = request.scope["session"]
-        html = render(
+        return HTMLResponse(self._page(request, page, template, view=view, stream=stream))
+
+    def _page(
+        self,
+        request: Request,
+        page: Page,
+        template: str,
+        *,
+        view: View | None = None,
+        stream: str = "",
+        problem: str = "",
+        path: str = "",
+    ) -> str:
+        path = path or request.url.path
+        run = page.data.get("run")
+        return render(
             template,
             page,
-            session=session,
+            session=request.scope["session"],
+            problem=problem,
+            jobs=self.desk.jobs.json(run) if run else [],
             path=path,
             stream=stream,
             view=view,
@@ -264,7 +341,6 @@ class Site:
             api=API
             + ("/runs" if path == "/" else path if view is None or view.name else path + "/live"),
         )
-        return HTMLResponse(html)
 
 
 def run_stamp(run: RunReader) -> Callable[[], Any]:

@@ -20,7 +20,7 @@ from fedserver.dashboard.tables import Column
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 GOOD = {"accepted", "finished", "member", "applied", "info"}
 BUSY = {"running", "working", "paused", "pending"}
-QUIET = {"waiting", "silent", "unknown", "drained"}
+QUIET = {"waiting", "silent", "unknown", "drained", "stopped"}
 # Characters that show another text than the one that is there.
 DECEPTIVE = dict.fromkeys(
     [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFFFE, 0xFFFF], "\ufffd"

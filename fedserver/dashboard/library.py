@@ -21,7 +21,7 @@ from fedserver.dashboard.run_reader import (
     file_stamp,
     read_json,
 )
-from fedserver.live_log import LIVE, is_running
+from fedserver.live_log import LIVE, state_of
 
 DEPTH = 2
 """``compare`` writes its runs into a folder of their own, one level further down."""
@@ -45,8 +45,7 @@ class Library:
         with self._lock:
             found = [self._row(name, folder) for name, folder in self.folders().items()]
         for row in found:
-            if row["state"] == "running" and not is_running(row["live"]):
-                row["state"] = "interrupted"
+            row["state"] = state_of(row["live"]) or row["state"]
         return sorted(found, key=lambda row: (row["changed"], row["run"]), reverse=True)
 
     def reader(self, name: str) -> RunReader | None:

@@ -145,7 +145,7 @@ def server(library: Library, viewers: int, jobs: Sequence[Mapping[str, Any]]) ->
     own = psutil.Process()
     rows = []
     for row in library.rows():
-        if row["state"] != "running":
+        if row["state"] not in ("running", "paused"):
             continue
         pid = str(row["live"].get("process", "")).partition("@")[0]
         used: dict[str, float | None]

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from fedserver.control import EXCLUDING
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header, size_of, words
 from fedserver.dashboard.run_reader import ROUNDS_OF_NODES, Row, RunReader
@@ -59,7 +60,6 @@ INFLUENCE = (
     Column("refused", "Refused", "count"),
     Column("reason", "Last reason"),
 )
-EXCLUDING = {"drain": "drained", "quarantine": "quarantined", "revoke": "revoked"}
 
 
 def fleet(run: RunReader, question: Question) -> Page:
@@ -70,7 +70,7 @@ def fleet(run: RunReader, question: Question) -> Page:
     times = {entry["round"]: entry["time"] for entry in run.entries() if entry["kind"] == "round"}
     names = {**activity.members, **configured, **{n["node"]: n for r in recent.values() for n in r}}
     latest, heard = _latest(recent), _heard(recent)
-    live = run.live().get("state") == "running"
+    live = run.live().get("state") in ("running", "paused")
     rows = []
     for name in sorted(names):
         told, asked = activity.members.get(name, {}), configured.get(name, {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedserver.dashboard import ledger_views, node_views, round_views
+from fedserver.dashboard import actions, ledger_views, node_views, round_views
 from fedserver.dashboard.page import RunView
 
 
@@ -32,6 +32,7 @@ VIEWS = (
     View("robustness", "Robustness", node_views.robustness, ("influence",)),
     View("ledger", "Ledger", ledger_views.ledger, ("entries", "actions")),
     View("log", "Log", ledger_views.log, ("log",)),
+    View("control", "Control", actions.control, ("requests",)),
 )
 ROUND = View("round", "Round", round_views.one_round, ("nodes",))
 BY_NAME = {view.name: view for view in VIEWS}

@@ -72,7 +72,7 @@ def live(run: RunReader, question: Question) -> Page:
     counts = activity.counts()
     data = {
         **header(run),
-        "phase": phase if state == "running" else "",
+        "phase": phase if state in ("running", "paused") else "",
         "phases": list(PHASES),
         "asked": told.get("asked") if state == "running" else None,
         "quorum": told.get("quorum") if state == "running" else None,

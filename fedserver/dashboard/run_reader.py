@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedserver.dashboard.activity import Activity
-from fedserver.live_log import EVENTS, LIVE, is_running
+from fedserver.live_log import EVENTS, LIVE, state_of
 
 LEDGER, METRICS, SUMMARY, CONTROL = "ledger.db", "metrics.jsonl", "summary.json", "control.db"
 WATCHED = (LEDGER, f"{LEDGER}-wal", METRICS, SUMMARY, LIVE, EVENTS, CONTROL, f"{CONTROL}-wal")
@@ -45,11 +45,9 @@ class RunReader:
         return tuple(file_stamp(self.folder / name) for name in WATCHED)
 
     def live(self) -> Row:
-        """``live.json``; ``state`` becomes "interrupted" where its process is gone."""
+        """``live.json``, with the state that it is in now."""
         found: Row = dict(self._json(LIVE))
-        if found.get("state") == "running" and not is_running(found):
-            found["state"] = "interrupted"
-        return found
+        return found | {"state": state_of(found)} if found else found
 
     def summary(self) -> Row:
         """``summary.json``, empty until the run has finished."""
