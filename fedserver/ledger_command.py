@@ -149,10 +149,10 @@ def replay(folder: Folder, as_json: Json = False) -> None:
             print(json.dumps({**vars(replayed), "equal": replayed.equal}))
         else:
             verdict = "equal" if replayed.equal else f"DIFFERS: found {replayed.found[:16]}"
-            print(
-                f"round {replayed.round}: {replayed.updates} updates,"
-                f" state {replayed.expected[:16]}: {verdict}"
-            )
+            what = f"round {replayed.round}: {replayed.updates} updates"
+            if replayed.rolled_back_to is not None:
+                what = f"rolled back to round {replayed.rolled_back_to}"
+            print(f"{what}, state {replayed.expected[:16]}: {verdict}")
 
     ledger = Ledger(folder)
     if problems := ledger.verify(state=False):

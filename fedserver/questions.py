@@ -34,6 +34,7 @@ def question(
     model: GlobalModel,
     round_number: int,
     action: str,
+    deadline_seconds: float,
 ) -> Question:
     """What one member is asked in a round that begins with ``model``: the same whenever it is made."""
     plan = make_plan(
@@ -43,7 +44,7 @@ def question(
         layout=roster.layout,
         base_digest=roster.base_digest,
         action=action,
-    )
+    ).model_copy(update={"deadline_seconds": deadline_seconds})
     basis = model.basis or first_basis(configuration, roster.layout)
     view = _view(configuration, model, plan, basis)
     return Question(

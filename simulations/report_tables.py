@@ -9,8 +9,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from fedserver import quantities
 from fedserver.events import ACCEPTED
-from simulations import charts, quantities
+from simulations import charts
 from simulations.axes import Chart
 from simulations.pages import datum
 from simulations.run_directory import NodeRound, Run, integer, number, text

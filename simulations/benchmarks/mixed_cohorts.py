@@ -27,9 +27,9 @@ from rich.table import Table
 
 from fedclient.records import EMBEDDED, Example, read_examples
 from fedserver.configuration import RunConfiguration, parse
+from fedserver.intervals import estimate
 from fedserver.ledger import Entry, Ledger
 from simulations.benchmarks.small_language import MAX_LENGTH, manual, tokenizer, write_model
-from simulations.intervals import estimate
 from simulations.run import simulate
 
 TUNING_SEED = 0
