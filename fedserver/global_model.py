@@ -38,7 +38,7 @@ FAMILY_OF = {
 }
 PROJECTED_FAMILY = {"adaptive": Sketch.family, "random": ProjectedGradient.family}
 # Of the learning rate: the finest step of a scalar that a run's sum tells apart.
-STEP_BITS = 16
+STEP_BITS = 18
 
 
 @dataclass(frozen=True)
