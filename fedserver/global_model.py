@@ -45,7 +45,7 @@ from fedserver.planner import basis_seed, trained
 ZEROTH_ORDER_FAMILY = {"weights": SeedScalars.family, "lora": FactorScalars.family}
 PROJECTED_FAMILY = {"adaptive": Sketch.family, "random": ProjectedGradient.family}
 # Of the learning rate: the finest step of a scalar that a run's sum tells apart.
-STEP_BITS = 16
+STEP_BITS = 18
 
 
 @dataclass(frozen=True)

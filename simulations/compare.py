@@ -66,12 +66,15 @@ def compare(
 def changes_of(variant: str, scenario: str) -> list[str]:
     """The overrides that a variant stands for: PRESET, or PRESET+key=value+key=value.
 
-    A preset of one strand is one of all nodes, whatever the scenario's nodes say.
+    A preset of one strand is one of all nodes, whatever the scenario's nodes say; where it trains whole
+    weights, no node's base is quantised.
     """
     preset, *changes = CHANGE.split(variant)
     strand = PRESETS[preset].strand if preset in PRESETS else None
     nodes = load(scenario).nodes if strand is not None else ()
     strands = [f'nodes.{place}.strand="{strand}"' for place in range(len(nodes))]
+    if strand == "projected":
+        strands += [f'nodes.{place}.base_format="full"' for place in range(len(nodes))]
     return [*strands, f'preset="{preset}"', *changes]
 
 
