@@ -3,6 +3,7 @@
 from aggregators.basis import Basis
 from aggregators.carry import Carry
 from aggregators.codec import decode, encode
+from aggregators.coordinates import coordinates
 from aggregators.dense import Dense
 from aggregators.gate import Admitted, GateContext, admit, gate, match_targets
 from aggregators.layout import Layout, TensorSpec
@@ -34,6 +35,7 @@ __all__ = [
     "aggregate",
     "allocation",
     "average_factors",
+    "coordinates",
     "decode",
     "encode",
     "gate",

@@ -104,9 +104,6 @@ class ProjectedConfiguration(_Strict):
     basis: Literal["adaptive", "random"] = "adaptive"
     rank: int = Field(default=4, ge=1, le=1024, description="of the adaptive basis")
     oversampling: int = Field(default=4, ge=0, le=1024, description="more columns on its left side")
-    cut: float = Field(
-        default=0.1, ge=0, lt=1, description="of the reconstruction's pseudo-inverse"
-    )
     subset: Subset = Field(default="all", description="which of the weights train in a round")
     subset_share: float = Field(default=0.5, gt=0, le=1)
     gradient_rank: int | None = Field(default=None, ge=1, le=4096, description="GaLore's rank")

@@ -180,7 +180,7 @@ def _with_sketch(
     """Read a round's sketch in the round's basis, and turn the basis towards what it shows."""
     basis = model.basis or first_basis(configuration, change.layout)
     assert basis is not None, "a sketch, and no node was asked for one"
-    read = change.reconstruct(basis, configuration.projected.cut)
+    read = change.reconstruct(basis)
     whole = change.whole_change() if change.whole else None
     if whole is not None and model.whole is not None:
         whole = model.whole + whole

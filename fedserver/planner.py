@@ -193,7 +193,6 @@ def _projected(
             master_seed=basis_seed(configuration),
             rank=settings.rank,
             oversampling=settings.oversampling,
-            cut=settings.cut,
             **shared,
         )
     names = trained(layout, settings.target_modules)
