@@ -97,6 +97,12 @@ class ProjectedConfiguration(_Strict):
     optimiser: Optimiser = "adamw"
     probe: Probe = "rademacher"
     coordinates: int = Field(default=4096, ge=1, le=1 << 24, description="K, over all tensors")
+    allocation: Literal["norms", "sizes"] = Field(
+        default="norms", description="of K: by the last aggregate's norms, or by the tensors' sizes"
+    )
+    seeds: Literal["shared", "per-node"] = Field(
+        default="shared", description="random probes of a round: everybody's, or each node its own"
+    )
     target_modules: tuple[str, ...] = Field(default=(), description="empty: all weights")
     scale: Literal["unbiased", "mmse"] = Field(
         default="mmse", description="of random probes: 1/K, or the least mean squared error"

@@ -257,6 +257,7 @@ class Coordinator:
                 layout=roster.layout,
                 base_digest=roster.base_digest,
                 action=action,
+                sums=model.sums,
             )
             view = self._view(model, plan, basis)
             plans[node_id] = plan
