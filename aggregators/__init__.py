@@ -3,6 +3,7 @@
 from aggregators.basis import Basis
 from aggregators.carry import Carry
 from aggregators.codec import decode, encode
+from aggregators.coordinates import coordinates
 from aggregators.dense import Dense
 from aggregators.factor_scalars import FactorScalars
 from aggregators.gate import Admitted, GateContext, admit, gate
@@ -40,6 +41,7 @@ __all__ = [
     "aggregate",
     "allocation",
     "average_factors",
+    "coordinates",
     "decode",
     "encode",
     "gate",

@@ -56,6 +56,23 @@ def probe_products(delta: Tensor, seeds: Sequence[int], tensor_id: int, probe: s
     return fk.project((delta / unit).float().contiguous(), seeds, tensor_id, probe) * unit
 
 
+def rank1_sides(
+    shape: Sequence[int], seeds: Sequence[int], tensor_id: int
+) -> tuple[Tensor, Tensor]:
+    """U [m, K] and V [n, K] in float64 of a matrix's rank-1 probes: z(seeds[k]) = U[:, k] V[:, k]^T.
+
+    A rank-1 probe of one column is u times v's first sign, and of one row v times u's first: K (m + n)
+    signs are made, and no matrix.
+    """
+    rows, columns = shape
+    left, right = torch.zeros(rows, len(seeds)), torch.zeros(columns, len(seeds))
+    for k, seed in enumerate(seeds):
+        corner = fk.noise(seed, tensor_id, (1, 1), "rank1")[0, 0]
+        left[:, k] = fk.noise(seed, tensor_id, (rows, 1), "rank1")[:, 0] * corner
+        right[:, k] = fk.noise(seed, tensor_id, (1, columns), "rank1")[0]
+    return left.double(), right.double()
+
+
 def _unit(largest: float) -> float:
     """A power of two near ``largest``."""
     return 2.0 ** min(max(math.frexp(largest)[1], SMALLEST), LARGEST)

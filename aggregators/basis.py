@@ -22,16 +22,18 @@ from aggregators.layout import Layout
 from aggregators.sketch import Sketch, leading
 from aggregators.update import UpdateRejected, Verdict
 
-SCHEMA = 1
+SCHEMA = 2
 # Seeds of one basis's streams: the first right sides, the first left sides, then fresh columns.
 RIGHT, LEFT, FRESH = 0, 1, 2
+# Columns of the first basis for one of Q later: a random basis has to be wider to see as much.
+FIRST_RIGHT, FIRST_LEFT = 3, 4
 # A column that keeps less than this beside the earlier ones is made of them.
 DEPENDENT = 1e-4
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Q float32 [n, r] and Y float32 [m, r + p] of one matrix [m, n], each of orthonormal columns."""
+    """Q float32 [n, k] and Y float32 [m, l], k <= l, of a matrix [m, n]: orthonormal columns."""
 
     Q: Tensor
     Y: Tensor
@@ -41,22 +43,28 @@ class Basis:
     """What the changes of a layout's tensors are seen through. Immutable.
 
     ``sides``: name -> (Q, Y). ``whole``: names of tensors that are sent as they are. ``refinement``
-    counts the steps since the random basis of ``master_seed``. Raises ValueError for tensors that the
-    layout does not have and for sides that do not fit.
+    counts the steps since the random basis of ``master_seed``; refined bases have ``rank`` columns on
+    the right and ``rank + oversampling`` on the left. Raises ValueError for tensors that the layout does
+    not have and for sides that do not fit.
     """
 
     def __init__(
         self,
         layout: Layout,
         sides: Mapping[str, tuple[Tensor, Tensor]],
-        whole: Iterable[str] = (),
-        master_seed: int = 0,
+        whole: Iterable[str],
+        master_seed: int,
+        rank: int,
+        oversampling: int,
         refinement: int = 0,
     ) -> None:
+        if rank < 1 or oversampling < 0:
+            raise ValueError(f"rank {rank} with oversampling {oversampling} is no basis")
         if not 0 <= master_seed < 2**63 or refinement < 0:
             raise ValueError(f"no basis has the seed {master_seed} and {refinement} refinements")
         self._layout = layout
         self.master_seed, self.refinement = master_seed, refinement
+        self.rank, self.oversampling = rank, oversampling
         whole = set(whole)
         for name in [*sides, *whole]:
             if name not in layout:
@@ -70,34 +78,42 @@ class Basis:
 
     @classmethod
     def random(
-        cls, layout: Layout, names: Iterable[str], master_seed: int, rank: int, oversampling: int
+        cls,
+        layout: Layout,
+        names: Iterable[str],
+        master_seed: int,
+        rank: int,
+        oversampling: int,
+        wide: bool = True,
     ) -> Basis:
         """The basis before anything is known: Gaussian probes, made orthonormal.
 
-        A tensor that its views would not make smaller is whole: vectors, and matrices [m, n] with
-        m r + n (r + p) >= m n or with less than r + p rows or columns. The columns of a smaller rank
-        are the first ones of a larger. Raises ValueError for a rank below 1, oversampling below 0 and
-        names that the layout does not have.
+        It is ``wide``: 3 r columns on the right and 4 r on the left (r + p at least), with which one
+        look at a change is within 1.5 of the best of rank r; refined bases have r and r + p. A matrix
+        that this would not make smaller gets r and r + p at once, and one [m, n] with
+        m r + n (r + p) >= m n or with less than r + p rows or columns is sent whole, as vectors are. The
+        columns of a smaller rank are the first ones of a larger. Raises ValueError for a rank below 1,
+        oversampling below 0 and names that the layout does not have.
         """
-        if rank < 1 or oversampling < 0:
-            raise ValueError(f"rank {rank} with oversampling {oversampling} is no basis")
+        narrow = (rank, rank + oversampling)
+        widest = (FIRST_RIGHT * rank, max(FIRST_LEFT * rank, rank + oversampling))
         sides: dict[str, tuple[Tensor, Tensor]] = {}
         whole = []
         for name in names:
             if name not in layout:
                 raise ValueError(f"the layout has no tensor {name!r}")
-            shape, wide = layout.shape(name), rank + oversampling
-            if not _shrinks(shape, rank, wide):
+            shape, tensor_id = layout.shape(name), layout.tensor_id(name)
+            if not _shrinks(shape, *narrow):
                 whole.append(name)
-            else:
-                tensor_id = layout.tensor_id(name)
-                right = _noise(master_seed, RIGHT, tensor_id, shape[1], rank)
-                left = _noise(master_seed, LEFT, tensor_id, shape[0], wide)
-                sides[name] = (
-                    independent([right], rank).float(),
-                    independent([left], wide).float(),
-                )
-        return cls(layout, sides, whole, master_seed)
+                continue
+            right, left = widest if wide and _shrinks(shape, *widest) else narrow
+            sides[name] = (
+                independent(
+                    [_noise(master_seed, RIGHT, tensor_id, shape[1], right)], right
+                ).float(),
+                independent([_noise(master_seed, LEFT, tensor_id, shape[0], left)], left).float(),
+            )
+        return cls(layout, sides, whole, master_seed, rank, oversampling)
 
     def refined(self, aggregate: Sketch) -> Basis:
         """The next basis, from the sum of sketches in this one: one step of power iteration.
@@ -107,13 +123,14 @@ class Basis:
         four are what the old Y saw most of: without this memory the two iterations do not know of each
         other, and where singular values are close P may turn to where Y is blind. The rest are fresh
         random columns, which see what is new. Where the aggregate has no change, or one of a smaller
-        rank, earlier columns stay. ValueError for a sketch in another basis.
+        rank, earlier columns stay. After a wide first basis each has its r and r + p columns. ValueError
+        for a sketch in another basis.
         """
         if aggregate.basis_digest != self.digest:
             raise ValueError("a basis is refined by a sketch in it, and this one is of another")
         following: dict[str, tuple[Tensor, Tensor]] = {}
+        rank, wide = self.rank, self.rank + self.oversampling
         for name, old in self.sides.items():
-            rank, wide = old.Q.shape[1], old.Y.shape[1]
             left, seen, right = old.Y[:, :0], old.Y[:, :0], old.Q[:, :0]
             if name in aggregate.views:
                 view = aggregate.views[name]
@@ -127,7 +144,10 @@ class Basis:
                 independent([right, old.Q], rank).float(),
                 independent([known, fresh], wide).float(),
             )
-        return Basis(self.layout, following, self.whole, self.master_seed, self.refinement + 1)
+        return Basis(
+            self.layout, following, self.whole, self.master_seed, self.rank, self.oversampling,
+            self.refinement + 1,
+        )  # fmt: skip
 
     @property
     def layout(self) -> Layout:
@@ -185,6 +205,8 @@ class Basis:
             "schema": SCHEMA,
             "basis": self.layout.fingerprint,
             "seed": self.master_seed,
+            "rank": self.rank,
+            "oversampling": self.oversampling,
             "refinement": self.refinement,
             "whole": [self.layout.tensor_id(name) for name in self.whole],
         }
@@ -206,8 +228,11 @@ class Basis:
         """What ``parts`` wrote. ValueError for anything else."""
         if header.get("schema") != SCHEMA or header.get("basis") != layout.fingerprint:
             raise ValueError("this basis is of another layout, or no basis")
-        seed, refinement, whole = (header.get(key) for key in ("seed", "refinement", "whole"))
-        if type(seed) is not int or type(refinement) is not int or not isinstance(whole, list):
+        numbers: list[Any] = [
+            header.get(key) for key in ("seed", "rank", "oversampling", "refinement")
+        ]
+        whole = header.get("whole")
+        if not all(type(number) is int for number in numbers) or not isinstance(whole, list):
             raise ValueError("not a basis: its header is incomplete")
         if not all(type(index) is int and 0 <= index < len(layout) for index in whole):
             raise ValueError("not a basis: it names tensors that the layout does not have")
@@ -216,7 +241,7 @@ class Basis:
         if unlike := sorted(expected ^ tensors.keys()):
             raise ValueError(f"not a basis: {unlike[0]!r} is missing or has no place")
         sides = {name: (tensors[f"{name}#Q"], tensors[f"{name}#Y"]) for name in names}
-        return cls(layout, sides, [layout.tensors[i].name for i in whole], seed, refinement)
+        return cls(layout, sides, [layout.tensors[i].name for i in whole], *numbers)
 
     def __repr__(self) -> str:
         return f"Basis({len(self.sides)} matrices, {len(self.whole)} whole, {self.digest[:12]})"

@@ -5,13 +5,14 @@ FLoRA (Wang et al., 2024), eq. 6: sum_i p_i s_i B_i A_i = [p_1 s_1 B_1, ...] [A_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from aggregators.along_probes import rank1_sides
 from aggregators.dense import Dense
 from aggregators.layout import Layout
 from aggregators.update import require_layout
@@ -123,6 +124,19 @@ class LowRank:
                 left, right = scaled, two.double() @ one.A.double().T
             total += float((left * right).sum())
         return total
+
+    def project(self, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """Coordinates <change, z_k> along rank-1 probes, by tensor: float64 [K].
+
+        <B diag(s) A, u v^T> = (u^T B) diag(s) (A v): O(r (m + n)) a probe, and the same for every gauge.
+        """
+        found = {}
+        for name, factors in self.factors.items():
+            shape, tensor_id = self.layout.shape(name), self.layout.tensor_id(name)
+            u, v = rank1_sides(shape, seeds, tensor_id)
+            left = (u.T @ factors.B.double()) * factors.scale
+            found[name] = (left * (factors.A.double() @ v).T).sum(dim=1)
+        return found
 
     def __repr__(self) -> str:
         ranks = sorted(set(self.ranks.values()))

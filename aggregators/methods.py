@@ -221,16 +221,13 @@ class ProjectedMethod(FirstOrderMethod):
 class SketchMethod(FirstOrderMethod):
     """The change is seen in the public basis (``aggregators.Basis``).
 
-    ``rank`` columns on the right, ``rank + oversampling`` on the left. The basis comes with the plan,
-    or from ``master_seed`` where the run has none yet. ``cut`` is for reading
-    in the random basis (``aggregators.sketch.nystrom``), on the server and, for error feedback, on
-    the node.
+    ``rank`` columns on the right, ``rank + oversampling`` on the left, and more in the first round. The
+    basis comes with the plan, or from ``master_seed`` where the run has none yet.
     """
 
     family: Literal["sketch"] = "sketch"
     rank: int = Field(ge=1, le=1024)
     oversampling: int = Field(ge=0, le=1024)
-    cut: float = Field(default=0.1, ge=0, lt=1)
 
     @property
     def label(self) -> str:

@@ -33,7 +33,11 @@ FAMILIES = tuple(
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One update per family; ``shares`` are the weights that the inputs got, in input order."""
+    """One update per family; ``shares`` are the weights that the inputs got, in input order.
+
+    Projections on probes of several seeds cannot be added by coordinate: there is one a seed then, under
+    "projected_gradient/" and the seed.
+    """
 
     updates: dict[str, Update]
     shares: list[float]
@@ -88,8 +92,8 @@ def aggregate(
         ]
         for (index, _), (_, share) in zip(members, weighted, strict=True):
             shares[index] += share
-        ordered = _canonical_order(weighted)
-        totals[family] = _total([update * share for update, share in ordered])
+        scaled = [update * share for update, share in _canonical_order(weighted)]
+        totals |= {key: _total(some) for key, some in _by_pool(family, scaled).items()}
     return Aggregate(totals, shares, layout)
 
 
@@ -123,6 +127,17 @@ def average_factors(updates: Sequence[tuple[LowRank, float]], rank: int) -> LowR
             mean_a[:width] += (weight / total) * factors.A.double()
         means[name] = (mean_b.float(), mean_a.float(), 1.0)
     return LowRank(layout, means)
+
+
+def _by_pool(family: str, updates: Sequence[Any]) -> dict[str, list[Any]]:
+    """Updates that add: all of a family, but projections by the seed of their probes."""
+    pools = {update.master_seed for update in updates if isinstance(update, ProjectedGradient)}
+    if len(pools) < 2:
+        return {family: list(updates)}
+    return {
+        f"{family}/{seed}": [update for update in updates if update.master_seed == seed]
+        for seed in sorted(pools)
+    }
 
 
 def _total(updates: list[Any]) -> Update:

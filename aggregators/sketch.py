@@ -2,9 +2,9 @@
 
 For a change D [m, n] of a matrix and a basis (Q [n, r], Y [m, r + p]) a node sends P = D Q and
 R = D^T Y. Both are linear in D, so sketches sum, mask and clip like any vector; the change itself
-comes back, once, from the sum: in the first round, when the basis is random, by the generalised
-Nystrom form of Nakatsukasa (2020), which is that of Tropp, Yurtsever, Udell and Cevher (2017),
-algorithm 4; later by projection on what the basis has learnt of the changes before.
+comes back, once, from the sum: in the first round, when the basis is random, by a generalised Nystrom
+form with a noise level of its own (``nystrom``); later by projection on what the basis has learnt of
+the changes before.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from aggregators.update import require_layout
 if TYPE_CHECKING:
     from aggregators.basis import Basis
 
-CUT = 0.1
 # Below this share of the largest, a direction of P is what rounding to float32 left.
 ROUNDING = 1e-6
+# Noise levels that are tried, of the largest square: from what float64 leaves to nothing but noise.
+LEVELS = 10 ** torch.linspace(-14, 3, 69, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Sketch:
         """How many numbers it holds."""
         return sum(tensor.numel() for tensor in self.dense().values())
 
-    def reconstruct(self, basis: Basis, cut: float = CUT) -> LowRank:
+    def reconstruct(self, basis: Basis) -> LowRank:
         """The change of the sketched matrices, by ``read``. ValueError for another basis.
 
         In the random basis, which has next to nothing of the change, from where ``nystrom`` guesses it.
@@ -126,9 +127,7 @@ class Sketch:
         factors = {}
         for name, view in self.views.items():
             sides = basis.sides[name]
-            # Without oversampling Y^T U is square, and the guess may be far longer than the change.
-            guess = basis.refinement == 0 and sides.Y.shape[1] > sides.Q.shape[1]
-            start = nystrom(view, sides.Y, cut) if guess else None
+            start = nystrom(view, sides.Y) if basis.refinement == 0 else None
             found = read(view, sides.Q, sides.Y, start)
             if found is not None:
                 factors[name] = (found[0].float(), found[1].float(), 1.0)
@@ -249,35 +248,32 @@ def read(
     return (u, sigma[:, None] * vt) if len(sigma) else None
 
 
-def nystrom(views: Views, y: Tensor, cut: float = CUT) -> tuple[Tensor, Tensor] | None:
-    """Factors (B [m, k], A [k, n]), k at most r, of the generalised Nystrom form; None for no change.
+def nystrom(views: Views, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Factors (B [m, r], A [r, n]) of a generalised Nystrom form; None for no change.
 
-    With U an orthonormal basis of P's columns, the change is U (Y^T U)^+ R^T. The singular values of
-    Y^T U are cosines between what was found and what Y sees; those below ``cut`` times the largest
-    are left out, for their inverses would multiply what is outside of U. As they are cosines, a cut
-    drops badly seen directions, however large, and no small but well seen ones.
+    P (Y^T P)^+ R^T (Tropp, Yurtsever, Udell and Cevher, 2017; Nakatsukasa, 2020) is exact for a change
+    of rank r, and unbounded for others: where Y hardly sees a column of P, its inverse multiplies what
+    is outside of P's span. Here the columns of D are draws from N(0, c (P P^T + v I)), and the result is
+    P times what Y^T D = R^T says of them in the mean: with M = Y^T P,
 
-    What is outside of U is also known: of Y's r + p directions p are orthogonal to U, and see nothing
-    else. With v their mean square, a row found at cosine c holds noise of v (1 - c^2) / c^2, and is
-    shortened by the share that this has in its square (James and Stein, 1961): for a flat spectrum the
-    rows are mostly noise, for a low rank there is none.
+        P M^T (M M^T + v I)^-1 R^T
+
+    (the part of the mean along Y is ``read``'s). c and v are the most likely ones given R. For a low
+    rank v comes out as 0 and this is the form above; for a flat spectrum v is large, and rows that are
+    mostly noise are short. No cut has to be chosen, and it needs no oversampling to be stable.
     """
-    u, _ = leading(views.P)
-    if u.shape[1] == 0:
-        return None
-    left, cosines, right = torch.linalg.svd(y.double().T @ u)
-    kept = cosines > cut * cosines[0]
+    left, sizes, right = torch.linalg.svd(y.double().T @ views.P)
     seen = left.T @ views.R.T
-    count = len(cosines)
-    rows = seen[:count][kept] / cosines[kept, None]
-    if len(rows) == 0:
+    squares = torch.zeros(len(seen), dtype=torch.float64)
+    squares[: len(sizes)] = sizes.square()
+    power = seen.square().sum(dim=1)
+    if float(squares[0]) == 0.0 or float(power.sum()) == 0.0:
         return None
-    if len(seen) > count:
-        outside = seen[count:].square().sum() / (len(seen) - count)
-        noise = outside * (1 / cosines[kept].square() - 1).clamp_min(0)
-        squares = rows.square().sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-        rows = rows * (1 - noise / squares).clamp_min(0)[:, None]
-    return u @ right[:count][kept].T, rows
+    variances = squares + squares[0] * LEVELS[:, None]
+    likelihood = variances.log().sum(dim=1) + len(seen) * (power / variances).mean(dim=1).log()
+    level = squares[0] * LEVELS[int(likelihood.argmin())]
+    weights = sizes / (sizes.square() + level)
+    return views.P @ right[: len(sizes)].T, weights[:, None] * seen[: len(sizes)]
 
 
 def leading(matrix: Tensor) -> tuple[Tensor, Tensor]:

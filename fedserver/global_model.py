@@ -175,17 +175,23 @@ def next_model(
         return GlobalModel(Carry.empty(layout).add(adapter), adapter), Mixed(shares, {}, {})
     mixing = configuration.mixing
     means = aggregate(list(updates), layout, "mean" if mixing.rule == "mean" else "add")
-    changes = {
-        family: _change(mean, model, configuration) for family, mean in means.updates.items()
-    }
+    changes: dict[str, _Change] = {}
+    for key, mean in means.updates.items():
+        # Projections along probes of several seeds are several updates of one family.
+        family, found = key.partition("/")[0], _change(mean, model, configuration)
+        known = changes.get(family, _Change([]))
+        changes[family] = _Change([*known.parts, *found.parts], found.basis)
     weights, cosines = dict.fromkeys(changes, 1.0), {}
     examples: Counter[str] = Counter()
     for update, count in updates:
         examples.update({part.family: count for part in parts_of(update)})
     if mixing.rule == "overlap" and len(changes) > 1:
         products = gram([change.parts for change in changes.values()], layout)
-        found = overlap_weights(products, [examples[family] for family in changes])
-        weights, cosines = dict(zip(changes, found, strict=True)), _cosines(products, list(changes))
+        chosen = overlap_weights(products, [examples[family] for family in changes])
+        weights, cosines = (
+            dict(zip(changes, chosen, strict=True)),
+            _cosines(products, list(changes)),
+        )
     families = {
         "lora": LowRank.family,
         "zeroth-order": ZEROTH_ORDER_FAMILY[configuration.zeroth_order.trains],
@@ -226,7 +232,7 @@ def _change(mean: Update, model: GlobalModel, configuration: RunConfiguration) -
     if isinstance(mean, Sketch):
         basis = model.basis or first_basis(configuration, mean.layout)
         assert basis is not None, "a sketch, and no node was asked for one"
-        read = mean.reconstruct(basis, configuration.projected.cut)
+        read = mean.reconstruct(basis)
         parts: list[Update] = [read] if read.factors else []
         if mean.whole:
             parts.append(mean.whole_change())

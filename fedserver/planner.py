@@ -6,7 +6,6 @@ Plans are functions of (scenario, round, node): a resumed run asks exactly what 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +22,11 @@ from aggregators.methods import (
     ZerothOrderMethod,
 )
 from aggregators.presets import PRESETS
+from aggregators.probe_sum import ProbeSum
 from aggregators.projected import allocation
 from aggregators.targets import layer_count, trained_names
 from fedserver.configuration import ConfigurationError, RunConfiguration
+from fedserver.probe_allocation import measured_norms, size_norms
 
 # What every strand has its own of, and every node may have.
 PACE = ("local_steps", "micro_batch_size", "learning_rate")
@@ -75,7 +76,7 @@ def check_targets(configuration: RunConfiguration, layout: Layout) -> list[str]:
                 f" {configuration.base_model}"
             )
         try:
-            _projected(configuration, layout, round_number=1)
+            _projected(configuration, layout, 1, "", ())
         except ValueError as error:
             raise ConfigurationError(f"projected.coordinates: {error}") from None
     return targets
@@ -120,8 +121,12 @@ def make_plan(
     layout: Layout,
     base_digest: str,
     action: str = "train",
+    sums: Sequence[ProbeSum] = (),
 ) -> Plan:
-    """The plan of one node for one round (rounds count from 1; the final evaluation is rounds + 1)."""
+    """The plan of one node for one round (rounds count from 1; the final evaluation is rounds + 1).
+
+    ``sums``: the state's, from which probes are spread over tensors.
+    """
     name = capabilities.node
     node = configuration.node(name)
     if node is not None and not node.trains:
@@ -140,7 +145,7 @@ def make_plan(
             "action": action,
             "preset": configuration.preset,
             "method": make_method(
-                configuration, capabilities, round_number=round_number, layout=layout
+                configuration, capabilities, round_number=round_number, layout=layout, sums=sums
             ),
             "seed": int(_digest(run, "seed", round_number, name)[:15], 16),
             "local_steps": settings["local_steps"],
@@ -166,6 +171,7 @@ def make_method(
     *,
     round_number: int,
     layout: Layout,
+    sums: Sequence[ProbeSum] = (),
 ) -> Method:
     """How one node trains in one round, by its strand."""
     strand = configuration.strand(capabilities.node)
@@ -175,7 +181,7 @@ def make_method(
         if configuration.zeroth_order.estimator == "hybrid":
             return hybrid(configuration, capabilities, layout)
         return zeroth_order(configuration)
-    return _projected(configuration, layout, round_number)
+    return _projected(configuration, layout, round_number, capabilities.node, sums)
 
 
 def zeroth_order(configuration: RunConfiguration) -> ZerothOrderMethod:
@@ -249,7 +255,11 @@ def _lora(configuration: RunConfiguration, capabilities: Capabilities) -> LoraMe
 
 
 def _projected(
-    configuration: RunConfiguration, layout: Layout, round_number: int
+    configuration: RunConfiguration,
+    layout: Layout,
+    round_number: int,
+    node: str,
+    sums: Sequence[ProbeSum],
 ) -> ProjectedMethod | SketchMethod:
     settings = configuration.projected
     shared = settings.model_dump(
@@ -263,21 +273,41 @@ def _projected(
             master_seed=basis_seed(configuration),
             rank=settings.rank,
             oversampling=settings.oversampling,
-            cut=settings.cut,
             **shared,
         )
     names = trained(layout, settings.target_modules)
+    norms = _last_norms(configuration, round_number, names, sums) or size_norms(layout, names)
     return ProjectedMethod(
         # Probes that nobody has seen: a pool that stays would confine training to its span.
-        master_seed=_seed(configuration, "projection", round_number),
+        master_seed=_projection_seed(configuration, round_number, node),
         probe=settings.probe,
         scale=settings.scale,
-        # What a change's norm is like where nothing is known of it yet.
-        coordinates=allocation(
-            {name: math.sqrt(math.prod(layout.shape(name))) for name in names}, settings.coordinates
-        ),
+        coordinates=allocation(norms, settings.coordinates),
         **shared,
     )
+
+
+def _last_norms(
+    configuration: RunConfiguration,
+    round_number: int,
+    names: Sequence[str],
+    sums: Sequence[ProbeSum],
+) -> dict[str, float] | None:
+    """What the last round that had projections showed; None before there is one, or if not asked."""
+    if configuration.projected.allocation == "sizes":
+        return None
+    nodes = [node.name for node in configuration.nodes]
+    for number in range(round_number - 1, 0, -1):
+        seeds = {_projection_seed(configuration, number, node) for node in nodes}
+        found = measured_norms(sums, seeds, names, configuration.projected.scale)
+        if found is not None:
+            return found
+    return None
+
+
+def _projection_seed(configuration: RunConfiguration, round_number: int, node: str) -> int:
+    own = (node,) if configuration.projected.seeds == "per-node" else ()
+    return _seed(configuration, "projection", round_number, *own)
 
 
 def trained(layout: Layout, target_modules: Sequence[str]) -> list[str]:

@@ -44,6 +44,7 @@ def question(
         layout=roster.layout,
         base_digest=roster.base_digest,
         action=action,
+        sums=model.sums,
     ).model_copy(update={"deadline_seconds": deadline_seconds})
     basis = model.basis or first_basis(configuration, roster.layout)
     view = _view(configuration, model, plan, basis)

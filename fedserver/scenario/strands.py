@@ -74,6 +74,12 @@ class ProjectedConfiguration(Table):
     optimiser: Optimiser = "adamw"
     probe: Probe = "rademacher"
     coordinates: int = Field(default=4096, ge=1, le=1 << 24, description="K, over all tensors")
+    allocation: Literal["norms", "sizes"] = Field(
+        default="norms", description="of K: by the last aggregate's norms, or by the tensors' sizes"
+    )
+    seeds: Literal["shared", "per-node"] = Field(
+        default="shared", description="random probes of a round: everybody's, or each node its own"
+    )
     target_modules: tuple[str, ...] = Field(default=(), description="empty: all weights")
     scale: Literal["unbiased", "mmse"] = Field(
         default="mmse", description="of random probes: 1/K, or the least mean squared error"
@@ -81,9 +87,6 @@ class ProjectedConfiguration(Table):
     basis: Literal["adaptive", "random"] = "adaptive"
     rank: int = Field(default=4, ge=1, le=1024, description="of the adaptive basis")
     oversampling: int = Field(default=4, ge=0, le=1024, description="more columns on its left side")
-    cut: float = Field(
-        default=0.1, ge=0, lt=1, description="of the reconstruction's pseudo-inverse"
-    )
     subset: Subset = Field(default="all", description="which of the weights train in a round")
     subset_share: float = Field(default=0.5, gt=0, le=1)
     gradient_rank: int | None = Field(default=None, ge=1, le=4096, description="GaLore's rank")

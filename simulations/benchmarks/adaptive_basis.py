@@ -3,8 +3,10 @@
     python -m simulations.benchmarks.adaptive_basis
 
 Six nodes with unlike data train all weights by backpropagation. Their changes reach the server whole
-("full"), through random probes, or through the adaptive basis, as many numbers either way. The model is
-a small Llama, first trained from scratch on conversations of other topics: see ``pretrained``.
+("full"), through random probes, or through the adaptive basis, as many numbers either way, round by
+round. The model is a small Llama, first trained from scratch on conversations of other topics: see
+``pretrained``. A second table says what each round did: what was read of the mean change, and what error
+feedback holds back.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from fedclient.data import DataSpec, Tokens, batches, eval_batches, load_partiti
 from fedclient.local import first_order, projection
 from fedclient.loss import answer_loss
 from fedclient.records import read_examples
+from fedserver.intervals import estimate
 
 # The six largest topics of the embedded conversations, one a node; the others are pre-training data.
 TOPICS = ("tech_support", "trivia", "emotion", "coding", "conversations", "ai")
@@ -39,7 +42,8 @@ METHODS = {
     "full": "whole changes",
     "random": "random probes, unbiased",
     "random, feedback": "random probes, MMSE scale, error feedback",
-    "adaptive": "adaptive basis, error feedback",
+    "adaptive": "adaptive basis",
+    "adaptive, feedback": "adaptive basis, error feedback",
 }
 VOCABULARY = 1024
 MAX_LENGTH = 64
@@ -63,13 +67,28 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A round's step s beside the mean c of the nodes' changes: cosine, |s| / |c|; the mean residual.
+
+    ``residual`` is its norm before the round over |c|; ``again`` its cosine with c: what the nodes'
+    training has found again, and error feedback applies a second time.
+    """
+
+    cosine: float
+    length: float
+    residual: float
+    again: float
+
+
+@dataclass(frozen=True)
 class Result:
     """Loss in nats per answer token of all nodes' held-out data, at the start and after each round."""
 
     method: str
     seed: int
     losses: tuple[float, ...]
-    bytes_per_message: int
+    steps: tuple[Step, ...]
+    bytes_per_message: tuple[int, ...]
     seconds: float
 
 
@@ -173,7 +192,7 @@ class Server:
         self.weights = {n: p.detach().double().clone() for n, p in model.named_parameters()}
         names = [spec.name for spec in self.layout]
         self.basis = Basis.random(self.layout, names, seed, case.rank, case.oversampling)
-        self.norms = dict.fromkeys(names, 1.0)
+        self.norms = {name: math.sqrt(math.prod(self.layout.shape(name))) for name in names}
         self.residuals: list[dict[str, Tensor]] = [{} for _ in TOPICS]
 
     def asked(self, number: int) -> FirstOrderMethod:
@@ -182,7 +201,7 @@ class Server:
             "target_modules": (),
             "master_seed": fk.derive_seed(self.seed, number),
             "optimiser": self.case.optimiser,
-            "error_feedback": self.method in ("random, feedback", "adaptive"),
+            "error_feedback": self.method.endswith("feedback"),
         }
         if self.method.startswith("random"):
             return ProjectedMethod(
@@ -224,6 +243,10 @@ class Server:
             for name, tensor in change.dense().items():
                 self.weights[name] += tensor
                 self.norms[name] = float(tensor.norm())
+        if isinstance(method, ProjectedMethod) and not self.basis.refinement:
+            # As many numbers as a sketch of the same round has: the first basis is wider.
+            nothing = {spec.name: torch.zeros(spec.shape) for spec in self.layout}
+            self.basis = self.basis.refined(Sketch.of(self.layout, self.basis, nothing))
 
     def load(self, model: nn.Module) -> None:
         """Write the weights into a model."""
@@ -237,11 +260,12 @@ def run(
 ) -> Result:
     """All rounds of one method from the weights of ``model``, which is used up; ``done`` after each."""
     server = Server(model, method, case, seed)
-    losses = [evaluate(model, nodes)]
-    started, size = time.perf_counter(), 0
+    losses, steps, sizes = [evaluate(model, nodes)], [], []
+    started = time.perf_counter()
     for number in range(case.rounds):
         asked = server.asked(number)
-        messages = []
+        messages, changes, residuals = [], [], list(server.residuals)
+        before = {name: weight.clone() for name, weight in server.weights.items()}
         for index, tokens in enumerate(nodes.train):
             server.load(model)
             chance = fk.derive_seed(seed, 1000 * (number + 1) + index)
@@ -252,12 +276,39 @@ def run(
             )  # fmt: skip
             # By data, as in any mean; the root keeps the one large topic from being all of it.
             messages.append((server.message(index, asked, change), math.sqrt(len(tokens))))
-        size = len(encode(messages[0][0], case.wire_dtype))
+            changes.append(change)
+        sizes.append(len(encode(messages[0][0], case.wire_dtype)))
         server.add(messages, asked)
         server.load(model)
         losses.append(evaluate(model, nodes))
+        weights = [weight for _, weight in messages]
+        moved = _flat({name: server.weights[name] - old for name, old in before.items()})
+        steps.append(_step(moved, _mean(changes, weights), _mean(residuals, weights)))
         done()
-    return Result(method, seed, tuple(losses), size, time.perf_counter() - started)
+    elapsed = time.perf_counter() - started
+    return Result(method, seed, tuple(losses), tuple(steps), tuple(sizes), elapsed)
+
+
+def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def _mean(parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensor | None:
+    if not all(parts):
+        return None
+    total = sum(weight * _flat(part) for part, weight in zip(parts, weights, strict=True))
+    return total / sum(weights) if isinstance(total, Tensor) else None
+
+
+def _step(moved: Tensor, change: Tensor | None, residual: Tensor | None) -> Step:
+    assert change is not None
+    length = float(change.norm())
+    cosine = float(moved @ change) / (float(moved.norm()) * length)
+    if residual is None:
+        return Step(cosine, float(moved.norm()) / length, 0.0, 0.0)
+    left = float(residual.norm())
+    again = float(residual @ change) / (left * length)
+    return Step(cosine, float(moved.norm()) / length, left / length, again)
 
 
 def closed(results: Sequence[Result], seeds: Sequence[int], against: str, method: str) -> float:
@@ -279,12 +330,13 @@ def table(results: Sequence[Result], case: Case) -> Table:
         title=f"{len(TOPICS)} nodes, {case.rounds} rounds of {case.local_steps} steps,"
         f" {len(seeds)} seeds, basis of rank {case.rank} + {case.oversampling}",
         caption="loss: nats per answer token, all nodes' held-out data; gap closed: of the mean losses"
-        " (of each seed's), between random probes and whole changes",
+        " (mean and 95 % t interval of the single seeds'), between random probes and whole changes;"
+        " bytes: of one node's messages",
     )
     for heading in (
         "method",
         "loss",
-        "± over seeds",
+        "± 95 %",
         "gap to unbiased",
         "gap to feedback",
         "bytes",
@@ -301,15 +353,47 @@ def table(results: Sequence[Result], case: Case) -> Table:
         found.add_row(
             text, f"{statistics.mean(ends):.4f}", _spread(ends),
             *(_gap(results, seeds, against, name) for against in ("random", "random, feedback")),
-            f"{mine[0].bytes_per_message:,}",
+            f"{sum(mine[0].bytes_per_message):,}",
             f"{statistics.mean(r.seconds for r in mine):.0f}",
         )  # fmt: skip
     return found
 
 
+def rounds_table(results: Sequence[Result]) -> Table:
+    """What each round did, means over the seeds."""
+    found = Table(
+        title="round by round: loss; cosine of the step with the mean change, its length over the"
+        " change's; residual over the change, and its cosine with it",
+    )
+    found.add_column("method")
+    for number in range(max(len(result.steps) for result in results)):
+        found.add_column(str(number + 1))
+    for name, text in METHODS.items():
+        mine = [result for result in results if result.method == name]
+        if not mine:
+            continue
+        cells = []
+        for number in range(len(mine[0].steps)):
+            loss = statistics.mean(result.losses[number + 1] for result in mine)
+            here = [result.steps[number] for result in mine]
+            cosine, length, residual, again = (
+                statistics.mean(getattr(step, field) for step in here)
+                for field in ("cosine", "length", "residual", "again")
+            )
+            kept = f"\n{residual:.2f} {again:+.2f}" if residual else ""
+            cells.append(f"{loss:.3f}\n{cosine:.2f} {length:.2f}{kept}")
+        found.add_row(text, *cells)
+    return found
+
+
 def _gap(results: Sequence[Result], seeds: Sequence[int], against: str, method: str) -> str:
-    each = ", ".join(f"{closed(results, [seed], against, method):.0%}" for seed in seeds)
-    return f"{closed(results, seeds, against, method):.0%} ({each})"
+    each = [closed(results, [seed], against, method) for seed in seeds]
+    listed = ", ".join(f"{share:.0%}" for share in each)
+    overall = f"{closed(results, seeds, against, method):.0%}"
+    found = estimate(each)
+    if found is None or found.half_width is None:
+        return overall
+    return f"{overall} ({found.mean:.0%} ± {found.half_width:.0%}: {listed})"
 
 
 def main(
@@ -320,6 +404,7 @@ def main(
     rank: Annotated[int, typer.Option(min=1)] = Case.rank,
     oversampling: Annotated[int, typer.Option(min=0)] = Case.oversampling,
     threads: Annotated[int, typer.Option(min=1, help="so small a model gains little by more")] = 1,
+    first_seed: Annotated[int, typer.Option(min=0, help="seeds are this one and the next")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Run every method for every seed and print losses, gaps and bytes."""
@@ -332,7 +417,7 @@ def main(
     results = []
     with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
         task = progress.add_task("training", total=seeds * len(METHODS) * rounds)
-        for seed in range(seeds):
+        for seed in range(first_seed, first_seed + seeds):
             model = pretrained(case, words, seed)
             start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             nodes = divided(words, seed)
@@ -347,10 +432,12 @@ def main(
         console = Console()
         console.width = console.width if console.is_terminal else 150
         console.print(table(results, case))
+        console.print(rounds_table(results))
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    found = estimate(values)
+    return f"{found.half_width:.4f}" if found and found.half_width is not None else ""
 
 
 if __name__ == "__main__":

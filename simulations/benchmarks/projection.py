@@ -57,11 +57,16 @@ class Estimator:
 
 @dataclass(frozen=True)
 class Reading:
-    """Error over the optimum of the rank, mean and worst over seeds, after each of ``ROUNDS``."""
+    """Error over the optimum of the rank, mean and worst over seeds, after each of ``ROUNDS``.
+
+    ``numbers``: what the first sketch holds and what later ones do, over r (m + n).
+    """
 
     spectrum: str
     rank: int
     oversampling: int
+    wide: bool
+    numbers: tuple[float, float]
     mean: tuple[float, ...]
     worst: tuple[float, ...]
 
@@ -117,24 +122,29 @@ SPECTRA: dict[str, Callable[[Tensor], Tensor] | None] = {
 
 
 def reading(
-    spectrum: str, rank: int, oversampling: int, seeds: int, rows: int = 576, columns: int = 192
+    spectrum: str, rank: int, wide: bool, seeds: int, rows: int = 576, columns: int = 192
 ) -> Reading:
     """Sketch one change again and again, refining the basis, and compare with its best rank-r part."""
     layout = Layout({"w": (rows, columns)})
+    oversampling = rank
     errors: list[list[float]] = []
+    sizes: list[int] = []
     for seed in range(seeds):
         change = _matrix(SPECTRA[spectrum], rows, columns, seed)
         optimum = float(torch.linalg.svdvals(change)[rank:].norm())
-        basis = Basis.random(layout, ["w"], seed, rank, oversampling)
+        basis = Basis.random(layout, ["w"], seed, rank, oversampling, wide)
         errors.append([])
+        sizes = []
         for _ in range(max(ROUNDS) + 1):
+            sizes.append(basis.size)
             sketch = Sketch.of(layout, basis, {"w": change})
             found = sketch.reconstruct(basis).dense()["w"]
             errors[-1].append(float((found - change).norm()) / optimum)
             basis = basis.refined(sketch)
     columnwise = [[row[number] for row in errors] for number in ROUNDS]
     return Reading(
-        spectrum, rank, oversampling,
+        spectrum, rank, oversampling, wide,
+        (sizes[0] / (rank * (rows + columns)), sizes[-1] / (rank * (rows + columns))),
         tuple(statistics.mean(c) for c in columnwise), tuple(max(c) for c in columnwise),
     )  # fmt: skip
 
@@ -177,7 +187,12 @@ def main(
     with console.status("estimators"):
         estimators = [estimator(probe, 64, 48, 256, draws) for probe in fk.PROBES]
     with console.status("sketches"):
-        readings = [reading(name, rank, rank, seeds) for rank in (4, 8) for name in SPECTRA]
+        readings = [
+            reading(name, rank, wide, seeds)
+            for wide in (True, False)
+            for rank in (4, 8)
+            for name in SPECTRA
+        ]
     with console.status("times"):
         times = speed()
     if as_json:
@@ -218,16 +233,23 @@ def reading_table(rows: Sequence[Reading]) -> Table:
     """Error over the optimum, a spectrum a row, mean and worst."""
     found = Table(
         title="sketch of a fixed change [576, 192]: error / best error of rank r, mean (worst)",
-        caption="0: the random basis; then after so many refinements. What is read back has up to"
-        " 2 r + p directions, hence less than 1. Bar: 1.5",
+        caption="0: the random basis, wide as it is by default or not; then after so many refinements."
+        " Numbers: of the first sketch and of later ones, over r (m + n). What is read back has more"
+        " than r directions, hence less than 1. Bar: 1.5",
     )
     found.add_column("singular values")
     found.add_column("r + p")
+    found.add_column("numbers")
     for number in ROUNDS:
         found.add_column(str(number), justify="right")
     for row in rows:
         cells = (f"{m:.2f} ({w:.2f})" for m, w in zip(row.mean, row.worst, strict=True))
-        found.add_row(row.spectrum, f"{row.rank} + {row.oversampling}", *cells)
+        found.add_row(
+            row.spectrum,
+            f"{row.rank} + {row.oversampling}{', wide' if row.wide else ''}",
+            f"{row.numbers[0]:.2f}, {row.numbers[1]:.2f}",
+            *cells,
+        )
     return found
 
 

@@ -71,7 +71,10 @@ SPECTRA = {
 def test_a_change_that_stays_is_read_nearly_as_well_as_a_rank_allows(
     spectrum, rank, rows, columns, seed
 ):
-    """Within 1.5 of the best of that rank once the basis has followed; at once for a random one."""
+    """Within 1.5 of the best of that rank: in the mean at once, and surely once the basis has followed.
+
+    A floor of noise under a low rank is no decaying spectrum, and one look finds it less well.
+    """
     layout = Layout({"w": (rows, columns)})
     values = SPECTRA[spectrum]
     if values is None:
@@ -81,22 +84,38 @@ def test_a_change_that_stays_is_read_nearly_as_well_as_a_rank_allows(
         matrix = spectral(rows, columns, values, seed)
     optimum = float(torch.linalg.svdvals(matrix)[rank:].norm())
     errors = []
-    used = Basis.random(layout, ["w"], seed, rank, rank)
-    for _ in range(5):
-        sketch = Sketch.of(layout, used, {"w": matrix})
-        found = sketch.reconstruct(used).dense()["w"]
-        errors.append(float((found - matrix).norm()) / optimum)
-        used = used.refined(sketch)
-    assert max(errors[2:]) <= 1.5
-    if values is None:
-        assert max(errors) <= 1.5
+    for draw in range(4):
+        used = Basis.random(layout, ["w"], seed + draw, rank, rank)
+        errors.append([])
+        for _ in range(4 if draw == 0 else 1):
+            sketch = Sketch.of(layout, used, {"w": matrix})
+            found = sketch.reconstruct(used).dense()["w"]
+            errors[-1].append(float((found - matrix).norm()) / optimum)
+            used = used.refined(sketch)
+    assert max(errors[0][1:]) <= 1.5
+    if spectrum != "low rank and noise":
+        assert sum(found[0] for found in errors) / len(errors) <= 1.5
+
+
+@settings(max_examples=30)
+@given(rows=st.integers(10, 40), columns=st.integers(10, 40), seed=SEEDS)
+def test_without_oversampling_readings_are_not_much_worse_than_nothing(rows, columns, seed):
+    """In the mean of some draws; a plain generalised Nystrom form has no bound there."""
+    layout = Layout({"w": (rows, columns)})
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    errors = []
+    for draw in range(10):
+        used = Basis.random(layout, ["w"], seed + draw, 2, 0, wide=False)
+        found = Sketch.of(layout, used, {"w": matrix}).reconstruct(used).dense()["w"]
+        errors.append(float((found - matrix).norm() / matrix.norm()))
+    assert sum(errors) / len(errors) <= 1.5
 
 
 @given(rank=st.integers(1, 3), seed=SEEDS)
 def test_a_change_of_low_rank_comes_back_whole_from_any_basis(rank, seed):
     delta = change(seed, rank)
     sketch = Sketch.of(LAYOUT, basis(seed), delta)
-    found = sketch.reconstruct(basis(seed), cut=0.0).dense() | sketch.whole_change().dense()
+    found = sketch.reconstruct(basis(seed)).dense() | sketch.whole_change().dense()
     for name, tensor in delta.items():
         assert relative_error(found[name], tensor.double()) <= 1e-3
 
@@ -177,7 +196,8 @@ def test_sides_are_orthonormal_and_nested(seed, rank, oversampling):
             gram = side.double().T @ side.double()
             torch.testing.assert_close(gram, torch.eye(len(gram)).double(), rtol=0, atol=1e-6)
         if name in larger.sides:
-            assert torch.equal(larger.sides[name].Q[:, :rank], sides.Q)
+            shared = min(sides.Q.shape[1], larger.sides[name].Q.shape[1])
+            assert torch.equal(larger.sides[name].Q[:, :shared], sides.Q[:, :shared])
 
 
 @given(seed=SEEDS, missing=st.sampled_from(["first", "second", None]))
@@ -190,10 +210,10 @@ def test_a_basis_is_refined_to_a_basis(seed, missing):
         following = used.refined(Sketch.of(LAYOUT, used, delta))
         assert following.refinement == number + 1
         for name, sides in following.sides.items():
-            assert sides.Q.shape == used.sides[name].Q.shape
-            assert sides.Y.shape == used.sides[name].Y.shape
+            rows, columns = LAYOUT.shape(name)
+            assert (sides.Q.shape, sides.Y.shape) == ((columns, 3), (rows, 6))
         if missing:
-            torch.testing.assert_close(following.sides[missing].Q, used.sides[missing].Q)
+            torch.testing.assert_close(following.sides[missing].Q, used.sides[missing].Q[:, :3])
         used = following
 
 
@@ -203,7 +223,7 @@ def test_no_change_leaves_the_right_side_and_reads_as_no_change():
     assert nothing.reconstruct(used).factors == {}
     following = used.refined(nothing)
     for name, sides in used.sides.items():
-        torch.testing.assert_close(following.sides[name].Q, sides.Q)
+        torch.testing.assert_close(following.sides[name].Q, sides.Q[:, :3])
 
 
 @given(seed=st.integers(0, 2**62))

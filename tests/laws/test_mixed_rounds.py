@@ -122,7 +122,7 @@ def oracle(
 def dense(mean: Any, asked: RunConfiguration, basis: Basis | None) -> dict[str, torch.Tensor]:
     if isinstance(mean, Sketch):
         assert basis is not None
-        read = mean.reconstruct(basis, asked.projected.cut)
+        read = mean.reconstruct(basis)
         return {**read.dense(), **mean.whole_change().dense()}
     found: dict[str, torch.Tensor] = mean.dense()
     if isinstance(mean, ProjectedGradient) and asked.projected.scale == "mmse":
