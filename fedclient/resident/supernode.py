@@ -1,4 +1,4 @@
-"""Flower's SuperNode with waits that fit: ``python -m fedclient.resident.supernode ARGUMENTS``.
+"""Flower's SuperNode, mended: ``python -m fedclient.resident.supernode ARGUMENTS``.
 
 The SuperNode looks for a message every 3 s, whatever was before; over two nodes that alone is two
 seconds of every round. Here it looks soon after a message was handled, and ever more rarely while none
@@ -10,8 +10,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from flwr.common.constant import SubStatus
+from flwr.supercore.constant import TaskType
 from flwr.supercore.corestate import in_memory_corestate
 from flwr.supernode import start_client_internal
+from flwr.supernode.nodestate import in_memory_nodestate, nodestate_factory
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 SHORTEST, LONGEST, GROWTH = 0.25, 3.0, 1.2
 REPLY_SECONDS = 0.1
@@ -42,14 +46,46 @@ class Waits:
         return getattr(time, name)
 
 
-def shorten_waits() -> None:
-    """Give this process's SuperNode these waits."""
+class NodeState(InMemoryNodeState):
+    """Flower's state of a SuperNode, which never waits for a reply that nobody will send.
+
+    A ClientApp that is told to stop ends its task without a reply, as it is when its SuperExec dies; one
+    that is killed before it has fetched its message is not missed either. The SuperNode would wait for
+    both for ever, and take no other message.
+    """
+
+    def finish_task(self, task_id: int, sub_status: str, details: str) -> bool:
+        """Finish a task; for a ClientApp that sent no reply, reply with Flower's error for a crash."""
+        finished = super().finish_task(task_id, sub_status, details)
+        # One that has completed may be overtaken by the next message, which is not its own.
+        if finished and sub_status != SubStatus.COMPLETED:
+            self._answer_for(self.get_tasks(task_ids=[task_id]))
+        return finished
+
+    def _on_task_tokens_expired(self, tasks: Any) -> None:
+        self._answer_for(tasks)
+        super()._on_task_tokens_expired(tasks)
+
+    def _answer_for(self, tasks: Any) -> None:
+        runs = {task.run_id for task in tasks if task.type == TaskType.CLIENT_APP}
+        with self.lock_msg_store:
+            # One message is handled at a time: what is here without a reply is the task's.
+            for entry in self.msg_store.values():
+                if entry.message.metadata.run_id in runs:
+                    own = not entry.message.metadata.reply_to_message_id
+                    entry.is_retrieved = entry.is_retrieved or own
+            self._store_error_replies(runs, in_memory_nodestate.CLIENT_APP_CRASHED_ERROR)
+
+
+def mend() -> None:
+    """Give this process's SuperNode these waits and this state; before it is started."""
     vars(start_client_internal)["time"] = Waits()
     vars(in_memory_corestate)["HEARTBEAT_PATIENCE"] = PATIENCE
+    vars(nodestate_factory)["InMemoryNodeState"] = NodeState
 
 
 if __name__ == "__main__":
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
-    shorten_waits()
+    mend()
     flower_supernode()

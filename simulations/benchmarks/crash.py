@@ -66,7 +66,7 @@ def survive(
     rounds: int = 4,
     nodes: int = 2,
     seed: int = 0,
-    pause: tuple[float, float] = (1.0, 12.0),
+    pause: tuple[float, float] = (5.0, 30.0),
     victims: tuple[str, ...] = VICTIMS,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Survival:
@@ -195,13 +195,15 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 4,
     nodes: Annotated[int, typer.Option(min=1)] = 2,
     seed: int = 0,
+    shortest: Annotated[float, typer.Option(help="Seconds between kills, at least.")] = 5.0,
+    longest: Annotated[float, typer.Option(help="And at most.")] = 30.0,
     victim: Annotated[list[str] | None, typer.Option(help="Only processes of this kind.")] = None,
 ) -> None:
     """Print kills by victim and phase, and what became of the runs."""
     console = Console()
     with tempfile.TemporaryDirectory(prefix="fedbraid-") as name:
         found = survive(
-            Path(name), kills, rounds=rounds, nodes=nodes, seed=seed,
+            Path(name), kills, rounds=rounds, nodes=nodes, seed=seed, pause=(shortest, longest),
             victims=tuple(victim) if victim else VICTIMS, tell=console.print,
         )  # fmt: skip
     table = Table(title=f"{sum(found.killed.values())} kills, {len(found.heads)} finished runs")

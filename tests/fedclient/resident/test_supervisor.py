@@ -20,10 +20,11 @@ from aggregators.view import View
 from fedclient.node import NodeSettings, Refused
 from fedclient.resident.connection import Connection
 from fedclient.resident.question import Question
-from fedclient.resident.settings import ResidentSettings
+from fedclient.resident.settings import NICE, ResidentSettings
 from fedclient.resident.supervisor import Supervisor
 from fedclient.worker import Worker
 
+MEMORY = 8 << 30
 LONG = 100_000  # local steps: more than any test waits for
 
 
@@ -34,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def supervisor(folder: Path) -> Iterator[Supervisor]:
-    supervisor = Supervisor(ResidentSettings(folder, cpus=1, memory_bytes=8 << 30))
+    supervisor = Supervisor(ResidentSettings(folder, cpus=1, memory_bytes=MEMORY))
     yield supervisor
     supervisor.close()
 
@@ -58,6 +59,15 @@ def test_the_bytes_are_the_workers_and_are_given_again(
     assert header == {"event": "reply", "stored": True}
     assert payload == Worker().work(asked.payload, asked.settings)
     assert answer(supervisor, replace(asked, settings=NodeSettings(index=1)))[1] != payload
+
+
+def test_the_models_process_is_bounded(supervisor: Supervisor) -> None:
+    pid = supervisor.health()["model_pid"]
+    limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    (data,) = [line.split() for line in limits if line.startswith("Max data size")]
+    assert data[3:5] == [str(MEMORY), str(MEMORY)]
+    assert len(os.sched_getaffinity(pid)) == 1
+    assert os.getpriority(os.PRIO_PROCESS, pid) - os.getpriority(os.PRIO_PROCESS, 0) == NICE
 
 
 def test_callers_of_one_question_share_its_work(
