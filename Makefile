@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint format bench docs gpu-check neon-check sanitize clean
+.PHONY: help venv demo test lint format bench docs chromium screenshots gpu-check neon-check sanitize clean
 
 help:
 	@echo "make demo       fine-tune a language model across six unlike devices, and report"
@@ -49,7 +49,15 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint
+# Playwright drives the system's browser; a fresh Debian machine gets one where that is allowed.
+chromium: venv
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+		|| { echo "error: the dashboard's tests need Chromium: apt-get install chromium"; exit 1; }
+	@$(BIN)/python tests/fedserver/dashboard/browser.py
+
+test: lint chromium
 	$(BIN)/python -m fedclient.base_model fetch
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 		--cov --cov-report=term --cov-fail-under=85
