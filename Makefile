@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv system-packages demo test lint format bench docs gpu-check neon-check sanitize clean
+.PHONY: help venv nginx chromium demo test lint format bench docs screenshots gpu-check neon-check sanitize clean
 
 help:
 	@echo "make demo       fine-tune a language model across six unlike devices, and report"
@@ -49,15 +49,23 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The front door of a deployed server is nginx; its tests run the real one.
-system-packages:
+# Tests run the real front door and the real browser; a fresh Debian machine gets them where that is allowed.
+nginx:
 	@PATH="$$PATH:/usr/sbin" command -v nginx > /dev/null || { \
 		test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
 		&& apt-get update -qq \
 		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nginx > /dev/null; \
 	} || { echo "nginx is missing: sudo apt-get install nginx (or your system's package)"; exit 1; }
 
-test: system-packages lint
+chromium: venv
+	@command -v chromium chromium-browser google-chrome > /dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+		&& apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null; \
+	} || { echo "Chromium is missing: sudo apt-get install chromium (or your system's package)"; exit 1; }
+	@$(BIN)/python tests/fedserver/dashboard/browser.py
+
+test: nginx lint chromium
 	$(BIN)/python -m fedclient.base_model fetch
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 		--cov --cov-report=term --cov-fail-under=85

@@ -26,6 +26,7 @@ from fedserver.control import ControlError
 from fedserver.dashboard import actions, ledger_views, library_views, openapi
 from fedserver.dashboard.accounts import LOOPBACK, AccountError, Accounts
 from fedserver.dashboard.actions import Desk, scenario_names
+from fedserver.dashboard.exposition import CONTENT_TYPE, exposition
 from fedserver.dashboard.guard import COOKIE, Guard, form_of
 from fedserver.dashboard.html import render
 from fedserver.dashboard.jobs import JobError, Jobs
@@ -33,7 +34,7 @@ from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import NotThere, Page, Question, run_address
 from fedserver.dashboard.registry import BY_NAME, ROUND, VIEWS, View
 from fedserver.dashboard.run_reader import RunReader
-from fedserver.dashboard.streams import Channels
+from fedserver.dashboard.streams import Channels, version
 from fedserver.dashboard.tables import Choice, to_csv
 from fedserver.dashboard.vendor import VendorError, missing
 from fedserver.ledger import LedgerError
@@ -55,11 +56,13 @@ def make_application(
             f"the dashboard lacks {absent[0]}: fetch it with python -m fedserver.dashboard.vendor"
         )
     site = Site(Library(root), accounts)
-    return Starlette(
+    application = Starlette(
         routes=site.routes(),
         middleware=[Middleware(Guard, accounts=accounts, hosts=hosts)],
         exception_handlers={404: _not_found, NotThere: _not_found},
     )
+    application.state.site = site
+    return application
 
 
 class Site:
@@ -80,6 +83,7 @@ class Site:
             Route("/logout", self.logout, methods=["POST"]),
             Route("/", self.runs),
             Route("/start", self.start, methods=["GET", "POST"]),
+            Route("/metrics", self.metrics),
             Route("/compare", self.compare),
             Route("/server", self.server),
             Route("/stream", self.library_stream),
@@ -152,8 +156,9 @@ class Site:
         if alone is not None and request.url.path == "/":
             return RedirectResponse(run_address(alone), 303)
         question = _question(request)
+        shown = version(await run_in_threadpool(self._stamp))
         page = await run_in_threadpool(library_views.runs, self.library, question)
-        return self._answer(request, page, "runs.html.jinja", "runs", stream="/stream")
+        return self._answer(request, page, "runs.html.jinja", "runs", stream="/stream", shown=shown)
 
     async def compare(self, request: Request) -> Response:
         """Runs over each other."""
@@ -166,7 +171,7 @@ class Site:
         page = await run_in_threadpool(
             library_views.server, self.library, self.channels.viewers, self.desk.jobs.json()
         )
-        return self._answer(request, page, "server.html.jinja", stream="/stream")
+        return self._answer(request, page, "server.html.jinja")
 
     async def run_view(self, request: Request) -> Response:
         """One view of one run."""
@@ -182,10 +187,12 @@ class Site:
 
     async def _run_page(self, request: Request, view: View) -> Response:
         run = await run_in_threadpool(self._reader, request)
+        # Before the page is made: what changes meanwhile is a change to it.
+        shown = version(await run_in_threadpool(run_stamp(run)))
         page = await run_in_threadpool(view.make, run, _question(request))
         kind = "?live=1" if view.name == "" else ""
-        stream = f"{_run_path(request)}/stream{kind}"
-        return self._answer(request, page, view.template, view=view, stream=stream)
+        stream = f"{run_address(run.identity)}/stream{kind}"
+        return self._answer(request, page, view.template, view=view, stream=stream, shown=shown)
 
     async def verify(self, request: Request) -> Response:
         """Hash everything again."""
@@ -249,7 +256,9 @@ class Site:
         live = request.query_params.get("live") == "1"
 
         def payload() -> dict[str, Any]:
-            return live_payload(run) if live else {"changed": True}
+            return (
+                live_payload(run) if live else {"changed": True, "state": run.live().get("state")}
+            )
 
         channel = self.channels.channel(
             "live" if live else "run", run.identity, run_stamp(run), payload
@@ -258,12 +267,13 @@ class Site:
 
     async def library_stream(self, request: Request) -> Response:
         """Events of the list of runs."""
-
-        def stamp() -> Any:
-            return [(row["run"], row["state"], row["changed"]) for row in self.library.rows()]
-
-        channel = self.channels.channel("library", "", stamp, lambda: {"changed": True})
+        channel = self.channels.channel("library", "", self._stamp, lambda: {"changed": True})
         return self._stream(request, channel.messages)
+
+    async def metrics(self, request: Request) -> Response:
+        """What Prometheus scrapes, with a bearer token."""
+        text = await run_in_threadpool(exposition, self.library, self.channels.viewers)
+        return Response(text, media_type=CONTENT_TYPE)
 
     async def document(self, request: Request) -> Response:
         """The OpenAPI document."""
@@ -283,6 +293,9 @@ class Site:
             headers={"x-accel-buffering": "no"},
         )
 
+    def _stamp(self) -> Any:
+        return [(row["run"], row["state"], row["changed"]) for row in self.library.rows()]
+
     def _reader(self, request: Request) -> RunReader:
         run = self.library.reader(request.path_params["run"])
         if run is None:
@@ -298,6 +311,7 @@ class Site:
         *,
         view: View | None = None,
         stream: str = "",
+        shown: str = "",
     ) -> Response:
         path = request.url.path
         if path.endswith(".csv"):
@@ -312,7 +326,8 @@ class Site:
             )
         if path.startswith(API):
             return JSONResponse(page.json())
-        return HTMLResponse(self._page(request, page, template, view=view, stream=stream))
+        html = self._page(request, page, template, view=view, stream=stream, shown=shown)
+        return HTMLResponse(html)
 
     def _page(
         self,
@@ -322,6 +337,7 @@ class Site:
         *,
         view: View | None = None,
         stream: str = "",
+        shown: str = "",
         problem: str = "",
         path: str = "",
     ) -> str:
@@ -335,6 +351,7 @@ class Site:
             jobs=self.desk.jobs.json(run) if run else [],
             path=path,
             stream=stream,
+            shown=shown,
             view=view,
             views=VIEWS,
             runs_query=urlencode([("run", run) for run in request.query_params.getlist("run")]),
@@ -393,10 +410,6 @@ def _own_path(wanted: str) -> str:
     """An address of this server, "" for anything that could lead elsewhere."""
     safe = wanted.startswith("/") and not wanted.startswith(("//", "/\\", "/login"))
     return wanted if safe and wanted.isprintable() and "\\" not in wanted else ""
-
-
-def _run_path(request: Request) -> str:
-    return run_address(request.path_params["run"])
 
 
 def _not_found(request: Request, error: Exception) -> Response:

@@ -165,6 +165,8 @@ def _listen(host: str, port: int) -> socket.socket:
         found = socket.socket(family, socket.SOCK_STREAM)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
+        # Who follows the link before the application is up waits instead of being refused.
+        found.listen(1024)
     except OSError as error:
         raise DashboardError(
             f"{host}:{port} cannot be used: {error.strerror}; choose another --port"

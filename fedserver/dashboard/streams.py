@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import time
@@ -68,7 +69,7 @@ class Channel:
             if stamp != before:
                 before = stamp
                 try:
-                    payload = await to_thread.run_sync(self._payload)
+                    payload = await to_thread.run_sync(self._payload) | {"version": version(stamp)}
                 except Exception:
                     # The stream of a page outlives one state of a folder that cannot be shown.
                     logger.exception("a view could not be made for its viewers")
@@ -99,5 +100,10 @@ class Channels:
         return sum(channel.viewers for channel in self._channels.values())
 
 
-def _event(version: int, payload: dict[str, Any]) -> bytes:
-    return f"id: {version}\ndata: {json.dumps(payload, allow_nan=False)}\n\n".encode()
+def version(stamp: Any) -> str:
+    """A stamp in short: a page that names another one than its stream does is out of date."""
+    return hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
+
+
+def _event(number: int, payload: dict[str, Any]) -> bytes:
+    return f"id: {number}\ndata: {json.dumps(payload, allow_nan=False)}\n\n".encode()

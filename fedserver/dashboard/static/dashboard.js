@@ -36,7 +36,7 @@ function follow(address) {
   const status = document.getElementById("connection");
   const onFirstPage = !new URLSearchParams(location.search).get("page") && !new URLSearchParams(location.search).get("sort");
   const stream = new EventSource(address);
-  let first = true, drawn = "";
+  let version = document.body.dataset.version, drawn = "", state;
   stream.onopen = () => { status.textContent = "live"; };
   stream.onerror = () => { status.textContent = stream.readyState === EventSource.CLOSED ? "signed out; reload the page" : "connection lost; trying again"; };
   stream.onmessage = (message) => {
@@ -46,9 +46,10 @@ function follow(address) {
     }
     const columns = told.charts && JSON.stringify(told.charts);
     if (columns && columns !== drawn) { drawn = columns; drawAll(told.charts); }
-    // The page itself is as new as the first message.
-    if (!first && told.changed) htmx.trigger(document.body, "run-changed");
-    first = false;
+    if (told.changed && told.version !== version) htmx.trigger(document.body, "run-changed");
+    if (told.changed && state !== undefined && told.state !== state) htmx.trigger(document.body, "state-changed");
+    version = told.version;
+    if (told.changed) state = told.state;
     countDown();
     document.body.dataset.events = String(Number(document.body.dataset.events || 0) + 1);
   };

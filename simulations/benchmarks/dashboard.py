@@ -1,0 +1,269 @@
+"""What the dashboard costs: first paint over many runs and nodes, delay of events, memory, and rounds.
+
+python -m simulations.benchmarks.dashboard [--runs 1000] [--nodes 10000] [--viewers 200] [--rounds 0]
+
+A real dashboard process serves folders that ledger and metrics have written; requests and viewers are
+real connections over loopback. ``--rounds N`` also runs N rounds of the quickstart scenario, every
+second one of them with all viewers on its page, and compares their medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from fedserver import events, metrics
+from fedserver.configuration import RunConfiguration, load, parse
+from fedserver.dashboard.accounts import VIEWER, Accounts
+from fedserver.ledger import Ledger
+from fedserver.live_log import EVENTS, LiveLog
+
+ROUNDS, SMALL_ROUNDS = 3, 2
+PAINTS = (
+    "/",
+    "/runs/big",
+    "/runs/big/rounds",
+    "/runs/big/fleet",
+    "/runs/big/rounds/3",
+    "/runs/big/ledger",
+)
+CHANGES = 40
+SECONDS_BETWEEN_CHANGES = 0.5
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--nodes", type=int, default=10_000)
+    parser.add_argument("--viewers", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=0)
+    asked = parser.parse_args(arguments)
+    table = Table("what", "measured", "at most")
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        make_runs(root, asked.runs, asked.nodes)
+        with served(root) as (address, token, process):
+            for path in PAINTS:
+                first, later = paint(address + path, token)
+                title = f"{path}: first request, median of 9 more"
+                table.add_row(title, f"{1000 * first:.0f} ms, {1000 * later:.0f} ms", "300 ms")
+            delays = asyncio.run(watched(root / "big", address, token, asked.viewers))
+            place = max(0, round(0.99 * len(delays)) - 1)
+            table.add_row(
+                f"event delay, {asked.viewers} viewers, {CHANGES} changes: median, p99",
+                f"{statistics.median(delays):.3f} s, {sorted(delays)[place]:.3f} s",
+                "1 s",
+            )
+            resident = process.memory_info().rss
+            table.add_row("memory of the server", f"{resident / 1e6:.0f} MB", "200 MB")
+    if asked.rounds:
+        alone, seen = rounds_with_and_without(asked.rounds, asked.viewers)
+        table.add_row(
+            f"median round: alone, with {asked.viewers} viewers, ratio",
+            f"{alone:.2f} s, {seen:.2f} s, {seen / alone:.3f}",
+            "1.03",
+        )
+    Console().print(table)
+
+
+def make_runs(root: Path, runs: int, nodes: int) -> None:
+    """``runs`` finished runs of two nodes and, as "big", one of ``nodes`` that is under way."""
+    small = parse({"nodes": [{"name": "clinic"}, {"name": "school"}], "rounds": SMALL_ROUNDS})
+    write_run(root / "run-0000", small, SMALL_ROUNDS, finished=True)
+    for number in range(1, runs - 1):
+        shutil.copytree(root / "run-0000", root / f"run-{number:04d}")
+    big = parse({"name": "big", "nodes": [{"name": f"node-{n:05d}"} for n in range(nodes)]})
+    write_run(root / "big", big, ROUNDS, finished=False)
+
+
+def write_run(
+    folder: Path, configuration: RunConfiguration, rounds: int, *, finished: bool
+) -> None:
+    """A run folder as a coordinator leaves it, with made-up numbers."""
+    ledger = Ledger(folder, create=True)
+    log = LiveLog(folder, lambda event: None)
+    names = [node.name for node in configuration.nodes]
+    log(
+        events.RunStarted(
+            configuration.name,
+            configuration.preset,
+            rounds if finished else rounds + 1,
+            1,
+            tuple(events.NodeInfo(n, "rank 8", 100, 10, "phone", "cpu", 2, 8 << 30) for n in names),
+            configuration.base_model,
+            str(folder),
+        )
+    )
+    ledger.append("genesis", 0, {"configuration": configuration.identity()}, {"started": 0.0})
+    for number in range(1, rounds + 1):
+        log(events.RoundStarted(number))
+        rows = [_node(name, number) for name in names]
+        content = {
+            "quorum": True, "entering": None, "nodes": rows, "state": "0" * 64, "carry_rank": 8,
+            "view_rank": 8, "seeds": 0, "tail_energy": 0.0,
+        }  # fmt: skip
+        wall = {"started": 1e9 + number, "seconds": 60.0, "nodes": dict.fromkeys(names, 30.0)}
+        ledger.append("round", number, content, wall)
+    metrics.write(ledger, configuration, folder / "metrics.jsonl")
+    ledger.close()
+    if finished:
+        log(events.RoundsEnded("finished"))
+        metrics.write_json(
+            {"name": folder.name, "rounds": rounds, "head": ""}, folder / "summary.json"
+        )
+        return
+    log(events.RoundStarted(rounds + 1))
+    log(events.PhaseStarted(rounds + 1, "train", len(names), len(names) // 2, 3600.0))
+    for name in names[: len(names) // 2]:
+        log(_reply(rounds + 1, name))
+
+
+def _node(name: str, number: int) -> dict[str, Any]:
+    return {
+        "node": name, "round": number, "sends": "rank 8", "verdict": "accepted", "reason": "",
+        "plan": {
+            "action": "train", "local_steps": 10, "batch_size": 8, "learning_rate": 1e-3, "seed": 7,
+            "nonce": "0" * 32, "run": "0" * 32, "dtype": "float32", "deadline_seconds": 3600.0,
+            "layout": "0" * 64, "base_digest": "0" * 64, "base_model": "model", "preset": "braid",
+            "method": {"family": "low_rank", "rank": 8, "target_modules": ["all-linear"]},
+        },
+        "bytes_up": 1000, "bytes_down": 2000, "update": "0" * 64, "share": 1e-4, "memory_bytes": 10**9,
+        "family": "low_rank", "norm": 1.5,
+        "report": {"examples": 100, "train_loss": 2.0, "train_loss_first": 2.5, "evaluation": None},
+    }  # fmt: skip
+
+
+def _reply(number: int, name: str) -> events.NodeReplied:
+    return events.NodeReplied(number, name, "accepted", "", "rank 8", 2.5, 2.0, 1000, 2000, 30.0)
+
+
+@contextmanager
+def served(root: Path) -> Iterator[tuple[str, str, psutil.Process]]:
+    """A dashboard process: its address, a viewer's token, and the process."""
+    token = Accounts(root).issue_token("benchmark", VIEWER)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simulations.command", "dashboard", str(root), "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        found = re.search(r"http://[^/]+", process.stdout.readline())
+        assert found is not None
+        yield found.group(0), token, psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def paint(address: str, token: str) -> tuple[float, float]:
+    """Seconds of the first request of a page, and the median of nine more."""
+    headers = {"Authorization": f"Bearer {token}", "Accept": "text/html"}
+    taken = []
+    for _ in range(10):
+        started = time.perf_counter()
+        request = urllib.request.Request(address, headers=headers)
+        with urllib.request.urlopen(request) as answer:
+            answer.read()
+        taken.append(time.perf_counter() - started)
+    return taken[0], statistics.median(taken[1:])
+
+
+async def watched(folder: Path, address: str, token: str, viewers: int) -> list[float]:
+    """Seconds from a line in the log to every viewer's receipt of what it changed."""
+    arrived: list[list[float]] = [[] for _ in range(viewers)]
+    ready = [asyncio.Event() for _ in range(viewers)]
+    tasks = [
+        asyncio.create_task(_view(address, f"/runs/{folder.name}/stream?live=1", token, box, event))
+        for box, event in zip(arrived, ready, strict=True)
+    ]
+    await asyncio.gather(*(event.wait() for event in ready))
+    written: list[float] = []
+    log = folder / EVENTS
+    for number in range(CHANGES):
+        await asyncio.sleep(SECONDS_BETWEEN_CHANGES)
+        event = events.to_json(_reply(ROUNDS + 1, f"node-{9000 + number:05d}"))
+        with log.open("a") as file:
+            file.write(json.dumps({"time": time.time(), **event}) + "\n")
+        written.append(time.time())
+    await asyncio.sleep(2)
+    for task in tasks:
+        task.cancel()
+    delays = []
+    for box in arrived:
+        for moment in written:
+            after = [seen - moment for seen in box if seen >= moment]
+            delays.append(min(after) if after else 60.0)
+    return delays
+
+
+async def _view(
+    address: str, path: str, token: str, arrived: list[float], ready: asyncio.Event
+) -> None:
+    host, _, port = address.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
+    writer.write(
+        f"GET {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+    )
+    try:
+        while line := await reader.readline():
+            if line.startswith(b"data:"):
+                arrived.append(time.time())
+                ready.set()
+    finally:
+        writer.close()
+
+
+def rounds_with_and_without(rounds: int, viewers: int) -> tuple[float, float]:
+    """Median seconds of rounds without viewers, and of those with; they take turns in one run."""
+    from simulations.engines import run_local
+
+    configuration = load("quickstart", [f"rounds={rounds}", "evaluate=false", "local_steps=2"])
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        with served(root) as (address, token, _):
+            loop = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, daemon=True).start()
+            watching: list[Any] = []
+
+            def listen(event: events.Event) -> None:
+                if isinstance(event, events.RoundStarted) and event.round % 2 == 0:
+                    for _ in range(viewers):
+                        view = _view(address, "/runs/run/stream?live=1", token, [], asyncio.Event())
+                        watching.append(asyncio.run_coroutine_threadsafe(view, loop))
+                elif isinstance(event, events.RoundCommitted):
+                    for one in watching:
+                        one.cancel()
+                    watching.clear()
+
+            run_local(configuration, root / "run", listen)
+            loop.call_soon_threadsafe(loop.stop)
+        lines = (root / "run" / "metrics.jsonl").read_text().splitlines()
+        seconds = {row["round"]: row["seconds"] for row in map(json.loads, lines)}
+    # The first two rounds also load and compile.
+    alone = [taken for number, taken in seconds.items() if number % 2 and number > 2]
+    seen = [taken for number, taken in seconds.items() if number % 2 == 0 and number > 2]
+    return statistics.median(alone), statistics.median(seen)
+
+
+if __name__ == "__main__":
+    main()

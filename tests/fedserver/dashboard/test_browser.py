@@ -1,0 +1,317 @@
+"""The dashboard in a real browser, over a real run that is under way: every view, and every action."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fedserver import events
+from fedserver.configuration import RunConfiguration
+from fedserver.control import OPERATOR, ControlQueue
+from fedserver.dashboard.registry import VIEWS
+from fedserver.ledger import Entry, Ledger
+from simulations.engines import run_local
+
+PATIENCE = 120_000  # milliseconds; a busy machine is slow, not wrong
+SERIOUS = ("serious", "critical")
+
+
+@dataclass
+class Visit:
+    """A page that is watched: whatever it says, asks for or is refused is kept."""
+
+    page: Any
+    address: str
+    wrong: list[str] = field(default_factory=list)
+
+    def open(self, path: str) -> None:
+        self.page.goto(self.address + path)
+
+    def listen(self) -> None:
+        def console(message: Any) -> None:
+            if message.type in ("error", "warning"):
+                self.wrong.append(f"{self.page.url}: {message.text}")
+
+        def request(asked: Any) -> None:
+            if not asked.url.startswith((self.address, "data:")):
+                self.wrong.append(f"asked {asked.url}")
+
+        self.page.on("console", console)
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("request", request)
+        self.page.on(
+            "response",
+            lambda r: self.wrong.append(f"{r.status} {r.url}") if r.status >= 500 else None,
+        )
+
+
+@dataclass
+class LiveRun:
+    """A simulation in a thread, which waits at every round that it is told to pause before."""
+
+    folder: Path
+    thread: threading.Thread
+    failures: list[BaseException]
+
+    def entries(self, kind: str) -> list[Entry]:
+        ledger = Ledger(self.folder)
+        found = list(ledger.entries(kind))
+        ledger.close()
+        return found
+
+    def last_action(self) -> dict[str, Any]:
+        return self.entries(OPERATOR)[-1].content
+
+
+def _module(name: str) -> ModuleType:
+    path = Path(__file__).with_name(f"{name}.py")
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+tools = _module("browser")
+
+
+@pytest.fixture(scope="module")
+def live_run(
+    make_configuration: Callable[..., RunConfiguration], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveRun]:
+    """A run of mixed families that pauses before its second round."""
+    folder = tmp_path_factory.mktemp("served") / "live"
+    failures: list[BaseException] = []
+
+    def emit(event: events.Event) -> None:
+        if event == events.RoundStarted(1):
+            ControlQueue(folder).ask(
+                "pause", {}, who="test", role="operator", reason="to be looked at"
+            )
+
+    def work() -> None:
+        try:
+            run_local(make_configuration(name="live", rounds=6), folder, emit)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    yield LiveRun(folder, thread, failures)
+    if thread.is_alive():
+        for action in ("stop", "resume"):
+            ControlQueue(folder).ask(action, {}, who="test", role="operator", reason="the end")
+        thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def served(live_run: LiveRun, finished_run: Path) -> Iterator[str]:
+    """The link of a dashboard process over the live and the finished run."""
+    import shutil
+
+    root = live_run.folder.parent
+    shutil.copytree(finished_run, root / "mixed")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simulations.command", "dashboard", str(root), "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    link = re.search(r"http\S+", process.stdout.readline())
+    assert link is not None
+    yield link.group(0)
+    process.terminate()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def visit(served: str) -> Iterator[Visit]:
+    with tools.browser() as browser:
+        context = browser.new_context(viewport={"width": 1440, "height": 900})
+        context.set_default_timeout(PATIENCE)
+        found = Visit(context.new_page(), served.split("/login")[0])
+        found.listen()
+        found.page.goto(served)
+        yield found
+        context.close()
+
+
+def test_a_page_follows_the_run_and_every_action_reaches_the_ledger(
+    visit: Visit, live_run: LiveRun
+) -> None:
+    """In the order in which an operator would: look, act, and see what came of it, without a reload."""
+    page = visit.page
+    visit.open("/")
+    page.get_by_role("link", name="live", exact=True).click()
+    page.wait_for_selector("#standing >> text=paused")
+    marked = page.evaluate("() => { window.stays = true; return true; }")
+    assert marked
+    control = page.context.new_page()
+    control.set_default_timeout(PATIENCE)
+    Visit(control, visit.address, visit.wrong).listen()
+
+    def act(button: str, action: str, **fields: str) -> None:
+        """Fill a form, press its button, and wait until the run says that it has been applied."""
+        before = len(live_run.entries(OPERATOR))
+        control.goto(visit.address + "/runs/live/control")
+        form = control.locator("form.card").filter(
+            has=control.get_by_role("button", name=button, exact=True)
+        )
+        for name, value in fields.items():
+            box = form.locator(f"[name={name}]")
+            if box.evaluate("e => e.tagName") == "SELECT":
+                box.select_option(value)
+            else:
+                box.fill(value)
+        form.locator("[name=reason]").fill(f"a test of {action}")
+        form.get_by_role("button", name=button, exact=True).click()
+        # The row changes by itself: the page is told and asks for the table again.
+        row = control.locator("#rows-requests tbody tr").first
+        row.locator("text=applied").wait_for()
+        entry = live_run.entries(OPERATOR)[before]
+        content = entry.content
+        assert (content["action"], content["who"], content["role"]) == (action, "local", "operator")
+        assert content["reason"] == f"a test of {action}"
+
+    act("Set for the next round", "next_round", deadline_seconds="55", quorum="1")
+    act("Drain", "drain", node="phone")
+    act("Quarantine", "quarantine", node="school")
+    act("Revoke", "revoke", node="helpdesk")
+    act("Readmit", "readmit", node="school")
+    assert live_run.last_action()["arguments"] == {"node": "school"}
+
+    act("Resume", "resume")
+    # The first page has seen it all through its stream.
+    page.locator("#standing .chip", has_text="finished").wait_for()
+    page.locator("#tiles >> text=after round 6").wait_for()
+    live_run.thread.join()
+    assert not live_run.failures
+    rounds = live_run.entries("round")
+    assert page.evaluate("() => window.stays")
+    shown = page.locator("#tiles dt:has-text('Sent up') + dd data").get_attribute("value")
+    assert int(shown) == sum(node["bytes_up"] for e in rounds for node in e.content["nodes"])
+    taking_part = [{node["node"] for node in entry.content["nodes"]} for entry in rounds]
+    assert {"phone", "helpdesk"} <= taking_part[0]
+    assert all(not {"phone", "helpdesk"} & names for names in taking_part[1:])
+    assert {n["plan"]["deadline_seconds"] for n in rounds[1].content["nodes"]} >= {55.0}
+    control.close()
+    assert visit.wrong == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "dark")])
+def test_every_view_opens_clean_and_accessible(visit: Visit, width: int, scheme: str) -> None:
+    page = visit.page
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    source = tools.axe()
+    paths = ["/", "/server", "/start", "/compare?run=mixed&run=live", "/runs/mixed/rounds/2"]
+    paths += [f"/runs/mixed/{view.name}".rstrip("/") for view in VIEWS]
+    for path in paths:
+        visit.open(path)
+        page.wait_for_load_state("load")
+        beyond = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        assert beyond <= 0, f"{path} is {beyond} pixels too wide at {width}"
+        # Chromium's own tools evaluate without the page's policy.
+        page.evaluate(source)
+        found = page.evaluate("() => axe.run({ resultTypes: ['violations'] })")
+        bad = [
+            (v["id"], v["nodes"][0]["html"][:200])
+            for v in found["violations"]
+            if v["impact"] in SERIOUS
+        ]
+        assert bad == [], path
+    assert visit.wrong == []
+
+
+def test_search_sort_verify_and_downloads_work_by_keyboard_and_click(visit: Visit) -> None:
+    page = visit.page
+    page.set_viewport_size({"width": 1440, "height": 900})
+    visit.open("/runs/mixed/log")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.get_by_role("searchbox").fill("nothing-has-this-word")
+    page.wait_for_selector("text=No line holds these words")
+    page.get_by_role("searchbox").fill("committed")
+    page.wait_for_selector("#rows-log tbody tr")
+    assert page.locator("#rows-log tbody tr").count() == 3
+    assert "q=committed" in page.url
+    visit.open("/runs/mixed/ledger")
+    page.get_by_role("link", name="Verify everything").click()
+    page.wait_for_selector("#verified >> text=are sound")
+    visit.open("/runs/mixed/rounds")
+    page.get_by_role("link", name="Evaluation loss", exact=True).click()
+    page.wait_for_selector("th[aria-sort=ascending]")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="CSV").click()
+    assert Path(download.value.path()).read_text().startswith("round,loss,eval_loss")
+    assert page.locator(".chart canvas").count() == 1
+    assert visit.wrong == []
+
+
+def test_a_run_is_started_stopped_rolled_back_exported_and_continued(
+    visit: Visit, live_run: LiveRun, make_configuration: Callable[..., RunConfiguration]
+) -> None:
+    """A finished run exports; one that is stopped takes a roll-back, which holds when it goes on."""
+    page, root = visit.page, live_run.folder.parent
+    folder = root / "again"
+
+    def stop(event: events.Event) -> None:
+        if event == events.RoundStarted(3):
+            ControlQueue(folder).ask("stop", {}, who="test", role="operator", reason="enough")
+
+    nodes = ({"name": "clinic"}, {"name": "school"})
+    asked = make_configuration(
+        name="again", preset="braid", rounds=4, nodes=nodes, contributions=False
+    )
+    run_local(asked, folder, stop)
+    visit.open("/runs/again/control")
+    for button, fields in (
+        ("Roll back", {"round": "1"}),
+        ("Continue", {}),
+    ):
+        form = page.locator("form.card").filter(
+            has=page.get_by_role("button", name=button, exact=True)
+        )
+        for name, value in fields.items():
+            form.locator(f"[name={name}]").fill(value)
+        form.locator("[name=reason]").fill("because")
+        form.get_by_role("button", name=button, exact=True).click()
+        page.wait_for_load_state("load")
+    page.locator("#standing .chip", has_text="finished").wait_for()
+    ledger = Ledger(folder)
+    actions = [e.content["action"] for e in ledger.entries(OPERATOR)]
+    assert actions == ["stop", "rollback", "continue"]
+    assert len(list(ledger.entries("round"))) == 4
+    assert ledger.verify() == []
+    ledger.close()
+    visit.open("/runs/again/control")
+    form = page.locator("form.card").filter(has=page.get_by_role("button", name="Export for peft"))
+    form.locator("[name=reason]").fill("to try it")
+    form.get_by_role("button").click()
+    page.wait_for_load_state("load")
+    page.locator("#jobs li", has_text="export").locator(".chip", has_text="finished").wait_for()
+    assert (folder / "exports" / "peft-round-4" / "adapter_config.json").is_file()
+    visit.open("/start")
+    page.get_by_label("Name of the run").fill("from-the-page")
+    page.get_by_label("Scenario").select_option("quickstart")
+    page.get_by_label("Changes").fill(f'base_model="{asked.base_model}"\nrounds=nothing')
+    page.get_by_label("Reason").fill("a first one")
+    page.get_by_role("button", name="Start").click()
+    # Its process says why it refuses; nothing runs behind the test's back.
+    page.locator("li", has_text="simulate quickstart").locator(
+        ".chip", has_text="failed"
+    ).wait_for()
+    assert ControlQueue(root / "from-the-page").requests()[0].action == "start"
+    assert visit.wrong == []

@@ -1,0 +1,241 @@
+"""Every address is shut to strangers, every action to viewers; forms and sessions cannot be forged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from starlette.routing import Mount, Route
+from starlette.testclient import TestClient
+
+from fedserver.control import ARGUMENTS, ControlQueue
+from fedserver.dashboard.accounts import Accounts
+from fedserver.dashboard.application import make_application
+from fedserver.dashboard.command import DashboardError, check_binding
+from fedserver.dashboard.guard import COOKIE
+from fedserver.ledger import Ledger
+
+SignIn = Callable[[str], str]
+ACT = "/runs/mixed/actions/export"
+PASSWORD = "correct horse battery"
+
+
+def addresses(client: TestClient) -> list[tuple[str, str]]:
+    """Method and address of every route, with the run that exists put in."""
+    values = {
+        "run": "mixed",
+        "round:int": "2",
+        "view": "fleet",
+        "table": "fleet",
+        "action": "pause",
+    }
+    found = []
+    for route in client.app.routes:  # type: ignore[attr-defined]
+        if isinstance(route, Mount):
+            continue
+        assert isinstance(route, Route)
+        path = re.sub(r"{([^}]+)}", lambda match: values[match.group(1)], route.path)
+        found += [(method, path) for method in sorted(route.methods or ()) if method != "HEAD"]
+    return found
+
+
+def test_strangers_get_nothing_and_viewers_cannot_act(client: TestClient, sign_in: SignIn) -> None:
+    known = addresses(client)
+    assert len(known) > 20
+    for method, path in known:
+        answer = client.request(method, path, headers={"accept": "text/html"})
+        if path == "/login":
+            continue
+        assert answer.status_code == 401, (method, path)
+        assert "mixed" not in answer.text.replace(path, "")
+        assert client.request(method, path).status_code == 401
+    csrf = sign_in("vera")
+    for method, path in known:
+        if method == "POST" and path not in ("/login", "/logout"):
+            answer = client.post(path, data={"csrf": csrf, "reason": "because"})
+            assert answer.status_code == 403, path
+    assert client.get("/").status_code == 200
+
+
+@pytest.mark.parametrize("action", sorted(ARGUMENTS))
+def test_actions_need_the_sessions_own_token(
+    action: str, client: TestClient, sign_in: SignIn, runs: Path
+) -> None:
+    old = sign_in("olga")
+    sign_in("olga")
+    for data in ({}, {"csrf": ""}, {"csrf": "x"}, {"csrf": old}):
+        path = f"/runs/mixed/actions/{action}"
+        assert client.post(path, data={"reason": "why"} | data).status_code == 403
+    assert client.post("/start", data={"reason": "why"}).status_code == 403
+    assert client.post("/logout").status_code == 403
+    assert not ControlQueue(runs / "mixed").requests()
+
+
+def test_other_sites_and_other_names_of_this_host_are_turned_away(
+    client: TestClient, sign_in: SignIn
+) -> None:
+    csrf = sign_in("olga")
+    data = {"csrf": csrf, "reason": "why"}
+    for site in ("cross-site", "same-site"):
+        assert client.post(ACT, data=data, headers={"sec-fetch-site": site}).status_code == 403
+        form = {"name": "olga", "password": "x"}
+        assert client.post("/login", data=form, headers={"sec-fetch-site": site}).status_code == 403
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 421
+
+
+def test_a_session_is_new_after_signing_in_and_gone_after_signing_out(
+    client: TestClient, sign_in: SignIn
+) -> None:
+    fixed = {"cookie": f"{COOKIE}=chosen-by-somebody-else"}
+    form = {"name": "olga", "password": PASSWORD}
+    given = client.post("/login", data=form, headers=fixed).cookies[COOKIE]
+    assert client.get("/", headers=fixed).status_code == 401
+    sign_in("olga")
+    first = client.cookies[COOKIE]
+    assert len({first, given, "chosen-by-somebody-else"}) == 3
+    csrf = sign_in("olga")
+    second = client.cookies[COOKIE]
+    client.cookies.clear()
+    # Signing in over a session ends it.
+    assert client.get("/", headers={"cookie": f"{COOKIE}={first}"}).status_code == 401
+    held = {"cookie": f"{COOKIE}={second}"}
+    assert client.get("/", headers=held).status_code == 200
+    assert client.post("/logout", data={"csrf": csrf}, headers=held).status_code == 303
+    assert client.get("/", headers=held).status_code == 401
+
+
+def test_cookies_and_pages_are_locked_down(client: TestClient, sign_in: SignIn) -> None:
+    answer = client.post("/login", data={"name": "olga", "password": PASSWORD})
+    cookie = answer.headers["set-cookie"].lower()
+    assert cookie.startswith("__host-")
+    for word in ("httponly", "secure", "samesite=strict", "path=/"):
+        assert word in cookie
+    for path in ("/", "/runs/mixed", "/static/dashboard.js", "/login", "/nowhere"):
+        headers = client.get(path).headers
+        policy = headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'")
+        assert "unsafe" not in policy
+        assert headers["x-content-type-options"] == "nosniff"
+    page = client.get("/runs/mixed").text
+    assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=|javascript:", page)
+
+
+def test_an_account_is_locked_after_failures_and_an_unknown_name_tells_nothing(
+    runs: Path, accounts: Accounts
+) -> None:
+    now = [1000.0]
+    accounts = Accounts(runs, now=lambda: now[0])
+    messages = set()
+    for name in ("olga", "nobody"):
+        for _ in range(6):
+            with pytest.raises(Exception, match="wrong") as caught:
+                accounts.sign_in(name, "guess")
+            messages.add(str(caught.value))
+    assert len(messages) == 1
+    with pytest.raises(Exception, match="locked"):
+        accounts.sign_in("olga", PASSWORD)
+    now[0] += 16 * 60
+    cookie = accounts.sign_in("olga", PASSWORD)
+    assert accounts.session(cookie) is not None
+    now[0] += 3 * 3600
+    assert accounts.session(cookie) is None
+
+
+def test_an_invitation_signs_in_once(runs: Path) -> None:
+    accounts = Accounts(runs)
+    word = accounts.invite()
+    assert accounts.accept("other") is None
+    assert accounts.accept(word)
+    assert accounts.accept(word) is None
+    assert accounts.accept("") is None
+
+
+def test_a_program_acts_by_its_token_without_a_cookie(
+    client: TestClient, accounts: Accounts, runs: Path
+) -> None:
+    for role, status in (("viewer", 403), ("operator", 202)):
+        bearer = {"authorization": f"Bearer {accounts.issue_token('robot', role)}"}
+        assert client.get("/api/v1/runs", headers=bearer).json()["runs"] == 1
+        answer = client.post(
+            "/runs/mixed/actions/export",
+            data={"reason": "nightly"},
+            headers=bearer | {"accept": "application/json"},
+        )
+        assert answer.status_code == status
+    assert client.get("/api/v1/runs", headers={"authorization": "Bearer x"}).status_code == 401
+    ledger = Ledger(runs / "mixed")
+    entry = ledger.last("operator")
+    assert entry is not None
+    assert (entry.content["action"], entry.content["who"]) == ("export", "robot")
+    assert ledger.verify() == []
+    ledger.close()
+    for job in client.app.state.site.desk.jobs._jobs:  # type: ignore[attr-defined]
+        job.process.wait()
+
+
+def test_addresses_beside_loopback_need_tls_and_an_account(runs: Path, tmp_path: Path) -> None:
+    pair = tmp_path / "pem"
+    for host in ("0.0.0.0", "192.0.2.7", "::", "example.org"):
+        with pytest.raises(DashboardError, match="loopback"):
+            check_binding(runs, host, None, None, Accounts(runs))
+        with pytest.raises(DashboardError, match="account"):
+            check_binding(runs, host, pair, pair, Accounts(tmp_path))
+    for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8"):
+        check_binding(runs, host, None, None, Accounts(runs))
+
+
+def test_where_one_goes_after_signing_in_is_this_server(
+    client: TestClient, sign_in: SignIn
+) -> None:
+    for wanted in ("//evil.example", "https://evil.example", "/\\evil.example", "\t//evil.example"):
+        form = {"name": "olga", "password": PASSWORD, "wanted": wanted}
+        assert client.post("/login", data=form).headers["location"] == "/"
+
+
+def test_hostile_names_and_lines_stay_text(runs: Path, accounts: Accounts) -> None:
+    """What nodes and logs say is escaped in HTML, and not computed by a spreadsheet."""
+    import json
+    import sqlite3
+
+    evil = "<img src=x onerror=alert(1)>\"'\u202e=2+5"
+    folder = runs / "mixed"
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        for node in row["nodes"]:
+            node |= {"node": evil + node["node"], "reason": "=HYPERLINK(1)" + evil}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (folder / "events.jsonl").open("a") as file:
+        notice = {"time": 1.0, "event": "notice", "level": evil, "text": evil, "node": evil}
+        file.write(json.dumps(notice) + "\n")
+    database = sqlite3.connect(folder / "ledger.db")
+    database.execute("UPDATE entries SET content = replace(content, 'clinic', '<b>clinic')")
+    database.commit()
+    database.close()
+    (runs / "<b>x").mkdir()
+    shutil_copy = (folder / "live.json").read_text().replace("mixed", "<script>alert(1)</script>")
+    (runs / "<b>x" / "live.json").write_text(shutil_copy)
+    application = make_application(runs, accounts, hosts=["testserver"])
+    with TestClient(application, base_url="https://testserver") as client:
+        client.post("/login", data={"name": "olga", "password": PASSWORD})
+        client.cookies.set(COOKIE, accounts.open_session("olga", "operator"))
+        views = (
+            "",
+            "/rounds",
+            "/rounds/1",
+            "/fleet",
+            "/plan",
+            "/privacy",
+            "/robustness",
+            "/ledger",
+        )
+        paths = ["/", *(f"/runs/mixed{view}" for view in views), "/runs/mixed/log"]
+        paths += ["/runs/mixed/control", "/compare?run=mixed&run=%3Cb%3Ex", "/runs/%3Cb%3Ex"]
+        for path in [*paths, "/runs/mixed/ledger/verify"]:
+            page = client.get(path, headers={"accept": "text/html"}).text
+            for word in ("<img src=x", "<b>", "<script>", "\u202e"):
+                assert word not in page, path
+        table = client.get("/api/v1/runs/mixed/robustness/influence.csv").text
+        assert "'=HYPERLINK" in table

@@ -1,0 +1,221 @@
+"""Numbers on pages are the ledger's and those of metrics.jsonl; every view is also JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from fedserver import metrics
+from fedserver.configuration import parse
+from fedserver.dashboard import round_views
+from fedserver.dashboard.application import live_payload
+from fedserver.dashboard.page import Question
+from fedserver.dashboard.registry import VIEWS
+from fedserver.dashboard.run_reader import RunReader
+from fedserver.ledger import Ledger
+
+NAMES = ("clinic", "school", "phone")
+LOSSES = st.none() | st.floats(0, 50)
+EVALUATIONS = st.none() | st.fixed_dictionaries(
+    {
+        "loss_sum": st.floats(0, 1e4),
+        "tokens": st.integers(1, 1000),
+        "correct": st.just(0),
+        "examples": st.just(1),
+        "new_loss_sum": st.just(0.0),
+        "new_tokens": st.just(0),
+    }
+)
+
+
+@st.composite
+def rounds(draw: st.DrawFn) -> list[dict[str, Any]]:
+    found = []
+    for _ in range(draw(st.integers(0, 4))):
+        nodes = []
+        for name in NAMES:
+            accepted = draw(st.booleans())
+            nodes.append(
+                {
+                    "node": name,
+                    "round": 1,
+                    "plan": {"action": "train", "method": {"family": "low_rank", "rank": 3}},
+                    "sends": "rank 3",
+                    "verdict": "accepted"
+                    if accepted
+                    else draw(st.sampled_from(["late", "missing"])),
+                    "reason": "",
+                    "bytes_up": draw(st.integers(0, 10**9)),
+                    "bytes_down": draw(st.integers(0, 10**9)),
+                    "update": None,
+                    "share": draw(st.floats(0, 1)) if accepted else 0.0,
+                    "memory_bytes": 1,
+                    **({"report": {"train_loss": draw(LOSSES), "examples": 3}} if accepted else {}),
+                    **({"norm": draw(st.floats(0, 10)), "family": "low_rank"} if accepted else {}),
+                }
+            )
+        found.append({"nodes": nodes, "entering": draw(EVALUATIONS)})
+    return found
+
+
+@settings(max_examples=25)
+@given(rounds())
+def test_the_live_view_says_what_ledger_and_metrics_say(content: list[dict[str, Any]]) -> None:
+    configuration = parse({"nodes": [{"name": name} for name in NAMES]})
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        ledger = Ledger(folder, create=True)
+        ledger.append("genesis", 0, {"configuration": configuration.identity()}, {})
+        for number, one in enumerate(content, start=1):
+            ledger.append(
+                "round",
+                number,
+                {"quorum": True, "state": "", "carry_rank": 3, "tail_energy": 0.25} | one,
+                {"started": 5.0, "seconds": number / 7, "nodes": dict.fromkeys(NAMES, 1.5)},
+            )
+        metrics.write(ledger, configuration, folder / "metrics.jsonl")
+        ledger.close()
+        run = RunReader(folder, "run")
+        page = round_views.live(run, Question())
+        told, html = page.data["totals"], live_payload(run)["fragments"]["tiles"]
+        nodes = [node for one in content for node in one["nodes"]]
+        expected = {
+            "bytes_up": sum(node["bytes_up"] for node in nodes),
+            "bytes_down": sum(node["bytes_down"] for node in nodes),
+            "accepted": sum(node["verdict"] == "accepted" for node in nodes),
+            "rejected": sum(node["verdict"] != "accepted" for node in nodes),
+            "seconds": sum(number / 7 for number in range(1, len(content) + 1)),
+        }
+        assert {key: told[key] for key in expected} == pytest.approx(expected)
+        written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        curves = page.data["curves"]
+        for key, values in curves.items():
+            assert values == [row[key] for row in written]
+        # What a round's model scored stands in the next round's entry.
+        for place, one in enumerate(content[1:]):
+            sums = one["entering"]
+            wanted = None if sums is None else sums["loss_sum"] / sums["tokens"]
+            assert curves["eval_loss"][place] == wanted
+        shown = [float(value) for value in re.findall(r'<data value="([^"]+)"', html)]
+        for key in ("bytes_up", "bytes_down", "accepted", "rejected", "seconds"):
+            assert told[key] in shown
+        if told["eval_loss"] is not None:
+            assert told["eval_loss"] in shown
+        for number, one in enumerate(content, start=1):
+            table = round_views.one_round(run, Question(round=number)).tables["nodes"]
+            assert [(r["node"], r["verdict"], r["bytes_up"], r["share"]) for r in table.rows] == [
+                (n["node"], n["verdict"], n["bytes_up"], n["share"]) for n in one["nodes"]
+            ]
+
+
+def test_every_view_is_html_json_and_csv_and_in_the_document(
+    client: TestClient, sign_in: Callable[[str], str]
+) -> None:
+    sign_in("vera")
+    document = client.get("/api/v1/openapi.json").json()
+    pages = [("/runs/{run}/" + (view.name or "live"), view) for view in VIEWS]
+    tables = 0
+    for address, view in pages:
+        path = address.replace("{run}", "mixed")
+        html = client.get(path.removesuffix("/live"), headers={"accept": "text/html"})
+        assert html.status_code == 200, path
+        told = client.get(f"/api/v1{path}").json()
+        assert told["run"] == "mixed"
+        assert set(told["tables"]) == set(view.tables)
+        assert address in document["paths"]
+        for name, table in told["tables"].items():
+            answer = client.get(f"/api/v1{path}/{name}.csv")
+            rows = list(csv.DictReader(io.StringIO(answer.text)))
+            assert next(csv.reader(io.StringIO(answer.text))) == table["columns"]
+            assert len(rows) == table["total"]
+            assert f"{address}/{name}.csv" in document["paths"]
+            tables += len(rows) > 0
+    assert tables > 6
+    for address in document["paths"]:
+        path = address.replace("{run}", "mixed").replace("{round}", "2")
+        assert client.get(f"/api/v1{path}").status_code == 200, path
+
+
+def test_rounds_and_nodes_of_a_real_run_are_those_of_its_ledger(
+    client: TestClient, sign_in: Callable[[str], str], runs: Path
+) -> None:
+    sign_in("vera")
+    ledger = Ledger(runs / "mixed")
+    entry = list(ledger.entries("round"))[1]
+    ledger.close()
+    table = client.get("/api/v1/runs/mixed/rounds/2").json()["tables"]["nodes"]["rows"]
+    assert len(table) == len(entry.content["nodes"])
+    for row, node in zip(table, entry.content["nodes"], strict=True):
+        assert row["node"] == node["node"]
+        assert row["verdict"] == node["verdict"]
+        assert row["reason"] == node["reason"]
+        assert row["norm"] == node.get("norm")
+        assert row["staleness"] == 2 - node["round"]
+    families = {row["family"] for row in table}
+    assert families == {"low rank", "seed scalars", "sketch"}
+    verdicts = {row["verdict"] for row in table}
+    assert {"accepted", "not_finite", "late"} <= verdicts
+    live = client.get("/api/v1/runs/mixed/live").json()
+    summary = json.loads((runs / "mixed" / "summary.json").read_text())
+    rows = [
+        json.loads(line) for line in (runs / "mixed" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert live["totals"]["eval_loss"] == rows[-1]["eval_loss"] is not None
+    assert live["totals"]["bytes_full_model"] == summary["bytes_full_model"]
+    assert live["totals"]["bytes_full_lora"] == summary["bytes_full_lora"]
+    for word in ("privacy", "robustness"):
+        page = client.get(f"/runs/mixed/{word}", headers={"accept": "text/html"}).text
+        assert "No differential privacy" in page or "No robust rule" in page
+
+
+def test_tables_are_searched_sorted_and_cut(
+    client: TestClient, sign_in: Callable[[str], str]
+) -> None:
+    sign_in("vera")
+    rows = client.get("/api/v1/runs/mixed/fleet?q=WORKSTATION").json()["tables"]["fleet"]["rows"]
+    assert [row["node"] for row in rows] == ["clinic"]
+    for sort in ("round", "-round"):
+        table = client.get(f"/api/v1/runs/mixed/rounds?sort={sort}").json()["tables"]["rounds"]
+        found = [row["round"] for row in table["rows"]]
+        assert found == sorted(found, reverse=sort.startswith("-"))
+    odd = "/api/v1/runs/mixed/log?page=99999999&sort=nothing&q=committed"
+    log = client.get(odd).json()["tables"]["log"]["rows"]
+    assert len(log) == 3
+    for path in ("/api/v1/runs/none/live", "/api/v1/runs/mixed/none", "/api/v1/runs/mixed/rounds/77",
+                 "/api/v1/runs/..%2Fmixed/live", "/runs/.dashboard", "/static/../html.py"):  # fmt: skip
+        assert client.get(path).status_code in (404, 401), path
+
+
+def test_a_damaged_chain_is_found_and_a_half_run_is_shown(
+    client: TestClient, sign_in: Callable[[str], str], runs: Path
+) -> None:
+    import sqlite3
+
+    sign_in("vera")
+    assert client.get("/api/v1/runs/mixed/ledger/verify").json()["problems"] == []
+    database = sqlite3.connect(runs / "mixed" / "ledger.db")
+    database.execute("UPDATE entries SET content = replace(content, '0.', '1.') WHERE height = 2")
+    database.commit()
+    database.close()
+    assert client.get("/api/v1/runs/mixed/ledger/verify").json()["problems"]
+    with (runs / "mixed" / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 4, "lo')
+    with (runs / "mixed" / "events.jsonl").open("a") as file:
+        file.write('{"time"')
+    (runs / "mixed" / "live.json").write_text("{")
+    for view in VIEWS:
+        path = f"/runs/mixed/{view.name}".rstrip("/")
+        assert client.get(path, headers={"accept": "text/html"}).status_code == 200, path
+    assert math.isfinite(client.get("/api/v1/runs/mixed/live").json()["totals"]["bytes_up"])
