@@ -49,8 +49,8 @@ ENOUGH = 0.9  # of the largest gain
 LOCAL_STEPS, ZEROTH_ORDER_STEPS = 8, 40
 # Nodes that train, and the rule of mixing.
 COHORTS = {
-    "mixed, overlap counted once": (NODES, "overlap"),
     "mixed, families add": (NODES, "add"),
+    "mixed, overlap counted once": (NODES, "overlap"),
     "mixed, one mean over all": (NODES, "mean"),
     "strong nodes alone": (STRONG, "add"),
     "weak nodes alone": (WEAK, "add"),
