@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Sequence
 
+from fedclient.allocator import give_back_large_blocks
 from fedclient.node import Answer, Refused
 from fedclient.resident import frames
 from fedclient.resident.frames import Frame
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--nice", type=int, default=0)
     given = parser.parse_args(arguments)
     limit(given.memory_bytes, given.cpus, given.nice)
+    give_back_large_blocks()
     serve(socket.socket(fileno=given.descriptor))
 
 

@@ -6,7 +6,8 @@ Every variant runs in a process of its own, and the steps are taken in turns, so
 machine does hits all alike. All see the same 4 × 128 tokens (frequencies after Zipf's law, every
 position labelled). "Plain" is transformers alone. The reference MeZO step moves all weights in place by
 +epsilon, -2 epsilon, +epsilon and the update, each with noise drawn anew by torch (Malladi et al., 2023,
-algorithm 1). Memory is the peak of resident memory after loading.
+algorithm 1). Memory is the peak of resident memory after loading; all have the allocator of a resident
+worker.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 import fedkernels as fk
 from aggregators import Layout, SeedScalars, encode
 from aggregators.codec import pack
+from fedclient.allocator import give_back_large_blocks
 from fedclient.local.perturbation import Perturbable, perturbable
 from fedclient.memory import PeakMemory
 
@@ -209,6 +211,7 @@ def _ask(worker: subprocess.Popen[str], request: str) -> dict[str, Any]:
 
 def _work(variant: Variant, threads: int, reference: str) -> None:
     """One variant's process: a step for every line that comes in."""
+    give_back_large_blocks()
     torch.set_num_threads(threads)
     model, layout = _model(variant, reference)
     batch = random_batch(model.config.vocab_size)
@@ -317,14 +320,8 @@ def _print(
         times = f"{row['seconds']:.2f} s", f"{row['least_seconds']:.2f} s"
         table.add_row(row["title"], *times, *ratios, row["bar"])
     console.print(table)
-    table = Table(title="peak of resident memory")
-    for heading in ("process", "loaded", "peak", "÷ inference", "bar"):
-        table.add_column(heading, justify="left" if heading == "process" else "right")
-    for row in memory:
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f} ×"
-        sizes = (f"{row[key] / 2**20:.0f} MiB" for key in ("loaded_bytes", "peak_bytes"))
-        table.add_row(row["title"], *sizes, ratio, row["bar"])
-    console.print(table)
+    if memory:
+        console.print(_memory_table(memory))
     table = Table(title=f"bytes of an upload, {LOCAL_STEPS} steps, pool of {POOL}")
     for heading in ("form", "bytes", "bar"):
         table.add_column(heading, justify="left" if heading == "form" else "right")
@@ -332,6 +329,17 @@ def _print(
         bar = {"int8": "≤ 764", "dense int32": "≤ 16,500"}.get(form, "")
         table.add_row(form, f"{size:,}", bar)
     console.print(table)
+
+
+def _memory_table(memory: list[dict[str, Any]]) -> Table:
+    table = Table(title="peak of resident memory")
+    for heading in ("process", "loaded", "peak", "÷ inference", "bar"):
+        table.add_column(heading, justify="left" if heading == "process" else "right")
+    for row in memory:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f} ×"
+        sizes = (f"{row[key] / 2**20:.0f} MiB" for key in ("loaded_bytes", "peak_bytes"))
+        table.add_row(row["title"], *sizes, ratio, row["bar"])
+    return table
 
 
 def main() -> None:
