@@ -1,4 +1,7 @@
-"""Flower by hand: a SuperLink and two SuperNodes on loopback end with the in-process engine's head."""
+"""Flower by hand: a SuperLink and two SuperNodes on loopback end with the in-process engine's head.
+
+The deployed nodes sign with keys that they made themselves; those of the in-process engine have none.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from aggregators.keys import load as load_key
+from aggregators.keys import public_hex
 from fedserver.configuration import load
+from fedserver.ledger import Ledger
 from simulations.run import ledger_head, simulate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -39,15 +45,25 @@ def test_a_loopback_deployment_ends_with_the_local_engines_head(
               "--disable-runtime-dependency-installation")  # fmt: skip
         _wait_for(lambda: _listens(port), log)
         for index in range(len(configuration.nodes)):
+            own = f'partition-id={index} key="{tmp_path / f"node-{index}.pem"}"'
             start("flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
-                  "--port", str(_free_port()), "--node-config", f"partition-id={index}")  # fmt: skip
+                  "--port", str(_free_port()), "--node-config", own)  # fmt: skip
+        overrides.append("signatures=required")
+        sealing_key = tmp_path / "server.pem"
         settings = f'scenario="{tiny_scenario}" output="{deployed}" set="{";".join(overrides)}"'
+        settings += f' server-key="{sealing_key}"'
         subprocess.run(
             [_program("flwr"), "run", str(REPOSITORY), "loop", "--run-config", settings],
             env=_environment(home), stdout=output, stderr=output, check=True,
         )  # fmt: skip
         _wait_for((deployed / "summary.json").is_file, log)
     assert ledger_head(deployed) == ledger_head(tmp_path / "local")
+    ledger = Ledger(deployed)
+    assert ledger.verify(key=public_hex(load_key(sealing_key))) == []
+    made = {public_hex(load_key(path)) for path in tmp_path.glob("node-*.pem")}
+    signed = {one["key"] for entry in ledger.entries("round") for one in entry.signatures.values()}
+    assert signed == made
+    ledger.close()
 
 
 @contextmanager
