@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from aggregators import Layout
@@ -76,25 +77,34 @@ def gather_roster(configuration: RunConfiguration, exchange: Exchange, notify: L
         )
     members: dict[str, Member] = {}
     failures = []
+
+    def register(node_id: int, capabilities: bytes) -> str:
+        """Take a node in; returns why it cannot be, "" if it is."""
+        member, problem = read_member(node_id, capabilities)
+        if member is None:
+            return problem
+        name = member.capabilities.node
+        if name in members:
+            return f"the name {name!r} is already taken"
+        members[name] = member
+        return ""
+
+    query = query_of(configuration)
     replies = exchange.ask(
-        dict.fromkeys(found, query_of(configuration)),
+        dict.fromkeys(found, query),
         QUERY,
         0,
         QUERY_SECONDS,
-        # A node that was restarted stays in Flower's list under its old id for a while.
+        # A node that was restarted stays in Flower's list under its old id for a while, and its new id
+        # may come later.
         enough=lambda: len(members) == wanted,
-        grace=0.0 if len(found) > wanted else None,
+        grace=0.0,
+        newcomers=_Arriving(query, register),
     )
     for reply in replies:
         problem = reply.error
         if reply.payload is not None:
-            member, problem = read_member(reply.node_id, reply.payload)
-            if member is not None:
-                name = member.capabilities.node
-                if name in members:
-                    problem = f"the name {name!r} is already taken"
-                else:
-                    members[name] = member
+            problem = register(reply.node_id, reply.payload)
         if problem:
             failures.append(problem)
     exchange.forget(before_round=1)
@@ -111,6 +121,19 @@ def gather_roster(configuration: RunConfiguration, exchange: Exchange, notify: L
             + "".join(f"\n  {problem}" for problem in sorted(set(failures)))
         )
     return roster
+
+
+class _Arriving:
+    """Nodes that connect while the others are being asked."""
+
+    def __init__(self, query: bytes, register: Callable[[int, bytes], str]) -> None:
+        self.query = query
+        self._register = register
+
+    def joined(self, node_id: int, capabilities: bytes) -> int | None:
+        """Take it in; it replaces none that has answered."""
+        self._register(node_id, capabilities)
+        return None
 
 
 def read_member(node_id: int, payload: bytes) -> tuple[Member | None, str]:
