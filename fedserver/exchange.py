@@ -165,7 +165,12 @@ class Exchange:
         self._known.update(payloads)
         for node_id, payload in payloads.items():
             self._send(_Sent(node_id, round_number, kind, payload, ttl, node_id), waiting)
-        while waiting or self._away or (wait_for_late and self._overdue and not enough()):
+        while (
+            waiting
+            or self._away
+            or (wait_for_late and self._overdue and not enough())
+            or (kind == QUERY and self._queries)
+        ):
             now = self._clock.now()
             if now - start >= deadline or now >= closing:
                 break
@@ -227,6 +232,9 @@ class Exchange:
         code = message.error.code if message.has_error() else None
         reason = None if message.has_error() else _reason(message)
         if code not in LOST and reason not in WORKER_AWAY:
+            return False
+        if code == NODE_AWAY and sent.kind == QUERY:
+            # Who is gone before it has said who it is, is met as a newcomer.
             return False
         if sent.attempts >= ATTEMPTS and (late or code == APP_KILLED):
             return False

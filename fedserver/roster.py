@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from aggregators import Layout
@@ -88,26 +88,36 @@ def gather_roster(
         )
     members: dict[str, Member] = {}
     failures = []
+
+    def register(node_id: int, capabilities: bytes) -> str:
+        """Take a node in; returns why it cannot be, "" if it is."""
+        member, problem = read_member(node_id, capabilities)
+        if member is None:
+            return problem
+        told = member.capabilities
+        if told.node in members:
+            return f"the name {told.node!r} is already taken"
+        problem = stranger(told, configuration, enrolled, known or {})
+        if not problem:
+            members[told.node] = member
+        return problem
+
+    query = query_of(configuration)
     replies = exchange.ask(
-        dict.fromkeys(found, query_of(configuration)),
+        dict.fromkeys(found, query),
         QUERY,
         0,
         QUERY_SECONDS,
-        # A node that was restarted stays in Flower's list under its old id for a while.
+        # A node that was restarted stays in Flower's list under its old id for a while, and its new id
+        # may come later.
         enough=lambda: len(members) == wanted,
-        grace=0.0 if len(found) > wanted else None,
+        grace=0.0,
+        newcomers=_Arriving(query, register),
     )
     for reply in replies:
         problem = reply.error
         if reply.payload is not None:
-            member, problem = read_member(reply.node_id, reply.payload)
-            if member is not None:
-                told = member.capabilities
-                problem = stranger(told, configuration, enrolled, known or {})
-                if told.node in members:
-                    problem = f"the name {told.node!r} is already taken"
-                elif not problem:
-                    members[told.node] = member
+            problem = register(reply.node_id, reply.payload)
         if problem:
             failures.append(problem)
     exchange.forget(before_round=1)
@@ -146,6 +156,19 @@ def stranger(
         found = f"the key {told.public_key[:12]}" if told.public_key else "no key"
         return f"{told.node!r} has {found}, and is known by {expected[:12]}: enrol it again"
     return ""
+
+
+class _Arriving:
+    """Nodes that connect while the others are being asked."""
+
+    def __init__(self, query: bytes, register: Callable[[int, bytes], str]) -> None:
+        self.query = query
+        self._register = register
+
+    def joined(self, node_id: int, capabilities: bytes) -> int | None:
+        """Take it in; it replaces none that has answered."""
+        self._register(node_id, capabilities)
+        return None
 
 
 def read_member(node_id: int, payload: bytes) -> tuple[Member | None, str]:
