@@ -22,6 +22,7 @@ help:
 	@echo "make lint       ruff and mypy alone          make format     apply ruff's fixes and format"
 	@echo "make bench      recompression, bytes, kernels make docs       build the documentation"
 	@echo "make gpu-check  check and time GPU kernels   make clean      remove what builds left behind"
+	@echo "make screenshots  pictures of the dashboard   make chromium   the browser that tests need"
 	@echo "make neon-check the kernels' bits on ARM     make sanitize   the kernels' tests under ASan, UBSan"
 
 venv: $(STAMP)
@@ -64,6 +65,10 @@ chromium: venv
 		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null; \
 	} || { echo "Chromium is missing: sudo apt-get install chromium (or your system's package)"; exit 1; }
 	@$(BIN)/python tests/fedserver/dashboard/browser.py
+
+# Every view at 1440 and 390 pixels into build/screenshots, and three pictures into docs/images.
+screenshots: venv chromium
+	$(BIN)/python -m pytest --quiet tests/fedserver/dashboard/screenshots.py
 
 test: nginx lint chromium
 	$(BIN)/python -m fedclient.base_model fetch

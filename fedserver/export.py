@@ -153,6 +153,7 @@ def model_card(folder: Path, configuration: RunConfiguration, rank: int) -> str:
         "Evaluation is over held-out examples of all nodes, summed by answer token.",
         "",
         f"- rounds: {summary.get('rounds', 'unknown')}",
+        f"- families of updates: {_families(summary)}",
         f"- base digest: `{summary.get('base_digest', 'unknown')}`",
         f"- ledger head: `{summary.get('head', 'unknown')}`",
         "- differential privacy: none",
@@ -163,6 +164,17 @@ def model_card(folder: Path, configuration: RunConfiguration, rank: int) -> str:
 
 def _number(scores: dict[str, Any] | None, key: str) -> str:
     return "not measured" if scores is None else f"{scores[key]:.4f}"
+
+
+def _families(summary: dict[str, Any]) -> str:
+    """ "low rank (6 from 2 nodes), sketch (6 from 2 nodes)"."""
+    found = summary.get("families")
+    if not isinstance(found, dict) or not found:
+        return "unknown"
+    return ", ".join(
+        f"{name.replace('_', ' ')} ({one['updates']} from {one['nodes']} nodes)"
+        for name, one in sorted(found.items())
+    )
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:

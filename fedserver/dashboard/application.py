@@ -55,7 +55,10 @@ def make_application(
         raise VendorError(
             f"the dashboard lacks {absent[0]}: fetch it with python -m fedserver.dashboard.vendor"
         )
-    site = Site(Library(root), accounts)
+    library = Library(root)
+    # The first look at a thousand runs takes longer than any later one.
+    library.rows()
+    site = Site(library, accounts)
     application = Starlette(
         routes=site.routes(),
         middleware=[Middleware(Guard, accounts=accounts, hosts=hosts)],

@@ -35,13 +35,26 @@ def dashboard(
     key: Annotated[
         Path | None, typer.Option(help="Its private key, PEM.", exists=True, dir_okay=False)
     ] = None,
+    alerts: Annotated[
+        str,
+        typer.Option(metavar="URL", help="POST alerts there as JSON: loss, quorum, silence ..."),
+    ] = "",
     open_browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
 ) -> None:
     """Serve the runs of a folder: live status, every round, and actions for operators."""
     accounts = Accounts(folder)
     check_binding(folder, host, certificate, key, accounts)
+    if alerts and not alerts.startswith(("http://", "https://")):
+        raise DashboardError(f"{alerts} is no http or https address to send alerts to")
     serve(
-        folder, accounts, host=host, port=port, certificate=certificate, key=key, show=open_browser
+        folder,
+        accounts,
+        host=host,
+        port=port,
+        certificate=certificate,
+        key=key,
+        alerts=alerts,
+        show=open_browser,
     )
 
 
@@ -129,16 +142,20 @@ def serve(
     port: int,
     certificate: Path | None = None,
     key: Path | None = None,
+    alerts: str = "",
     show: bool = False,
 ) -> None:
     """Serve until stopped. Without accounts the terminal shows a link that signs in once."""
     import uvicorn
 
+    from fedserver.dashboard.alerts import Watchdog
     from fedserver.dashboard.application import make_application
 
     tls = certificate is not None
     hosts = None if tls else (*LOOPBACK, host)
     application = make_application(folder, accounts, hosts=hosts)
+    if alerts:
+        Watchdog(application.state.site.library, alerts).start()
     listening = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"{'https' if tls else 'http'}://{shown}:{listening.getsockname()[1]}/"

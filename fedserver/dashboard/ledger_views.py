@@ -45,8 +45,7 @@ def ledger(run: RunReader, question: Question) -> Page:
     """The chain of entries, and the actions that operators took."""
     entries = run.entries()
     last = next((e["round"] for e in entries if e["kind"] == "round"), None)
-    entry = run.entry("round", last) if last is not None else None
-    nodes = entry["content"].get("nodes", ()) if entry else ()
+    signed, updates = run.signed_updates(last) if last is not None else (0, 0)
     genesis = run.genesis()
     links = all(newer["previous"] == older["hash"] for newer, older in pairwise(entries))
     data = {
@@ -54,8 +53,8 @@ def ledger(run: RunReader, question: Question) -> Page:
         "height": len(entries),
         "ledger_head": entries[0]["hash"] if entries else None,
         "linked": links and (not entries or entries[-1]["previous"] == GENESIS_PREVIOUS),
-        "signed": sum(1 for node in nodes if node.get("signature")),
-        "updates": sum(1 for node in nodes if node.get("update")),
+        "signed": signed,
+        "updates": updates,
         "base_digest": genesis.get("base_digest"),
         "layout": genesis.get("layout"),
         "run_id": genesis.get("run"),

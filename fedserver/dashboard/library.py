@@ -27,6 +27,8 @@ DEPTH = 2
 """``compare`` writes its runs into a folder of their own, one level further down."""
 OPEN_READERS = 64
 SCAN_SECONDS = 2.0
+LOOK_SECONDS = 0.25
+"""Within this time nobody looks at the files again, however many ask."""
 
 
 class Library:
@@ -38,10 +40,19 @@ class Library:
         self._rows: dict[str, tuple[Any, Row]] = {}
         self._folders: dict[str, Path] = {}
         self._scanned = -SCAN_SECONDS
+        self._seen: list[Row] = []
+        self._looked = -LOOK_SECONDS
         self._readers: OrderedDict[str, RunReader] = OrderedDict()
 
     def rows(self) -> list[Row]:
         """One row a run, the newest first. What ended differently from what was said is said."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked >= LOOK_SECONDS:
+                self._seen, self._looked = self._look(), time.monotonic()
+            return [dict(row) for row in self._seen]
+
+    def _look(self) -> list[Row]:
         with self._lock:
             found = [self._row(name, folder) for name, folder in self.folders().items()]
         for row in found:

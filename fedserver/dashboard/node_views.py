@@ -45,7 +45,7 @@ PLAN = (
 PARTICIPATION = (
     Column("node", "Node"),
     Column("rounds", "Rounds accepted", "count"),
-    Column("of", "of", "count"),
+    Column("of", "Rounds asked", "count"),
     Column("examples", "Examples", "count"),
     Column("share", "Share of the last round", "share"),
 )
@@ -120,7 +120,7 @@ def fleet(run: RunReader, question: Question) -> Page:
 def plan(run: RunReader, question: Question) -> Page:
     """What each node was asked in the last round, and which line of the scenario decided it."""
     rounds = run.rounds()
-    entry = run.entry("round", rounds[-1]["round"]) if rounds else None
+    entry = run.round_entry(rounds[-1]["round"]) if rounds else None
     configuration = run.configuration()
     configured = {node["name"]: node for node in configuration.get("nodes", ())}
     rows = []

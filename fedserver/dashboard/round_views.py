@@ -20,7 +20,7 @@ ARRIVALS = (
     Column("sends", "Sends"),
     Column("status", "State", "state"),
     Column("step", "Step", "count"),
-    Column("steps", "of", "count"),
+    Column("steps", "Steps", "count"),
     Column("loss", "Training loss", "loss"),
     Column("bytes_up", "Sent", "bytes"),
     Column("bytes_down", "Received", "bytes"),
@@ -177,7 +177,7 @@ def rounds(run: RunReader, question: Question) -> Page:
 
 def one_round(run: RunReader, question: Question) -> Page:
     """One round: every node's update, its size, and the gate's verdict."""
-    entry = run.entry("round", question.round)
+    entry = run.round_entry(question.round)
     if entry is None:
         raise NotThere(f"round {question.round} was not committed")
     content, wall = entry["content"], entry["wall"]

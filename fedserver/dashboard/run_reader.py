@@ -83,6 +83,27 @@ class RunReader:
             ).fetchone()
         return None if row is None else _entry(row)
 
+    def round_entry(self, number: int) -> Row | None:
+        """The entry of a round; the one that was asked for last is kept, for it never changes."""
+        with self._lock:
+            held = self._cache.get("round")
+            if held is None or held[0] != number:
+                held = (number, self.entry("round", number))
+            if held[1] is not None:
+                self._cache["round"] = held
+            found: Row | None = held[1]
+            return found
+
+    def signed_updates(self, number: int) -> tuple[int, int]:
+        """How many updates of a round are signed, and how many there are; without parsing it."""
+        with self._ledger() as database:
+            row = database.execute(
+                "SELECT content FROM entries WHERE kind = 'round' AND round = ?", (number,)
+            ).fetchone()
+        # Quotes inside of texts are escaped in canonical JSON, so that a name cannot be counted.
+        text = row[0] if row else ""
+        return text.count('"signature":"'), text.count('"update":"')
+
     def entries(self) -> list[Row]:
         """Height, kind, round, hash, previous hash and size of all entries, newest first."""
         stamp = (file_stamp(self.folder / LEDGER), file_stamp(self.folder / f"{LEDGER}-wal"))

@@ -2,6 +2,8 @@
 "use strict";
 
 const charts = new Map();
+// The legend comes below and may take several lines on a phone.
+const heightOf = (box) => (box.classList.contains("tall") ? 308 : 218);
 const tone = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function bytesText(value) {
@@ -63,7 +65,7 @@ function draw(box, data) {
   }
   const axis = { stroke: tone("--soft"), grid: { stroke: tone("--rule"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
   charts.set(box, new uPlot({
-    width: box.clientWidth, height: box.clientHeight - 32,
+    width: box.clientWidth, height: heightOf(box),
     scales: {
       x: { time: false, range: (_, low, high) => [low - 0.25, high + 0.25] },
       y: { range: (_, low, high) => { const room = (high - low || Math.abs(high) || 1) * 0.12; return [spec.zero ? 0 : low - room, high + room]; } },
@@ -88,6 +90,6 @@ document.addEventListener("DOMContentLoaded", () => {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAll());
   let waiting = 0;
   new ResizeObserver(() => { clearTimeout(waiting); waiting = setTimeout(() => {
-    for (const [box, chart] of charts) if (chart.width !== box.clientWidth) chart.setSize({ width: box.clientWidth, height: box.clientHeight - 32 });
+    for (const [box, chart] of charts) if (chart.width !== box.clientWidth) chart.setSize({ width: box.clientWidth, height: heightOf(box) });
   }, 60); }).observe(document.body);
 });

@@ -22,6 +22,7 @@ NODES = (
     {"name": "helpdesk", "fault": "nan"},
     {"name": "school", "strand": "projected", "description": "laptop"},
     {"name": "phone", "strand": "zeroth-order", "description": "phone"},
+    {"name": "office", "strand": "projected", "fault": "never"},
     {"name": "cafe", "strand": "zeroth-order", "fault": "late"},
 )
 PASSWORD = "correct horse battery"
