@@ -4,13 +4,15 @@ from aggregators.basis import Basis
 from aggregators.carry import Carry
 from aggregators.codec import decode, encode
 from aggregators.dense import Dense
-from aggregators.gate import Admitted, GateContext, admit, gate, match_targets
+from aggregators.gate import Admitted, GateContext, admit, gate
 from aggregators.layout import Layout, TensorSpec
 from aggregators.low_rank import Factors, LowRank
 from aggregators.mixing import Aggregate, aggregate, average_factors
+from aggregators.overlap import gram, overlap_weights
 from aggregators.projected import ProjectedGradient, allocation
 from aggregators.seed_scalars import SeedScalars
 from aggregators.sketch import Sketch
+from aggregators.targets import match_targets
 from aggregators.update import Update, UpdateRejected, Verdict
 
 __all__ = [
@@ -37,5 +39,7 @@ __all__ = [
     "decode",
     "encode",
     "gate",
+    "gram",
     "match_targets",
+    "overlap_weights",
 ]

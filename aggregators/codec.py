@@ -63,16 +63,7 @@ def unpack(data: bytes, max_bytes: int | None = None) -> tuple[Header, dict[str,
     Every tensor gets memory of its own: a buffer's tensors lie at any alignment, and the alignment
     decides how some kernels order their sums.
     """
-    if max_bytes is not None and len(data) > max_bytes:
-        raise UpdateRejected(
-            Verdict.TOO_LARGE, f"{len(data)} bytes exceed the limit of {max_bytes}"
-        )
-    if len(data) < 8:
-        raise UpdateRejected(Verdict.MALFORMED, f"{len(data)} bytes are too few for a header")
-    size = int.from_bytes(data[:8], "little")
-    if size > min(HEADER_LIMIT, len(data) - 8):
-        raise UpdateRejected(Verdict.MALFORMED, f"the header claims {size} bytes")
-    header = _read_header(data[8 : 8 + size])
+    header = read_header(data, max_bytes)
     try:
         tensors = {name: tensor.clone() for name, tensor in load_tensors(data).items()}
     except Exception as error:  # A library that parses hostile bytes may raise anything.
@@ -80,7 +71,21 @@ def unpack(data: bytes, max_bytes: int | None = None) -> tuple[Header, dict[str,
     return header, tensors
 
 
-def _read_header(data: bytes) -> Header:
+def read_header(data: bytes, max_bytes: int | None = None, limit: int = HEADER_LIMIT) -> Header:
+    """The header alone, of at most ``limit`` bytes; of the tensors nothing is read."""
+    if max_bytes is not None and len(data) > max_bytes:
+        raise UpdateRejected(
+            Verdict.TOO_LARGE, f"{len(data)} bytes exceed the limit of {max_bytes}"
+        )
+    if len(data) < 8:
+        raise UpdateRejected(Verdict.MALFORMED, f"{len(data)} bytes are too few for a header")
+    size = int.from_bytes(data[:8], "little")
+    if size > min(limit, len(data) - 8):
+        raise UpdateRejected(Verdict.MALFORMED, f"the header claims {size} bytes")
+    return _parse_header(data[8 : 8 + size])
+
+
+def _parse_header(data: bytes) -> Header:
     try:
         outer = json.loads(data)
         header = json.loads(outer["__metadata__"][METADATA_KEY], parse_constant=_refuse)

@@ -1,9 +1,11 @@
-"""The gate: the only door for a node's bytes. What passes is an update; what does not has a verdict."""
+"""The gate: the only door for a node's bytes. What passes is an update; what does not has a verdict.
+
+A reply with a signature is checked for who it is from before anything of its update is read.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,16 +13,23 @@ from torch import Tensor
 from aggregators.basis import Basis
 from aggregators.codec import WIRE_DTYPES, unpack, update_from_parts
 from aggregators.layout import Layout
-from aggregators.messages import Envelope, Plan, Report, body_digest, open_reply, shared_a
-from aggregators.methods import LoraMethod
+from aggregators.messages import (
+    Envelope,
+    Plan,
+    Report,
+    body_digest,
+    open_body,
+    open_envelope,
+    shared_a,
+)
+from aggregators.methods import LoraMethod, ZerothOrderMethod
 from aggregators.probe_checks import check_coordinates, check_scalars, check_sketch
 from aggregators.projected import ProjectedGradient
 from aggregators.seed_scalars import SeedScalars
+from aggregators.signatures import Signature, check_signature, split_signature
 from aggregators.sketch import Sketch
+from aggregators.targets import match_targets, trained_names
 from aggregators.update import Update, UpdateRejected, Verdict
-
-ALL_LINEAR = "all-linear"
-NOT_LINEAR = ("embed", "wte", "wpe", "lm_head")
 
 # Far above any change that a model survives, and far below where float32 sums of such overflow.
 LARGEST_NORM = 1e15
@@ -29,7 +38,8 @@ LARGEST_NORM = 1e15
 @dataclass(frozen=True)
 class GateContext:
     """What the server knows when a reply arrives. ``view``: digest of what the node was sent,
-    ``basis``: the round's, where sketches are asked for.
+    ``basis``: the round's, where sketches are asked for. ``public_key``: the node's, hexadecimal; where
+    it is given, what that key has not signed is refused. ``seen_nonces``: of all admitted replies.
     """
 
     layout: Layout
@@ -39,15 +49,21 @@ class GateContext:
     max_examples: int = 10**7
     view: str | None = None
     basis: Basis | None = None
+    public_key: str | None = None
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """What passed: the update (None for an evaluation), the report, the body's SHA-256."""
+    """What passed: the update (None for an evaluation), the report, the body's SHA-256.
+
+    ``reply``: the bytes without the signature, which is None unless it was checked.
+    """
 
     update: Update | None
     report: Report
     payload_digest: str
+    reply: bytes
+    signature: Signature | None
 
 
 def gate(payload: bytes, context: GateContext) -> Update:
@@ -60,8 +76,12 @@ def gate(payload: bytes, context: GateContext) -> Update:
 
 def admit(payload: bytes, context: GateContext) -> Admitted:
     """Check everything that can be checked, cheapest first. Raises UpdateRejected and nothing else."""
-    envelope, body = open_reply(payload, context.max_bytes)
+    reply, signature = split_signature(payload)
+    envelope = open_envelope(reply, context.max_bytes)
     _check_identity(envelope, context)
+    if context.public_key is not None:
+        check_signature(envelope, signature, context.public_key)
+    body = open_body(reply)
     if body_digest(body) != envelope.payload_digest:
         raise UpdateRejected(Verdict.MALFORMED, "the body is not what the envelope's digest says")
     if envelope.report.examples > context.max_examples:
@@ -74,12 +94,19 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
             Verdict.DIVERGED,
             f"worked from the view {envelope.report.view[:12]!r}, it was sent {context.view[:12]!r}",
         )
+    if envelope.report.base_format != context.plan.base_format:
+        raise UpdateRejected(
+            Verdict.DIVERGED,
+            f"worked on the base as {envelope.report.base_format!r}, the plan asks for"
+            f" {context.plan.base_format!r}",
+        )
     update = None
     if context.plan.action == "train":
         update = _read_update(body, context)
     elif body:
         raise UpdateRejected(Verdict.WRONG_FAMILY, "an update came with an evaluation")
-    return Admitted(update, envelope.report, envelope.payload_digest)
+    checked = signature if context.public_key is not None else None
+    return Admitted(update, envelope.report, envelope.payload_digest, reply, checked)
 
 
 def norm_of(update: Update) -> float:
@@ -89,37 +116,19 @@ def norm_of(update: Update) -> float:
     return math.sqrt(update.squared_norm())
 
 
-def match_targets(layout: Layout, target_modules: Sequence[str]) -> list[str]:
-    """The weights that a list of module names means, in the layout's order.
-
-    A name matches a module's last component or a dotted suffix of its path, as in peft.
-    "all-linear" means every matrix but embeddings and the head.
-    """
-    found = []
-    for spec in layout.tensors:
-        path, _, leaf = spec.name.rpartition(".")
-        if leaf != "weight" or len(spec.shape) != 2:
-            continue
-        linear = not any(word in path for word in NOT_LINEAR)
-        for target in target_modules:
-            if (target == ALL_LINEAR and linear) or f".{path}".endswith(f".{target}"):
-                found.append(spec.name)
-                break
-    return found
-
-
 def _check_identity(envelope: Envelope, context: GateContext) -> None:
     plan = context.plan
     if envelope.run != plan.run:
         raise UpdateRejected(Verdict.WRONG_RUN, f"run {envelope.run[:12]!r} is another run")
-    if envelope.round != plan.round:
-        raise UpdateRejected(
-            Verdict.WRONG_ROUND, f"answers round {envelope.round}, this is round {plan.round}"
-        )
     if envelope.node != plan.node:
         raise UpdateRejected(
             Verdict.WRONG_NODE, f"claims to be {envelope.node[:64]!r}, {plan.node!r} was asked"
         )
+    if envelope.round != plan.round:
+        verdict = Verdict.STALE if envelope.round < plan.round else Verdict.WRONG_ROUND
+        if envelope.nonce in context.seen_nonces:
+            verdict = Verdict.REPLAYED
+        raise UpdateRejected(verdict, f"answers round {envelope.round}, this is round {plan.round}")
     if envelope.nonce in context.seen_nonces:
         raise UpdateRejected(Verdict.DUPLICATE, "this reply was already counted")
     if envelope.nonce != plan.nonce:
@@ -150,7 +159,9 @@ def _read_update(body: bytes, context: GateContext) -> Update:
             tensors = _with_shared_a(tensors, context)
     update = update_from_parts(header, tensors, context.layout)
     if isinstance(update, SeedScalars):
-        check_scalars(update, plan.method, _reach(plan, context.layout))
+        assert isinstance(plan.method, ZerothOrderMethod)
+        names = _reached(plan.method, context.layout)
+        check_scalars(update, plan.method, names, plan.local_steps)
     elif isinstance(update, ProjectedGradient):
         check_coordinates(update, plan.method)
     elif isinstance(update, Sketch):
@@ -159,11 +170,10 @@ def _read_update(body: bytes, context: GateContext) -> Update:
     return update
 
 
-def _reach(plan: Plan, layout: Layout) -> list[str] | None:
+def _reached(method: ZerothOrderMethod, layout: Layout) -> list[str] | None:
     """The tensors that a plan's probes reach; None for all."""
-    modules = plan.method.target_modules
-    names = match_targets(layout, modules)
-    return names if modules and len(names) < len(layout) else None
+    names = trained_names(layout, method.target_modules, method.layers)
+    return names if len(names) < len(layout) else None
 
 
 def _check_tensors(tensors: dict[str, Tensor], context: GateContext) -> None:

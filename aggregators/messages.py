@@ -16,14 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 import fedkernels as fk
-from aggregators.codec import pack, unpack, update_parts
+from aggregators.codec import pack, read_header, unpack, update_parts
 from aggregators.layout import Layout
-from aggregators.methods import LoraMethod, Method
+from aggregators.methods import BaseFormat, LoraMethod, Method
 from aggregators.update import Update, UpdateRejected, Verdict
 from aggregators.view import SealedView, View, view_parts
 
 SCHEMA = 1
 MAX_EXAMPLES = 10**7
+ENVELOPE_LIMIT = 1 << 16  # bytes; an honest one takes about 1,500
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=10**12)]
@@ -57,6 +58,7 @@ class Plan(_Message):
     learning_rate: float = Field(gt=0)
     max_length: int = Field(ge=1)
     dtype: str
+    base_format: BaseFormat = "full"
     wire_dtype: WireDtype | None
     threads: int | None = Field(ge=1)
     accelerate: bool
@@ -115,7 +117,8 @@ class Report(_Message):
     """What a node says of its work, beside the update itself. Losses are nats per token.
 
     ``view``: digest of the view that it worked from. ``weights``: digest of the weights that it made
-    of it, where it made some. Both are of the round's start.
+    of it, where it made some, or of what stands beside a quantised base, and that base. Both are of the
+    round's start. ``base_format``: what it held of the base, so what its evaluation is of.
     """
 
     examples: int = Field(ge=1, le=MAX_EXAMPLES)
@@ -126,6 +129,7 @@ class Report(_Message):
     evaluation: Evaluation | None = None
     view: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     weights: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    base_format: BaseFormat = "full"
 
 
 class Envelope(_Message):
@@ -144,9 +148,15 @@ class Envelope(_Message):
     payload_digest: str
     report: Report
 
+    def canonical(self) -> bytes:
+        """What a node signs: JSON with sorted keys and no spaces."""
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False
+        ).encode()
+
 
 class Capabilities(_Message):
-    """What a node has and can do."""
+    """What a node has and can do. ``public_key``: of the key that signs its replies, if it has one."""
 
     node: Name
     examples: int = Field(ge=1)
@@ -158,6 +168,7 @@ class Capabilities(_Message):
     memory_bytes: int = Field(ge=0)
     device: str
     versions: dict[str, str]
+    public_key: Digest | None = None
 
     def to_bytes(self) -> bytes:
         """JSON."""
@@ -227,22 +238,32 @@ def encode_reply(
 
 def open_reply(data: bytes, max_bytes: int | None = None) -> tuple[Envelope, bytes]:
     """Envelope and body of a reply, unchecked against any plan. Raises UpdateRejected."""
-    header, tensors = unpack(data, max_bytes)
+    return open_envelope(data, max_bytes), open_body(data)
+
+
+def open_envelope(data: bytes, max_bytes: int | None = None) -> Envelope:
+    """The envelope of a reply; of the rest nothing is read. Raises UpdateRejected."""
+    header = read_header(data, max_bytes, ENVELOPE_LIMIT)
     try:
         # Strict, by way of JSON: "12" is no number and True is not 1.
-        envelope = Envelope.model_validate_json(json.dumps(header["envelope"]), strict=True)
+        return Envelope.model_validate_json(json.dumps(header["envelope"]), strict=True)
     except KeyError:
         raise UpdateRejected(Verdict.MALFORMED, "the reply has no envelope") from None
     except RecursionError:
         raise UpdateRejected(Verdict.MALFORMED, "the envelope is nested too deeply") from None
     except ValueError as error:
         raise _report_problem(error) from None
+
+
+def open_body(data: bytes) -> bytes:
+    """The update's bytes in a reply; b"" where it has none. Raises UpdateRejected."""
+    _, tensors = unpack(data)
     body = tensors.get("body")
     if set(tensors) - {"body"} or (
         body is not None and (body.dtype != torch.uint8 or body.ndim != 1)
     ):
         raise UpdateRejected(Verdict.MALFORMED, "the reply's body is not one string of bytes")
-    return envelope, b"" if body is None else body.numpy().tobytes()
+    return b"" if body is None else body.numpy().tobytes()
 
 
 def body_digest(body: bytes) -> str:

@@ -13,12 +13,21 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from aggregators.reach import MOST_BLOCKS, Reach
+from aggregators.targets import Layers
+
 # What leaves the base as it is; peft's other initialisations move a part of it into the adapter.
 Initialisation = Literal["random", "shared", "carry", "previous", "gaussian", "orthogonal"]
 Probe = Literal["rademacher", "popcount", "gaussian", "rank1"]
-Estimator = Literal["spsa", "forward-gradient", "fzoo", "sign", "momentum", "adam", "conservative"]
+Estimator = Literal[
+    "spsa", "forward-gradient", "fzoo", "sign", "momentum", "adam", "conservative", "block-wise",
+    "sparse",
+]  # fmt: skip
 Objective = Literal["loss", "accuracy", "exact-match", "rouge-l"]
+Sampling = Literal["uniform", "magnitude"]
 Optimiser = Literal["sgd", "adamw"]
+# What a node holds of the base: all of it, or its linears in so few bits and embeddings in eight.
+BaseFormat = Literal["full", "int8", "int4", "nf4"]
 Subset = Literal["all", "owlore", "hft", "green-trainer"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Modules = tuple[str, ...]
@@ -61,7 +70,12 @@ class ZerothOrderMethod(_Method):
 
     A step draws ``directions`` probes z, measures g = (l(W + epsilon z) - l(W - epsilon z)) / (2
     epsilon) along each, and moves by what ``estimator`` makes of the g. A g beyond ``clip`` is cut to
-    it. ``target_modules`` () means all weights.
+    it. ``target_modules`` () means all weights. ``sampling``: how probes are drawn, "magnitude" by the
+    mean |g| along each so far (FedKSeed-Pro); it needs a clip, and statistics go with the update.
+
+    ``layers``: those [first, past) alone are trained. With "block-wise" the pool is divided over
+    ``blocks`` of layers, and a step's probes are of one of them; with "sparse" a ``density`` of every
+    tensor's elements is trained (``aggregators.reach``).
     """
 
     family: Literal["seed_scalars"] = "seed_scalars"
@@ -75,6 +89,26 @@ class ZerothOrderMethod(_Method):
     clip: float | None = Field(gt=0)
     directions: int = Field(default=1, ge=1, le=64)
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    sampling: Sampling = "uniform"
+    layers: Layers = None
+    blocks: int = Field(default=4, ge=2, le=MOST_BLOCKS)
+    density: float = Field(default=0.1, gt=0, le=1)
+
+    @property
+    def reach(self) -> Reach:
+        """What of the tensors each probe moves."""
+        return Reach(
+            self.blocks if self.estimator == "block-wise" else 1,
+            self.density if self.estimator == "sparse" else 1.0,
+        )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.sampling == "magnitude" and self.clip is None:
+            raise ValueError("sampling 'magnitude' needs a clip: what it sums is cut to it")
+        if self.estimator == "block-wise" and self.pool_size < self.blocks:
+            raise ValueError(f"a pool of {self.pool_size} seeds has none for some of the blocks")
+        return self
 
     @property
     def label(self) -> str:
@@ -164,3 +198,8 @@ class SketchMethod(FirstOrderMethod):
 Method = Annotated[
     LoraMethod | ZerothOrderMethod | ProjectedMethod | SketchMethod, Field(discriminator="family")
 ]
+
+
+def label(method: Method, base_format: BaseFormat) -> str:
+    """What a node sends, and on what it works where that is not the whole base."""
+    return method.label if base_format == "full" else f"{method.label} on {base_format}"

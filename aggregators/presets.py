@@ -14,14 +14,15 @@ class Preset:
     """One federated method.
 
     ``strand``: how all nodes train; None: each as its own entry says, LoRA where it says nothing.
-    ``basis``: of projected nodes; None: as the scenario says. The rest is of LoRA nodes. ``view``:
-    "capped" (rank limit), "whole", or "node_rank".
+    ``basis``: of projected nodes, ``sampling``: of zeroth-order nodes; None: as the scenario says. The
+    rest is of LoRA nodes. ``view``: "capped" (rank limit), "whole", or "node_rank".
     """
 
     name: str
     summary: str
     strand: Strand | None = "lora"
     basis: Literal["adaptive", "random"] | None = None
+    sampling: Literal["uniform", "magnitude"] | None = None
     start: Literal["fresh", "view"] = "fresh"
     init: str = "random"
     train_a: bool = True
@@ -43,7 +44,9 @@ PRESETS: dict[str, Preset] = {
         Preset("flexlora", "nodes train the carry's first components (Bai et al., 2024), as deltas",
                start="view", init="carry", sends="delta", view="node_rank"),
         Preset("fedkseed", "forward passes alone; scalars along a pool of seeds (Qin et al., 2024)",
-               strand="zeroth-order"),
+               strand="zeroth-order", sampling="uniform"),
+        Preset("fedkseed-pro", "the same, seeds drawn by the mean size of what was measured along them",
+               strand="zeroth-order", sampling="magnitude"),
         Preset("ferret", "all weights by backpropagation, projected on random probes (Shu et al., 2024)",
                strand="projected", basis="random"),
         Preset("braid-projected", "the same, seen through a public basis that follows the aggregate",

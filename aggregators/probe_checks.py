@@ -11,6 +11,7 @@ from torch import Tensor
 from aggregators.basis import Basis
 from aggregators.methods import ProjectedMethod, ZerothOrderMethod
 from aggregators.projected import ProjectedGradient
+from aggregators.reach import Reach
 from aggregators.seed_scalars import SeedScalars
 from aggregators.sketch import Sketch
 from aggregators.update import UpdateRejected, Verdict
@@ -19,18 +20,20 @@ from aggregators.update import UpdateRejected, Verdict
 LARGEST_NUMBER = 2.0**30
 
 
-def check_scalars(update: SeedScalars, method: Any, names: Sequence[str] | None) -> None:
+def check_scalars(
+    update: SeedScalars, method: ZerothOrderMethod, names: Sequence[str] | None, steps: int
+) -> None:
     """Refuse scalars of another pool than the plan's, and numbers that no walk makes.
 
-    ``names``: the tensors that the plan's probes reach, None for all.
+    ``names``: the tensors that the plan's probes reach, None for all. ``steps``: of the plan.
     """
-    assert isinstance(method, ZerothOrderMethod)
-    asked = (
-        method.master_seed,
-        method.pool_size,
-        method.probe,
-        None if names is None else tuple(names),
-    )
+    scope = None if names is None else tuple(names)
+    asked = (method.master_seed, method.pool_size, method.probe, scope, method.reach)
+    if update.reach != method.reach:
+        raise UpdateRejected(
+            Verdict.POOL,
+            f"probes of {_parts(update.reach)}, the plan asks for {_parts(method.reach)}",
+        )
     if update.pool != asked:
         raise UpdateRejected(
             Verdict.POOL,
@@ -39,6 +42,30 @@ def check_scalars(update: SeedScalars, method: Any, names: Sequence[str] | None)
             f" {method.master_seed} over {_extent(names)}",
         )
     _check_numbers(update.scalars, "scalar")
+    _check_statistics(update, method, steps)
+
+
+def _check_statistics(update: SeedScalars, method: ZerothOrderMethod, steps: int) -> None:
+    """Refuse statistics that were not asked for, of another bound, or of more than was measured."""
+    found = update.statistics
+    if method.sampling == "uniform":
+        if found is not None:
+            raise UpdateRejected(
+                Verdict.MALFORMED, "statistics came that the plan does not ask for"
+            )
+        return
+    if found is None:
+        raise UpdateRejected(Verdict.MALFORMED, "the plan asks for statistics, and none came")
+    if found.bound != method.clip:
+        raise UpdateRejected(
+            Verdict.POOL,
+            f"statistics of slopes cut to {found.bound:g}, the plan cuts them to {method.clip:g}",
+        )
+    measured, asked = int(found.counts.sum()), steps * min(method.directions, method.pool_size)
+    if measured > asked:
+        raise UpdateRejected(
+            Verdict.OVERFLOW, f"statistics of {measured} measurements, the plan asks for {asked}"
+        )
 
 
 def check_coordinates(update: ProjectedGradient, method: Any) -> None:
@@ -72,6 +99,10 @@ def check_sketch(update: Sketch, basis: Basis | None) -> None:
     basis.check(update)
     if update.squared_norm() == 0.0:
         raise UpdateRejected(Verdict.EMPTY, "every coordinate is zero: there is no change")
+
+
+def _parts(reach: Reach) -> str:
+    return f"{reach.blocks} blocks and a density of {reach.density:g}"
 
 
 def _extent(names: Sequence[str] | None) -> str:

@@ -16,7 +16,9 @@ import fedkernels as fk
 from aggregators.index_coding import decode_indices, encode_indices
 from aggregators.layout import Layout
 from aggregators.projected import ProjectedGradient
+from aggregators.reach import EVERYTHING, Reach
 from aggregators.seed_scalars import LARGEST_POOL, SeedScalars
+from aggregators.statistics_codec import read_statistics, statistics_parts
 from aggregators.update import UpdateRejected, Verdict
 
 INT8_STEPS = 127
@@ -38,6 +40,8 @@ def seed_scalars_parts(update: SeedScalars, dtype: str | None) -> tuple[dict[str
         "pool": update.pool_size,
         "probe": update.probe,
     }
+    if update.reach != EVERYTHING:
+        header["reach"] = [update.reach.blocks, update.reach.density]
     sections = torch.tensor([len(update.scalars)])
     tensors = numbers_parts(update.scalars, sections, dtype)
     if (largest := tensors.pop("largest", None)) is not None:
@@ -46,6 +50,9 @@ def seed_scalars_parts(update: SeedScalars, dtype: str | None) -> tuple[dict[str
     if update.names is not None:
         ids = [update.layout.tensor_id(name) for name in update.names]
         tensors["tensors"] = _as_tensor(len(ids).to_bytes(4, "little") + encode_indices(ids))
+    if update.statistics is not None:
+        header["statistics"], coded = statistics_parts(update.statistics, whole=dtype is None)
+        tensors["statistics"] = _as_tensor(coded)
     return header, tensors | {"indices": _as_tensor(encode_indices(update.indices.tolist()))}
 
 
@@ -57,7 +64,7 @@ def read_seed_scalars(
     pool = header.get("pool")
     if type(pool) is not int or not 1 <= pool <= LARGEST_POOL:
         raise UpdateRejected(Verdict.MALFORMED, f"a pool of {pool!r} seeds")
-    only_parts(tensors, {"indices", "numbers", "tensors"})
+    only_parts(tensors, {"indices", "numbers", "tensors", "statistics"})
     coded, numbers = tensors.get("indices"), tensors.get("numbers")
     if coded is None or numbers is None:
         raise UpdateRejected(Verdict.MALFORMED, "seed scalars need coded indices and numbers")
@@ -69,11 +76,24 @@ def read_seed_scalars(
     scalars = read_numbers({"numbers": numbers} | units, torch.tensor([len(numbers)]))
     try:
         indices = decode_indices(_bytes(coded), len(numbers), pool)
+        statistics = None
+        if "statistics" in tensors:
+            coded_statistics = _bytes(tensors["statistics"])
+            statistics = read_statistics(header.get("statistics"), coded_statistics, pool, indices)
         return SeedScalars(
-            layout, seed, pool, indices, scalars, probe, _scope(tensors.get("tensors"), layout)
-        )
+            layout, seed, pool, indices, scalars, probe, _scope(tensors.get("tensors"), layout),
+            statistics, read_reach(header),
+        )  # fmt: skip
     except ValueError as error:
         raise UpdateRejected(Verdict.MALFORMED, str(error)) from None
+
+
+def read_reach(header: dict[str, Any]) -> Reach:
+    """What the probes move, where the header says it. ValueError for what is none."""
+    found = header.get("reach", [1, 1.0])
+    if not isinstance(found, list) or len(found) != 2:
+        raise ValueError("the reach of probes is a number of blocks and a density")
+    return Reach(*found)
 
 
 def _units(header: dict[str, Any]) -> dict[str, Tensor]:

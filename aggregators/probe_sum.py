@@ -16,7 +16,9 @@ from torch import Tensor
 
 import fedkernels as fk
 from aggregators.layout import Layout
+from aggregators.probe_codec import read_reach
 from aggregators.projected import ProjectedGradient
+from aggregators.reach import EVERYTHING, Reach
 from aggregators.seed_scalars import SeedScalars
 from aggregators.update import UpdateRejected, Verdict, require_layout
 
@@ -30,7 +32,8 @@ class ProbeSum:
     """change of tensor t = 2**exponent * sum_k totals[t][k] * z_k, z_k = z(derive_seed(master_seed, k)).
 
     ``vectors``: int64 [K] each, within int32; ``places``: name -> position of its vector, so that all
-    tensors of a pool share one. Immutable. Raises ValueError for anything else.
+    tensors of a pool share one. ``reach``: what each probe moves of them. Immutable. Raises ValueError
+    for anything else.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class ProbeSum:
         exponent: int,
         vectors: Iterable[Tensor],
         places: Mapping[str, int],
+        reach: Reach = EVERYTHING,
     ) -> None:
         if type(exponent) is not int or not SMALLEST_EXPONENT <= exponent <= LARGEST_EXPONENT:
             raise ValueError(
@@ -54,6 +58,8 @@ class ProbeSum:
         self.exponent = exponent
         self.vectors = tuple(vector.to(torch.int64) for vector in vectors)
         self.places = {name: places[name] for name in sorted(places, key=layout.tensor_id)}
+        self.reach = reach
+        self._block = reach.block_of(layout, self.places)
         for vector in self.vectors:
             if vector.ndim != 1 or len(vector) < 1:
                 raise ValueError("totals must be vectors, not empty")
@@ -71,11 +77,12 @@ class ProbeSum:
         probe: str,
         exponent: int,
         names: Iterable[str] | None = None,
+        reach: Reach = EVERYTHING,
     ) -> ProbeSum:
         """No change yet along the probes of a pool, which reach ``names`` (None: all tensors)."""
         reached = [spec.name for spec in layout] if names is None else names
         places = dict.fromkeys(reached, 0)
-        return cls(layout, master_seed, probe, exponent, [torch.zeros(pool_size)], places)
+        return cls(layout, master_seed, probe, exponent, [torch.zeros(pool_size)], places, reach)
 
     @classmethod
     def of_projection(cls, update: ProjectedGradient) -> ProbeSum:
@@ -102,12 +109,14 @@ class ProbeSum:
         totals[update.indices] += steps.to(torch.int64)
         while int(totals.abs().max()) > LARGEST_TOTAL:
             totals, exponent = torch.round(totals.double() / 2).to(torch.int64), exponent + 1
-        return ProbeSum(self.layout, self.master_seed, self.probe, exponent, [totals], self.places)
+        return ProbeSum(
+            self.layout, self.master_seed, self.probe, exponent, [totals], self.places, self.reach
+        )
 
     def is_of(self, update: SeedScalars) -> bool:
         """Whether scalars are along this sum's probes."""
         names = tuple(self.places) if len(self.places) < len(self.layout) else None
-        own = (self.master_seed, self.size, self.probe, names)
+        own = (self.master_seed, self.size, self.probe, names, self.reach)
         return len(self.vectors) == 1 and update.pool == own
 
     @property
@@ -125,22 +134,38 @@ class ProbeSum:
 
         weight: float32, bfloat16 or float16 of the layout's shape. Tensors without totals stay.
         """
-        if name not in self.places:
-            return weight
-        seeds, totals = self._steps[self.places[name]]
+        seeds, totals = self.terms(name)
         if len(seeds) == 0:
             return weight
         tensor_id = self.layout.tensor_id(name)
-        return fk.replay_(weight, seeds, totals, self.exponent, tensor_id, self.probe)
+        mask = self.reach.mask(self.master_seed, tensor_id, weight.shape)
+        before = None if mask is None else weight.clone()
+        fk.replay_(weight, seeds, totals, self.exponent, tensor_id, self.probe)
+        if mask is not None and before is not None:
+            weight.copy_(torch.where(mask, weight, before))
+        return weight
+
+    def terms(self, name: str) -> tuple[Tensor, Tensor]:
+        """Seeds and totals, int64 each, of the probes that move a tensor; empty where none does."""
+        if name not in self.places:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        return self._steps[self.places[name]][self._block[name]]
 
     @functools.cached_property
-    def _steps(self) -> list[tuple[Tensor, Tensor]]:
-        """Of each vector the seeds and the totals that are not zero; the same for all its tensors."""
+    def _steps(self) -> list[list[tuple[Tensor, Tensor]]]:
+        """Of each vector, for each block, the seeds and the totals that are not zero."""
         found = []
         for vector in self.vectors:
             indices = vector.nonzero()[:, 0]
-            seeds = [fk.derive_seed(self.master_seed, index) for index in indices.tolist()]
-            found.append((torch.tensor(seeds, dtype=torch.int64), vector[indices]))
+            derived = [fk.derive_seed(self.master_seed, index) for index in indices.tolist()]
+            seeds = torch.tensor(derived, dtype=torch.int64)
+            blocks = indices % self.reach.blocks
+            found.append(
+                [
+                    (seeds[blocks == block], vector[indices[blocks == block]])
+                    for block in range(self.reach.blocks)
+                ]
+            )
         return found
 
     def dense(self) -> dict[str, Tensor]:
@@ -154,10 +179,13 @@ class ProbeSum:
             shape, tensor_id = self.layout.shape(name), self.layout.tensor_id(name)
             change = torch.zeros(shape, dtype=torch.float64)
             for index in indices:
+                if index % self.reach.blocks != self._block[name]:
+                    continue
                 seed = fk.derive_seed(self.master_seed, index)
                 z = fk.noise(seed, tensor_id, shape, self.probe).double()
                 change += math.ldexp(int(totals[index]), self.exponent) * z
-            found[name] = change
+            mask = self.reach.mask(self.master_seed, tensor_id, shape)
+            found[name] = change if mask is None else change * mask
         return found
 
     def parts(self, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -173,6 +201,8 @@ class ProbeSum:
             "exponent": self.exponent,
             "sizes": [len(vector) for vector in self.vectors],
         }
+        if self.reach != EVERYTHING:
+            header["reach"] = [self.reach.blocks, self.reach.density]
         if self.places != {spec.name: 0 for spec in self.layout}:
             ids = [self.layout.tensor_id(name) for name in self.places]
             header["places"] = [ids, list(self.places.values())]
@@ -190,7 +220,10 @@ class ProbeSum:
             vectors = torch.split(totals.to(torch.int64), header["sizes"])
             ids, places = header.get("places", (range(len(layout)), [0] * len(layout)))
             named = {layout.tensors[i].name: p for i, p in zip(ids, places, strict=True)}
-            return cls(layout, header["seed"], header["probe"], header["exponent"], vectors, named)
+            return cls(
+                layout, header["seed"], header["probe"], header["exponent"], vectors, named,
+                read_reach(header),
+            )  # fmt: skip
         except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
             raise UpdateRejected(Verdict.MALFORMED, f"unreadable probe sum: {error}") from None
 
@@ -199,8 +232,8 @@ class ProbeSum:
         return (
             isinstance(other, ProbeSum)
             and self.layout == other.layout
-            and (self.master_seed, self.probe, self.exponent, self.places)
-            == (other.master_seed, other.probe, other.exponent, other.places)
+            and (self.master_seed, self.probe, self.exponent, self.places, self.reach)
+            == (other.master_seed, other.probe, other.exponent, other.places, other.reach)
             and all(torch.equal(a, b) for a, b in zip(self.vectors, other.vectors, strict=True))
         )
 

@@ -6,7 +6,9 @@ along their probes, so its whole change is one scalar for each seed that it used
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
@@ -15,6 +17,8 @@ from torch import Tensor
 
 import fedkernels as fk
 from aggregators.layout import Layout
+from aggregators.reach import EVERYTHING, Reach
+from aggregators.seed_statistics import SeedStatistics
 from aggregators.sketch import Sketch
 from aggregators.update import require_layout
 
@@ -26,7 +30,11 @@ class SeedScalars:
 
     indices: int64 [n], ascending, each in [0, pool_size); scalars: float64 [n]. ``probe`` is one of
     fedkernels.PROBES. ``names``: the tensors that the probes reach, None: all of the layout. Updates
-    of one pool and the same tensors add by index. Raises ValueError for anything else.
+    of one pool and the same tensors add by index. ``reach``: what of those tensors each probe moves.
+    Raises ValueError for anything else.
+
+    ``statistics``: what was measured along the seeds ``indices``, where the run draws seeds by it. They
+    say nothing of the change: sums of updates have those of both, a multiple of an update has none.
     """
 
     family: ClassVar[str] = "seed_scalars"
@@ -40,6 +48,8 @@ class SeedScalars:
         scalars: Iterable[float] | Tensor,
         probe: str = "rademacher",
         names: Collection[str] | None = None,
+        statistics: SeedStatistics | None = None,
+        reach: Reach = EVERYTHING,
     ) -> None:
         if not 0 <= master_seed < 2**63:
             raise ValueError(f"master_seed must be in [0, 2**63), and it is {master_seed}")
@@ -54,6 +64,8 @@ class SeedScalars:
             raise ValueError("names must have a tensor, or be None for all of them")
         self._layout = layout
         self._scope = scope
+        self.reach = reach
+        self._block = reach.block_of(layout, [spec.name for spec in scope])
         self.master_seed, self.pool_size, self.probe = master_seed, pool_size, probe
         self.indices = torch.as_tensor(_as_list(indices), dtype=torch.int64)
         self.scalars = torch.as_tensor(_as_list(scalars), dtype=torch.float64)
@@ -65,6 +77,11 @@ class SeedScalars:
             raise ValueError("indices must ascend: each stands once")
         if not bool(torch.isfinite(self.scalars).all()):
             raise ValueError("scalars must be finite")
+        if statistics is not None and (
+            statistics.pool_size != pool_size or not torch.equal(statistics.indices, self.indices)
+        ):
+            raise ValueError("statistics are of other seeds than the scalars")
+        self.statistics = statistics
 
     @property
     def layout(self) -> Layout:
@@ -94,9 +111,12 @@ class SeedScalars:
         """The change of one tensor, float64; probes are made one at a time."""
         shape, tensor_id = self.layout.shape(name), self.layout.tensor_id(name)
         total = torch.zeros(shape, dtype=torch.float64)
-        for seed, scalar in zip(self.seeds, self.scalars.tolist(), strict=True):
-            total += scalar * fk.noise(seed, tensor_id, shape, self.probe).double()
-        return total
+        places = zip(self.indices.tolist(), self.seeds, self.scalars.tolist(), strict=True)
+        for index, seed, scalar in places:
+            if index % self.reach.blocks == self._block[name]:
+                total += scalar * fk.noise(seed, tensor_id, shape, self.probe).double()
+        mask = self.reach.mask(self.master_seed, tensor_id, shape)
+        return total if mask is None else total * mask
 
     def __mul__(self, coefficient: float) -> SeedScalars:
         return self._with(self.indices, self.scalars * float(coefficient))
@@ -115,27 +135,30 @@ class SeedScalars:
         totals = torch.zeros(len(indices), dtype=torch.float64)
         totals.index_add_(0, places[: len(self.indices)], self.scalars)
         totals.index_add_(0, places[len(self.indices) :], other.scalars)
-        return self._with(indices, totals)
+        found = [s for s in (self.statistics, other.statistics) if s is not None]
+        joint = functools.reduce(operator.add, found).on(indices) if found else None
+        return self._with(indices, totals, joint)
 
     def __sub__(self, other: SeedScalars) -> SeedScalars:
         return self + other * -1.0
 
     def __eq__(self, other: object) -> bool:
-        """Equal pools, indices and scalars, bit for bit."""
+        """Equal pools, indices, scalars and statistics, bit for bit."""
         return (
             isinstance(other, SeedScalars)
             and self.layout == other.layout
             and self.pool == other.pool
             and torch.equal(self.indices, other.indices)
             and torch.equal(self.scalars, other.scalars)
+            and self.statistics == other.statistics
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     @property
-    def pool(self) -> tuple[int, int, str, tuple[str, ...] | None]:
-        """What must agree for scalars to be of one pool: master seed, size, probe, tensors."""
-        return self.master_seed, self.pool_size, self.probe, self.names
+    def pool(self) -> tuple[int, int, str, tuple[str, ...] | None, Reach]:
+        """What must agree for scalars to be of one pool: master seed, size, probe, tensors, reach."""
+        return self.master_seed, self.pool_size, self.probe, self.names, self.reach
 
     def squared_norm(self) -> float:
         """Sum of squares of all elements; probes are not quite orthogonal, so they are made."""
@@ -146,8 +169,10 @@ class SeedScalars:
 
         Independent probes of unit variance are orthogonal on average.
         """
-        elements = sum(math.prod(spec.shape) for spec in self._scope)
-        return float(self.scalars.square().sum()) * elements
+        elements = torch.zeros(self.reach.blocks, dtype=torch.float64)
+        for spec in self._scope:
+            elements[self._block[spec.name]] += math.prod(spec.shape) * self.reach.density
+        return float((self.scalars.square() * elements[self.indices % self.reach.blocks]).sum())
 
     def inner(self, other: Any) -> float:
         """Inner product with an update of any family, tensor by tensor."""
@@ -177,10 +202,13 @@ class SeedScalars:
     def __repr__(self) -> str:
         return f"SeedScalars({len(self.indices)} of {self.pool_size}, {self.probe})"
 
-    def _with(self, indices: Tensor, scalars: Tensor) -> SeedScalars:
+    def _with(
+        self, indices: Tensor, scalars: Tensor, statistics: SeedStatistics | None = None
+    ) -> SeedScalars:
         return SeedScalars(
-            self.layout, self.master_seed, self.pool_size, indices, scalars, self.probe, self.names
-        )
+            self.layout, self.master_seed, self.pool_size, indices, scalars, self.probe, self.names,
+            statistics, self.reach,
+        )  # fmt: skip
 
 
 def _as_list(values: Any) -> Any:

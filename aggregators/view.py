@@ -23,6 +23,7 @@ from aggregators.update import UpdateRejected, Verdict
 
 Factors = tuple[Tensor, Tensor, Tensor]
 ADAPTER, SUMS, WHOLE, BASIS = "adapter", "sums", "whole", "basis"
+LEVELS = "levels"
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,15 @@ class View:
     """``adapter``: low-rank change, None for none. ``sums``: change along probes, exact.
 
     ``whole``: change of small tensors, element by element. ``basis``: no change, but what a node that
-    sends a sketch is to see its own through.
+    sends a sketch is to see its own through. ``levels``: no change either, but how likely a node draws
+    each seed of the pool, a byte a seed (``seed_sampling``).
     """
 
     adapter: LowRank | None = None
     sums: tuple[ProbeSum, ...] = ()
     whole: Dense | None = None
     basis: Basis | None = None
+    levels: bytes | None = None
 
     @property
     def empty(self) -> bool:
@@ -75,7 +78,7 @@ class View:
         """SHA-256 of what the view says; "" for the base itself."""
         if self.empty:
             return ""
-        header, tensors = view_parts(replace(self, basis=None), None)
+        header, tensors = view_parts(replace(self, basis=None, levels=None), None)
         return hashlib.sha256(pack(header, tensors)).hexdigest()
 
     def as_sent(self, dtype: str | None) -> View:
@@ -120,6 +123,8 @@ def view_parts(view: View, dtype: str | None) -> tuple[Header, dict[str, Tensor]
     if view.basis is not None:
         header[BASIS], sides = view.basis.parts()
         tensors |= {f"{BASIS}.{key}": tensor for key, tensor in sides.items()}
+    if view.levels is not None:
+        tensors[LEVELS] = torch.frombuffer(bytearray(view.levels), dtype=torch.uint8)
     return header, tensors
 
 
@@ -140,7 +145,10 @@ def read_view(header: dict[str, Any], tensors: dict[str, Tensor], layout: Layout
         ProbeSum.from_parts(fields, tensors, f"{SUMS}.{place}.", layout)
         for place, fields in enumerate(described)
     )
-    return View(adapter, sums, whole, basis)
+    levels = tensors.get(LEVELS)
+    if levels is not None and (levels.dtype != torch.uint8 or levels.ndim != 1):
+        raise UpdateRejected(Verdict.MALFORMED, "a view's levels are not one string of bytes")
+    return View(adapter, sums, whole, basis, None if levels is None else bytes(levels.tolist()))
 
 
 Part = TypeVar("Part", LowRank, Dense)

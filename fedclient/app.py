@@ -1,40 +1,40 @@
-"""The Flower ClientApp: a thin shell around the worker, one bytes object in and one out."""
+"""The Flower ClientApp: a thin stub, one bytes object in and one out.
+
+Flower starts a process for every message. With ``worker="SOCKET"`` in the node's configuration that
+process only hands the bytes to the resident worker, and imports neither torch nor transformers. Without
+it, the process does the work itself: right for Flower's simulation, slow in a deployment.
+"""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from aggregators import UpdateRejected
-from fedclient.base_model import BaseModelError
-from fedclient.data import DataError
-from fedclient.worker import NodeError, NodeSettings, Worker
+from fedclient.node import RECORD, Answer, Kind, NodeSettings, Refused
 
-RECORD = "fedbraid"
+if TYPE_CHECKING:
+    from fedclient.memory import PeakMemory
 
 
-def make_app(worker: Worker) -> ClientApp:
-    """A ClientApp that answers query, train and evaluate messages through ``worker``."""
+def make_app(answer: Answer) -> ClientApp:
+    """A ClientApp that answers query, train and evaluate messages by ``answer``."""
     app = ClientApp()
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        def answer(payload: bytes, settings: NodeSettings) -> bytes:
-            return worker.capabilities(json.loads(payload), settings).to_bytes()
-
-        return _reply(message, context, answer)
+        return _reply(message, context, "query", answer)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _reply(message, context, worker.work)
+        return _reply(message, context, "train", answer)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return _reply(message, context, worker.work)
+        return _reply(message, context, "evaluate", answer)
 
     return app
 
@@ -42,30 +42,59 @@ def make_app(worker: Worker) -> ClientApp:
 def settings_of(context: Context) -> NodeSettings:
     """A node's settings from its Flower node configuration."""
     own = context.node_config
-    name, source = own.get("name"), own.get("data")
+    name, source, key, worker = (own.get(part) for part in ("name", "data", "key", "worker"))
     return NodeSettings(
         index=int(own.get("partition-id", 0)),
         name=str(name) if name is not None else None,
         data=str(source) if source is not None else None,
         rank_limit=int(own.get("rank-limit", NodeSettings.rank_limit)),
+        key=str(key) if key is not None else None,
+        worker=str(worker) if worker is not None else None,
     )
 
 
-def _reply(
-    message: Message, context: Context, answer: Callable[[bytes, NodeSettings], bytes]
-) -> Message:
-    started = time.monotonic()
+def _reply(message: Message, context: Context, kind: Kind, answer: Answer) -> Message:
+    settings = settings_of(context)
+    started, memory = time.monotonic(), _peak_memory() if settings.worker is None else None
     record = ConfigRecord()
     try:
         payload = message.content[RECORD]["payload"]
         assert isinstance(payload, bytes)
-        record["payload"] = answer(payload, settings_of(context))
-    except (BaseModelError, DataError, NodeError, UpdateRejected) as error:
+        record["payload"] = answer(kind, payload, settings)
+    except Refused as refusal:
         # Expected failures travel as one line; anything else is a bug and Flower reports it.
-        record["error"] = str(error)
-    # Beside the payload, so that the bytes that are hashed hold no clock.
+        record["error"] = str(refusal)
+        record["reason"] = refusal.reason
+    # Beside the payload, so that the bytes that are hashed hold no clock, and nothing of the machine.
     record["seconds"] = time.monotonic() - started
+    if memory is not None:
+        peak = memory.read()
+        record["memory"] = [peak.grown, peak.most, peak.accelerator]
     return Message(RecordDict({RECORD: record}), reply_to=message)
 
 
-app = make_app(Worker())
+def _peak_memory() -> PeakMemory:
+    """Of this process, where it does the work itself."""
+    from fedclient.memory import PeakMemory
+
+    return PeakMemory()
+
+
+def _answer(kind: Kind, payload: bytes, settings: NodeSettings) -> bytes:
+    if settings.worker is None:
+        return _in_this_process()(kind, payload, settings)
+    from fedclient.resident.connection import Connection
+
+    with Connection(settings.worker) as connection:
+        return connection.answer(kind, payload, settings)
+
+
+@lru_cache(maxsize=1)
+def _in_this_process() -> Answer:
+    from fedclient.answers import answers_of
+    from fedclient.worker import Worker
+
+    return answers_of(Worker())
+
+
+app = make_app(_answer)

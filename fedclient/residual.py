@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedclient.base_model import cache_folder
+from fedclient.resident.replies import synchronise
 
 FORGOTTEN_AFTER = 7 * 24 * 3600.0  # seconds without a round of the run
 SUFFIX = ".safetensors"
@@ -58,7 +59,10 @@ class Residuals:
         path = self._folder / f"{round_number}{SUFFIX}"
         part = path.with_suffix(f".{os.getpid()}.part")
         save_file({n: t.to(torch.bfloat16).contiguous() for n, t in residual.items()}, part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         part.replace(path)
+        synchronise(self._folder)
         earlier = sorted(number for number in self._files() if number < round_number)
         for number in earlier[:-1]:
             (self._folder / f"{number}{SUFFIX}").unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """The node's own weights: the base and the view of the global model, added with one rounding.
 
 The base in memory is never written. A copy of it is kept for the last view alone, because all nodes of
-a process see the same one in a round.
+a process see the same one in a round; a node that has its process for itself trains that copy.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Weights:
     digest: str
 
 
+_seen: set[str] = set()
 _last: dict[tuple[str, str, str], Weights] = {}
 
 
@@ -39,6 +40,17 @@ def weights_of(base: LoadedModel, layout: Layout, view: View) -> Weights:
         model = rebuilt(base.model, layout, view)
         _last[key] = Weights(model, digest(model))
     return _last[key]
+
+
+def is_alone(node: str) -> bool:
+    """Whether this process has worked for no other node so far."""
+    _seen.add(node)
+    return _seen == {node}
+
+
+def forget() -> None:
+    """Keep no weights: they are made anew, and whoever holds the last ones may write to them."""
+    _last.clear()
 
 
 def rebuilt(model: nn.Module, layout: Layout, view: View) -> nn.Module:

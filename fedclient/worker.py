@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationError
 
 from aggregators import Layout
@@ -27,12 +28,16 @@ from aggregators.messages import (
     encode_reply,
 )
 from aggregators.methods import LoraMethod
+from aggregators.signatures import sign_reply
 from aggregators.view import SealedView, View
-from fedclient import base_model, data
+from fedclient import base_model, data, quantised_base
+from fedclient.beside import UnseenChangeError
 from fedclient.evaluation import evaluate
+from fedclient.keys import KeyFileError, load_or_create, public_hex
 from fedclient.local import first_order, full_weights, lora, zeroth_order
 from fedclient.local.placement import PlacementError
 from fedclient.local.result import TrainingResult
+from fedclient.node import NodeSettings
 
 EVALUATION_BATCH = 16
 
@@ -42,21 +47,12 @@ TRAINING_ERRORS = (
     first_order.TrainingError,
     zeroth_order.ZerothOrderError,
     PlacementError,
+    UnseenChangeError,
 )
 
 
 class NodeError(Exception):
     """Why this node cannot do what it was asked; one line that the coordinator records."""
-
-
-@dataclass(frozen=True)
-class NodeSettings:
-    """A node's own settings. ``index`` is its position among the simulated nodes."""
-
-    index: int = 0
-    name: str | None = None
-    data: str | None = None
-    rank_limit: int = 1 << 16
 
 
 class Worker:
@@ -80,7 +76,7 @@ class Worker:
                 held_out=len(own.held_out),
                 rank_limit=settings.rank_limit,
                 base_digest=base.digest,
-                layout_json=Layout.from_model(base.model).to_json(),
+                layout_json=base.layout.to_json(),
                 threads=os.cpu_count() or 1,
                 memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
                 device="cuda" if torch.cuda.is_available() else "cpu",
@@ -90,25 +86,27 @@ class Worker:
                     "transformers": version("transformers"),
                     "peft": version("peft"),
                 },
+                public_key=public_hex(_key(settings.key)) if settings.key else None,
             )
 
     def work(self, payload: bytes, settings: NodeSettings) -> bytes:
-        """Do what a plan asks for and return the signed-to-be envelope's bytes."""
+        """Do what a plan asks for and return the reply's bytes, signed if the node has a key."""
         plan, sealed = decode_plan(payload)
         with base_model.IN_USE, _threads(plan.threads), _scoped_randomness(plan.seed):
             try:
-                return self._work(plan, sealed, settings)
+                reply = self._work(plan, sealed, settings)
             except TRAINING_ERRORS as error:
                 raise NodeError(str(error)) from None
+        return sign_reply(reply, _key(settings.key)) if settings.key else reply
 
     def _work(self, plan: Plan, sealed: SealedView, settings: NodeSettings) -> bytes:
-        base = base_model.load(plan.base_model, plan.dtype)
+        base = quantised_base.load(plan.base_model, plan.dtype, plan.base_format)
         if base.digest != plan.base_digest:
             raise NodeError(
                 f"base model {plan.base_model}: this node holds {base.digest[:12]}, the run uses"
                 f" {plan.base_digest[:12]}; fetch the run's model"
             )
-        layout = Layout.from_model(base.model)
+        layout = base.layout
         if layout.fingerprint != plan.layout:
             raise NodeError("the plan is for a model of another layout")
         view = sealed.read(layout)
@@ -133,6 +131,7 @@ class Worker:
             evaluation=evaluation,
             view=view.digest(),
             weights=trainer.weights,
+            base_format=plan.base_format,
         )
         return _answer(plan, base.digest, report, update)
 
@@ -182,6 +181,13 @@ def _answer(plan: Plan, base_digest: str, report: Report, update: Any) -> bytes:
         dtype=plan.wire_dtype,
         train_a=plan.train_a,
     )
+
+
+def _key(path: str) -> Ed25519PrivateKey:
+    try:
+        return load_or_create(Path(path))
+    except KeyFileError as error:
+        raise NodeError(str(error)) from None
 
 
 def _load_data(given: Mapping[str, Any] | None, settings: NodeSettings) -> data.NodeData:

@@ -41,19 +41,21 @@ def deployed(grid: Grid, context: Context) -> None:
     """Entry point of ``flwr run``: the run configuration names the scenario and the run folder.
 
     Keys: ``scenario`` (name or file), ``output`` (folder), ``set`` (overrides, separated by ``;``),
-    ``resume``.
+    ``resume``, ``server-key`` (file of the key that seals the ledger; by default one in the run folder).
     """
     settings = context.run_config
     overrides: Sequence[str] = [o for o in str(settings.get("set", "")).split(";") if o.strip()]
     configuration = load(str(settings.get("scenario", "quickstart")), overrides)
     output = str(settings.get("output", "") or configuration.output_dir or "")
     folder = Path(output or Path("runs") / configuration.name).expanduser()
+    sealing_key = str(settings.get("server-key", ""))
     coordinator = Coordinator(
         configuration,
         Exchange(grid, MachineClock()),
         folder,
         emit=_print_event,
         resume=bool(settings.get("resume", False)),
+        key_file=Path(sealing_key) if sealing_key else None,
     )
     summary = coordinator.run()
     print(f"finished: ledger head {summary['head']}, run folder {folder.resolve()}", flush=True)

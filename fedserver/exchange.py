@@ -1,24 +1,39 @@
-"""One question to many nodes over Flower's Grid: push, then pull until all answered or time is up.
+"""One question to many nodes over Flower's Grid: push, then pull until it is answered or time is up.
 
-Flower's ``send_and_receive`` and stock strategies wait for ever or die on one bad reply. Here a reply
-is a value whatever happened to it, and one that comes after its round is told from one that does not
-come at all.
+Flower's ``send_and_receive`` and stock strategies wait for ever or die on one bad reply. Here a reply is
+a value whatever happened to it, one that comes after its round is told from one that does not come at
+all, and a question that was lost on the way is put again: a node answers it with the same bytes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 RECORD = "fedbraid"
+# By how much the node's process grew, its peak of resident memory, and that of its accelerator.
+MEMORY = ("grown", "resident", "accelerator")
 POLL_SECONDS = 0.1
-# A late reply is still worth a verdict, so Flower keeps the message this much longer.
-LATE_GRACE_SECONDS = 600.0
+# A late reply is still worth a verdict, and a node's clock may be ten minutes off: Flower compares the
+# two clocks, and drops what is older than this beyond the deadline.
+LATE_GRACE_SECONDS = 900.0
+# Nodes that come or come back are looked for this often.
+NEWCOMERS_SECONDS = 2.0
+# A node that is away is asked again this often; a ClientApp that was killed, at once and so many times.
+AWAY_SECONDS = 5.0
+ATTEMPTS = 4
+
+# Flower's errors that say nothing of the work itself: a message or its objects were lost, the node is
+# not there, its ClientApp was killed.
+NODE_AWAY, APP_KILLED = 5, 8
+LOST = (3, 4, NODE_AWAY, APP_KILLED)
+# What a stub says for a resident worker that is being restarted, or was given another question.
+WORKER_AWAY = ("unreachable", "cancelled")
 
 QUERY, TRAIN, EVALUATE = MessageType.QUERY, MessageType.TRAIN, MessageType.EVALUATE
 
@@ -47,9 +62,23 @@ class MachineClock:
         time.sleep(seconds)
 
 
+class Newcomers(Protocol):
+    """Who decides about nodes that connect in the middle of a run."""
+
+    query: bytes
+
+    def joined(self, node_id: int, capabilities: bytes) -> int | None:
+        """A node has answered the query; returns the id of the node that it replaces, if any."""
+        ...
+
+
 @dataclass(frozen=True)
 class Reply:
-    """What came back from a node. ``payload`` is None when ``error`` says why there is none."""
+    """What came back from a node. ``payload`` is None when ``error`` says why there is none.
+
+    ``node_id`` is the node that was asked, even where another one of its name has answered.
+    ``memory``: what the node measured, by what (``MEMORY``), in bytes; nobody checks it.
+    """
 
     node_id: int
     round: int
@@ -57,6 +86,20 @@ class Reply:
     error: str
     seconds: float
     late: bool = False
+    memory: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """One question on its way. ``address``: Flower's id of the node that has it now."""
+
+    node_id: int
+    round: int
+    kind: str
+    payload: bytes
+    ttl: float
+    address: int
+    attempts: int = 1
 
 
 class Exchange:
@@ -65,7 +108,11 @@ class Exchange:
     def __init__(self, grid: Grid, clock: Clock) -> None:
         self._grid = grid
         self._clock = clock
-        self._overdue: dict[str, tuple[int, int]] = {}
+        self._overdue: dict[str, _Sent] = {}
+        self._away: list[tuple[float, _Sent]] = []
+        self._queries: dict[str, int] = {}
+        self._known: set[int] = set()
+        self._looked = float("-inf")
 
     def nodes(self) -> list[int]:
         """Flower's ids of the nodes that are connected now."""
@@ -75,47 +122,154 @@ class Exchange:
         """Let time pass on this exchange's clock."""
         self._clock.wait(seconds)
 
+    def repeat(
+        self, node_id: int, payload: bytes, kind: str, round_number: int, ttl: float
+    ) -> None:
+        """Put a question of an earlier round again: its answer comes with a later round's."""
+        sent = _Sent(node_id, round_number, kind, payload, ttl + LATE_GRACE_SECONDS, node_id)
+        if identity := self._push(sent):
+            self._overdue[identity] = sent
+
+    def forget(self, before_round: int) -> None:
+        """Hear no more answers to questions of rounds before this one."""
+        self._overdue = {i: s for i, s in self._overdue.items() if s.round >= before_round}
+
     def ask(
-        self, payloads: Mapping[int, bytes], kind: str, round_number: int, deadline: float
+        self,
+        payloads: Mapping[int, bytes],
+        kind: str,
+        round_number: int,
+        deadline: float,
+        *,
+        enough: Callable[[], bool] = lambda: False,
+        grace: float | None = None,
+        wait_for_late: bool = False,
+        newcomers: Newcomers | None = None,
     ) -> Iterator[Reply]:
         """Send each node its bytes and yield replies, late ones of earlier rounds too.
 
-        Ends when all have answered or after ``deadline`` seconds. Nodes that stay silent are not
-        yielded: the caller knows whom it asked.
+        Ends when all have answered, after ``deadline`` seconds, or ``grace`` seconds after ``enough``
+        says so of what was yielded. ``wait_for_late``: not before answers to earlier questions have
+        come, unless there is enough. Nodes that stay silent are not yielded: the caller knows whom it
+        asked.
         """
-        start = self._clock.now()
-        waiting: dict[str, tuple[int, int]] = {}
+        start, closing = self._clock.now(), float("inf")
+        waiting: dict[str, _Sent] = {}
+        self._away = []
+        ttl = deadline + LATE_GRACE_SECONDS
+        self._known.update(payloads)
         for node_id, payload in payloads.items():
-            message = Message(
-                RecordDict({RECORD: ConfigRecord({"payload": payload})}),
-                node_id,
-                kind,
-                ttl=deadline + LATE_GRACE_SECONDS,
-                group_id=str(round_number),
-            )
-            sent = list(self._grid.push_messages([message]))
-            if sent and sent[0]:
-                waiting[sent[0]] = (node_id, round_number)
-            else:
-                yield Reply(node_id, round_number, None, "the message could not be sent", 0.0)
-        while waiting and self._clock.now() - start < deadline:
-            replies = list(self._grid.pull_messages([*waiting, *self._overdue]))
-            # A node that answers twice is seen twice; both copies belong to the same question.
-            known = {**waiting, **self._overdue}
-            for message in replies:
-                asked = known.get(message.metadata.reply_to_message_id)
-                if asked is None:
+            self._send(_Sent(node_id, round_number, kind, payload, ttl, node_id), waiting)
+        while waiting or self._away or (wait_for_late and self._overdue and not enough()):
+            now = self._clock.now()
+            if now - start >= deadline or now >= closing:
+                break
+            self._send_again(waiting)
+            if newcomers is not None:
+                self._look_for_newcomers(newcomers.query)
+            pulled = self._pull(waiting)
+            for message in pulled:
+                identity = message.metadata.reply_to_message_id
+                if (newcomer := self._queries.pop(identity, None)) is not None:
+                    self._welcome(newcomer, message, newcomers, waiting)
                     continue
-                late = message.metadata.reply_to_message_id in self._overdue
-                if late and message.has_error():
+                late = identity in self._overdue
+                # A node that answers twice is seen twice; both copies belong to the same question.
+                sent = waiting.get(identity) or self._overdue.get(identity)
+                if sent is None or self._lost(sent, identity, message, waiting, late):
                     continue
-                yield _read(message, *asked, late, self._clock.now() - start)
-            for message in replies:
+                taken = self._clock.now() - start
+                yield _read(message, sent.node_id, sent.round, late, taken)
+            for message in pulled:
                 waiting.pop(message.metadata.reply_to_message_id, None)
                 self._overdue.pop(message.metadata.reply_to_message_id, None)
-            if waiting and not replies:
+            if grace is not None and closing == float("inf") and enough():
+                closing = self._clock.now() + grace
+            elif not pulled:
                 self._clock.wait(POLL_SECONDS)
         self._overdue.update(waiting)
+
+    def _push(self, sent: _Sent) -> str:
+        message = Message(
+            RecordDict({RECORD: ConfigRecord({"payload": sent.payload})}),
+            sent.address,
+            sent.kind,
+            ttl=sent.ttl,
+            group_id=str(sent.round),
+        )
+        return next(iter(self._grid.push_messages([message])), "") or ""
+
+    def _pull(self, waiting: Iterable[str]) -> list[Message]:
+        return list(self._grid.pull_messages([*self._overdue, *waiting, *self._queries]))
+
+    def _send(self, sent: _Sent, waiting: dict[str, _Sent]) -> None:
+        """Push a question; one that the SuperLink does not take, for a node that is away, waits."""
+        if identity := self._push(sent):
+            waiting[identity] = sent
+        else:
+            self._away.append((self._clock.now() + AWAY_SECONDS, sent))
+
+    def _send_again(self, waiting: dict[str, _Sent]) -> None:
+        due = [sent for time, sent in self._away if time <= self._clock.now()]
+        self._away = [(time, sent) for time, sent in self._away if time > self._clock.now()]
+        for sent in due:
+            self._send(sent, waiting)
+
+    def _lost(
+        self, sent: _Sent, identity: str, message: Message, waiting: dict[str, _Sent], late: bool
+    ) -> bool:
+        """Whether this is no answer, but news that the question was lost; it is then put again."""
+        code = message.error.code if message.has_error() else None
+        reason = None if message.has_error() else _reason(message)
+        if late and code is not None:
+            return True
+        if code not in LOST and reason not in WORKER_AWAY:
+            return False
+        if late or (code == APP_KILLED and sent.attempts >= ATTEMPTS):
+            return late
+        waiting.pop(identity)
+        again = replace(sent, attempts=sent.attempts + 1)
+        if code == NODE_AWAY or reason is not None:
+            self._away.append((self._clock.now() + AWAY_SECONDS, again))
+        else:
+            self._send(again, waiting)
+        return True
+
+    def _look_for_newcomers(self, query: bytes) -> None:
+        if self._clock.now() - self._looked < NEWCOMERS_SECONDS:
+            return
+        self._looked = self._clock.now()
+        for node_id in self.nodes():
+            if node_id not in self._known:
+                self._known.add(node_id)
+                sent = _Sent(node_id, 0, QUERY, query, LATE_GRACE_SECONDS, node_id)
+                if identity := self._push(sent):
+                    self._queries[identity] = node_id
+
+    def _welcome(
+        self,
+        node_id: int,
+        message: Message,
+        newcomers: Newcomers | None,
+        waiting: dict[str, _Sent],
+    ) -> None:
+        """Hear who a new node is. One that is back under another id gets its question at once."""
+        reply = _read(message, node_id, 0, False, 0.0)
+        if reply.payload is None or newcomers is None:
+            # It may be asked again when it is looked for next.
+            self._known.discard(node_id)
+            return
+        replaced = newcomers.joined(node_id, reply.payload)
+        if replaced is None:
+            return
+        moved = [(i, sent) for i, sent in waiting.items() if sent.address == replaced]
+        for identity, sent in moved:
+            del waiting[identity]
+            self._send(replace(sent, address=node_id), waiting)
+        self._away = [
+            (time, replace(sent, address=node_id) if sent.address == replaced else sent)
+            for time, sent in self._away
+        ]
 
 
 def _read(message: Message, node_id: int, round_number: int, late: bool, waited: float) -> Reply:
@@ -130,9 +284,24 @@ def _read(message: Message, node_id: int, round_number: int, late: bool, waited:
     taken = float(seconds) if isinstance(seconds, float) and seconds >= 0 else waited
     if isinstance(error_text, str) and error_text:
         return Reply(node_id, round_number, None, _first_line(error_text), taken, late)
+    told = record.get("memory")
+    sizes = [n for n in told if type(n) is int and n >= 0] if isinstance(told, list) else []
     return Reply(
-        node_id, round_number, payload if isinstance(payload, bytes) else b"", "", taken, late
+        node_id,
+        round_number,
+        payload if isinstance(payload, bytes) else b"",
+        "",
+        taken,
+        late,
+        dict(zip(MEMORY, sizes, strict=True)) if len(sizes) == len(MEMORY) else {},
     )
+
+
+def _reason(message: Message) -> str | None:
+    """The word for programs in a node's refusal."""
+    record = message.content.get(RECORD)
+    found = record.get("reason") if isinstance(record, ConfigRecord) else None
+    return found if isinstance(found, str) else None
 
 
 def _first_line(text: str | None) -> str:

@@ -6,9 +6,14 @@ A state is a value: a round turns one state and the accepted updates into the ne
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from aggregators import (
     Basis,
@@ -24,10 +29,13 @@ from aggregators import (
     average_factors,
     decode,
     encode,
+    gram,
+    overlap_weights,
 )
 from aggregators.codec import pack, unpack
 from aggregators.presets import PRESETS, Preset
 from aggregators.probe_sum import ProbeSum
+from aggregators.seed_statistics import SeedStatistics
 from aggregators.view import View, read_view, view_parts
 from fedserver.configuration import RunConfiguration
 from fedserver.planner import basis_seed, trained
@@ -42,11 +50,25 @@ STEP_BITS = 16
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """How a round's updates came together, as its ledger entry tells it.
+
+    ``shares``: the weight of each update, in their order. ``weights``: lambda of each family.
+    ``cosines``: between the changes of two families, "one, other"; measured where weights adapt.
+    """
+
+    shares: list[float]
+    weights: dict[str, float]
+    cosines: dict[str, float]
+
+
+@dataclass(frozen=True)
 class GlobalModel:
     """``carry``: the exact running sum of all low-rank change. ``sums``: of all change along probes.
 
     ``adapter``: FedIT's averaged factors, or None. ``whole``: small tensors' change, element by element.
-    ``basis``: what the next round's sketches are seen through, None before the first.
+    ``basis``: what the next round's sketches are seen through, None before the first. ``statistics``:
+    what was measured along the pool's seeds, where the run draws seeds by it.
     """
 
     carry: Carry
@@ -54,6 +76,7 @@ class GlobalModel:
     sums: tuple[ProbeSum, ...] = ()
     whole: Dense | None = None
     basis: Basis | None = None
+    statistics: SeedStatistics | None = None
 
     @classmethod
     def empty(cls, layout: Layout) -> GlobalModel:
@@ -68,6 +91,8 @@ class GlobalModel:
         rest = View(sums=self.sums, whole=self.whole, basis=self.basis)
         if rest != View():
             parts["rest"] = pack(*view_parts(rest, None))
+        if self.statistics is not None:
+            parts["statistics"] = pack(*self.statistics.parts())
         header = {"state": {name: len(part) for name, part in sorted(parts.items())}}
         return pack(header, {}) + b"".join(part for _, part in sorted(parts.items()))
 
@@ -84,7 +109,10 @@ class GlobalModel:
         assert adapter is None or isinstance(adapter, LowRank)
         rest = read_view(*unpack(parts["rest"]), layout) if "rest" in parts else View()
         carry = Carry.from_bytes(parts["carry"], layout)
-        return cls(carry, adapter, rest.sums, rest.whole, rest.basis)
+        statistics = None
+        if "statistics" in parts:
+            statistics = SeedStatistics.from_parts(*unpack(parts["statistics"]))
+        return cls(carry, adapter, rest.sums, rest.whole, rest.basis, statistics)
 
     def digest(self) -> str:
         """SHA-256 of ``to_bytes``."""
@@ -137,59 +165,87 @@ def next_model(
     model: GlobalModel,
     updates: Sequence[tuple[Update, int]],
     configuration: RunConfiguration,
-) -> tuple[GlobalModel, list[float]]:
-    """Fold one round's accepted updates, each with its example count, into the state.
-
-    Also returns the weight that each update got, in their order.
-    """
+) -> tuple[GlobalModel, Mixed]:
+    """Fold one round's accepted updates, each with its example count, into the state."""
     layout = model.carry.layout
     if PRESETS[configuration.preset].server == "average_factors":
         factors = [(u, n) for u, n in updates if isinstance(u, LowRank)]
         adapter = average_factors(factors, configuration.largest_rank())
         total = sum(examples for _, examples in updates)
         shares = [examples / total for _, examples in updates]
-        return GlobalModel(Carry.empty(layout).add(adapter), adapter), shares
+        return GlobalModel(Carry.empty(layout).add(adapter), adapter), Mixed(shares, {}, {})
+    mixing = configuration.mixing
+    means = aggregate(list(updates), layout, "mean" if mixing.rule == "mean" else "add")
+    changes = {
+        family: _change(mean, model, configuration) for family, mean in means.updates.items()
+    }
+    weights, cosines = dict.fromkeys(changes, 1.0), {}
+    if mixing.rule == "overlap" and len(changes) > 1:
+        examples = Counter({update.family: 0 for update, _ in updates})
+        for update, count in updates:
+            examples[update.family] += count
+        products = gram([change.parts for change in changes.values()], layout)
+        found = overlap_weights(products, [examples[family] for family in changes])
+        weights, cosines = dict(zip(changes, found, strict=True)), _cosines(products, list(changes))
     families = FAMILY_OF | {"projected": PROJECTED_FAMILY[configuration.basis]}
-    weights = {families[strand]: w for strand, w in configuration.mixing.weights.items()}
-    mixed = aggregate(list(updates), layout, configuration.mixing.rule, weights)
+    for strand, factor in mixing.weights.items():
+        if families[strand] in weights:
+            weights[families[strand]] *= factor
     following = model
-    for change in mixed.updates.values():
-        if configuration.server_learning_rate != 1.0:
-            change = change * configuration.server_learning_rate
-        following = _with(following, change, configuration)
-    return following, mixed.shares
+    for family, change in changes.items():
+        factor = weights[family] * configuration.server_learning_rate
+        for part in change.parts:
+            following = _with(following, part if factor == 1.0 else part * factor, configuration)
+        if change.basis is not None:
+            following = replace(following, basis=change.basis)
+    of = (weights[update.family] for update, _ in updates)
+    shares = [share * weight for share, weight in zip(means.shares, of, strict=True)]
+    return _with_statistics(following, updates), Mixed(shares, weights, cosines)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A family's mean as changes of the weights, and the basis that it leads to."""
+
+    parts: list[Update]
+    basis: Basis | None = None
+
+
+def _change(mean: Update, model: GlobalModel, configuration: RunConfiguration) -> _Change:
+    if isinstance(mean, Sketch):
+        basis = model.basis or first_basis(configuration, mean.layout)
+        assert basis is not None, "a sketch, and no node was asked for one"
+        read = mean.reconstruct(basis, configuration.projected.cut)
+        parts: list[Update] = [read] if read.factors else []
+        if mean.whole:
+            parts.append(mean.whole_change())
+        return _Change(parts, basis.refined(mean))
+    if isinstance(mean, ProjectedGradient) and configuration.projected.scale == "mmse":
+        return _Change([mean.shrunk()])
+    return _Change([mean])
+
+
+def _cosines(products: Tensor, families: list[str]) -> dict[str, float]:
+    """To four digits: they are for readers, and the last bits are a machine's own."""
+    lengths = products.diagonal().clamp_min(torch.finfo(products.dtype).tiny).sqrt()
+    cosines = products / lengths / lengths[:, None]
+    return {
+        f"{families[one]}, {families[two]}": round(float(cosines[one, two]), 4)
+        for one, two in itertools.combinations(range(len(families)), 2)
+    }
 
 
 def _with(model: GlobalModel, change: Update, configuration: RunConfiguration) -> GlobalModel:
-    """The state with one family's change of a round."""
+    """The state with one family's change of a round, or a part of it."""
     if isinstance(change, LowRank):
         return replace(model, carry=model.carry.add(change))
+    if isinstance(change, Dense):
+        return replace(model, whole=change if model.whole is None else model.whole + change)
     if isinstance(change, SeedScalars):
         return replace(model, sums=_with_scalars(model.sums, change, configuration))
-    if isinstance(change, Sketch):
-        return _with_sketch(model, change, configuration)
     if isinstance(change, ProjectedGradient):
-        seen = change.shrunk() if configuration.projected.scale == "mmse" else change
-        return replace(model, sums=(*model.sums, ProbeSum.of_projection(seen)))
+        return replace(model, sums=(*model.sums, ProbeSum.of_projection(change)))
     raise TypeError(f"no state for the family {change.family!r}")
-
-
-def _with_sketch(
-    model: GlobalModel, change: Sketch, configuration: RunConfiguration
-) -> GlobalModel:
-    """Read a round's sketch in the round's basis, and turn the basis towards what it shows."""
-    basis = model.basis or first_basis(configuration, change.layout)
-    assert basis is not None, "a sketch, and no node was asked for one"
-    read = change.reconstruct(basis, configuration.projected.cut)
-    whole = change.whole_change() if change.whole else None
-    if whole is not None and model.whole is not None:
-        whole = model.whole + whole
-    return replace(
-        model,
-        carry=model.carry.add(read) if read.factors else model.carry,
-        whole=whole or model.whole,
-        basis=basis.refined(change),
-    )
 
 
 def _with_scalars(
@@ -200,8 +256,18 @@ def _with_scalars(
     if sums and sums[0].is_of(change):
         return (sums[0].add(change), *sums[1:])
     exponent = math.frexp(configuration.zeroth_order.learning_rate)[1] - STEP_BITS
-    pool = ProbeSum.pool(layout, seed, size, probe, exponent, change.names)
+    pool = ProbeSum.pool(layout, seed, size, probe, exponent, change.names, change.reach)
     return (pool.add(change), *sums)
+
+
+def _with_statistics(model: GlobalModel, updates: Sequence[tuple[Update, int]]) -> GlobalModel:
+    """The state with what this round's nodes measured, each measurement counting alike."""
+    known = model.statistics
+    for update, _ in updates:
+        found = update.statistics if isinstance(update, SeedScalars) else None
+        if found is not None:
+            known = found if known is None else known + found
+    return replace(model, statistics=known)
 
 
 def first_components(adapter: LowRank, rank: int) -> LowRank:

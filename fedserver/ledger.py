@@ -1,37 +1,35 @@
-"""The ledger: an append-only, hash-chained log of rounds in SQLite, beside content-addressed blobs.
+"""The ledger: an append-only, hash-chained, sealed log of rounds in SQLite, beside its blobs.
 
-An entry's hash covers its height, kind, content and the previous hash. Wall-clock times stand beside
-the hashed content, so two runs of one scenario have the same head. A round is committed by one
-SQLite transaction after every blob that it names is on disk: it is in the ledger whole, or not at all.
+An entry's hash covers its height, kind, content and the previous hash. Wall-clock times and the nodes'
+signatures stand beside the hashed content, so two runs of one scenario have the same head; the server's
+seal covers them (``statements.py``). A round is committed by one SQLite transaction after every blob
+that it names is on disk: it is in the ledger whole, or not at all.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-GENESIS_PREVIOUS = "0" * 64
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS entries (
-    height   INTEGER PRIMARY KEY,
-    kind     TEXT NOT NULL,
-    round    INTEGER NOT NULL,
-    content  TEXT NOT NULL,
-    previous TEXT NOT NULL,
-    hash     TEXT NOT NULL UNIQUE,
-    wall     TEXT NOT NULL
-) STRICT;
-"""
+from fedserver import ledger_database
+from fedserver.blobs import BlobError, Blobs
+from fedserver.entry import GENESIS_PREVIOUS, Entry, canonical, entry_hash
+from fedserver.ledger_database import DATABASE
 
-BLOBS, LOCK = "blobs", "ledger.lock"
+if TYPE_CHECKING:
+    from fedserver.sealing import Sealer
+
+__all__ = ["BLOBS", "GENESIS_PREVIOUS", "KEYS", "LOCK", "Arrival", "Entry", "Ledger", "LedgerError"]
+
+BLOBS, KEYS, LOCK = "blobs", "keys", "ledger.lock"
 ROUNDS_TO_CLEAN = 8
+COLUMNS = "height, kind, round, content, previous, hash, wall, signatures, seal"
+REMEDY = "free some space and continue with --resume"
 
 
 class LedgerError(Exception):
@@ -39,58 +37,63 @@ class LedgerError(Exception):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One link of the chain. ``wall`` (seconds, timestamps) is not covered by ``hash``."""
+class Arrival:
+    """An admitted reply of the open round. ``plan``: digest of what was asked; seconds as measured."""
 
-    height: int
-    kind: str
+    nonce: str
     round: int
-    content: dict[str, Any]
-    previous: str
-    hash: str
-    wall: dict[str, Any]
-
-
-def canonical(content: Any) -> str:
-    """JSON with sorted keys and no spaces; NaN and infinities are refused."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def entry_hash(height: int, kind: str, round_number: int, content: str, previous: str) -> str:
-    """SHA-256 over the canonical form of an entry and its predecessor's hash."""
-    text = canonical([height, kind, round_number, content, previous])
-    return hashlib.sha256(text.encode()).hexdigest()
+    node: str
+    plan: str
+    blob: str
+    signature: dict[str, str] | None
+    seconds: float
 
 
 class Ledger:
-    """The ledger of one run directory: ``ledger.db`` and ``blobs/``."""
+    """The ledger of one run directory: ``ledger.db``, ``checkpoint.json`` and ``blobs/``."""
 
-    def __init__(self, folder: Path, *, create: bool = False, write: bool = False) -> None:
-        """Open a ledger. Only one process at a time may ``create`` or ``write``; any may read."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        create: bool = False,
+        write: bool = False,
+        key_file: Path | None = None,
+    ) -> None:
+        """Open a ledger. Only one process at a time may ``create`` or ``write``; any may read.
+
+        ``key_file``: the server's private key, by default one in the run folder.
+        """
         self.folder = folder
+        self.blobs = Blobs(folder / BLOBS)
         self._lock: IO[str] | None = None
-        self._appended: str | None = None
-        self._blobs = folder / BLOBS
-        path = folder / "ledger.db"
+        self._sealer: Sealer | None = None
+        path = folder / DATABASE
         if not create and not path.is_file():
             raise LedgerError(f"{folder} holds no ledger; give the folder of a run (runs/NAME)")
         if create:
-            self._blobs.mkdir(parents=True, exist_ok=True)
+            self.blobs.folder.mkdir(parents=True, exist_ok=True)
         if create or write:
             self._lock = _locked(folder)
         try:
-            self._database = sqlite3.connect(
-                path, timeout=30, isolation_level=None, check_same_thread=False
-            )
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=FULL")
-            self._database.executescript(_SCHEMA)
-        except sqlite3.DatabaseError as error:
+            if create and not path.is_file():
+                ledger_database.create(path)
+            self._database = ledger_database.connect(path)
+            if self._lock is None:
+                ledger_database.require_current(self._database)
+            else:
+                self._sealer = self._begin_writing(key_file)
+        except (sqlite3.DatabaseError, ledger_database.VersionError) as error:
+            self.close()
             raise LedgerError(f"{path} cannot be read as a ledger: {error}") from None
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the database and let others write; the run directory may then be moved."""
-        self._database.close()
+        if hasattr(self, "_database"):
+            self._database.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -109,88 +112,97 @@ class Ledger:
         """All entries in order, or those of one kind."""
         yield from self._entries("WHERE ?1 IS NULL OR kind = ?1 ORDER BY height", kind)
 
-    def _entries(self, which: str, *values: Any) -> Iterator[Entry]:
-        columns = "height, kind, round, content, previous, hash, wall"
-        rows = self._read(f"SELECT {columns} FROM entries {which}", *values)
-        for height, name, number, content, previous, digest, wall in rows:
-            try:
-                content, wall = json.loads(content), json.loads(wall)
-            except ValueError:
-                raise LedgerError(
-                    f"{self.folder}: entry {height} is not JSON: the ledger was changed; restore"
-                    " it from a copy"
-                ) from None
-            yield Entry(height, name, number, content, previous, digest, wall)
-
     def last(self, kind: str) -> Entry | None:
         """The newest entry of a kind."""
         return next(self._entries("WHERE kind = ? ORDER BY height DESC LIMIT 1", kind), None)
 
     def append(
-        self, kind: str, round_number: int, content: dict[str, Any], wall: dict[str, Any]
+        self,
+        kind: str,
+        round_number: int,
+        content: dict[str, Any],
+        wall: dict[str, Any],
+        signatures: Mapping[str, dict[str, str]] | None = None,
     ) -> Entry:
-        """Commit one entry durably. Its blobs must have been put before."""
-        text = canonical(content)
-        self._database.execute("BEGIN IMMEDIATE")
+        """Commit one entry durably, and with it the open round. Its blobs must have been put before."""
+        if self._sealer is None:
+            raise LedgerError(f"{self.folder}: the ledger was opened for reading")
+        text, wall_text = canonical(content), canonical(wall)
+        signed = dict(signatures or {})
         try:
+            self._database.execute("BEGIN IMMEDIATE")
             height, previous = self.height, self.head
-            if self._appended not in (None, previous):
+            if previous != self._sealer.head:
                 raise sqlite3.IntegrityError("another process appended to it")
             digest = entry_hash(height, kind, round_number, text, previous)
-            self._database.execute(
-                "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (height, kind, round_number, text, previous, digest, canonical(wall)),
+            seal = self._sealer.seal(
+                height, kind, round_number, digest, wall_text, canonical(signed)
             )
+            row = (height, kind, round_number, text, previous, digest, wall_text)
+            self._database.execute(
+                f"INSERT INTO entries ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*row, canonical(signed), seal),
+            )
+            self._database.execute("DELETE FROM arrivals")
             self._database.execute("COMMIT")
-            self._appended = digest
         except sqlite3.Error as error:
-            self._database.rollback()
+            self._roll_back()
             raise LedgerError(
-                f"{self.folder}: the {kind} entry could not be written: {error}; free some space and"
-                " continue with --resume"
+                f"{self.folder}: the {kind} entry could not be written: {error}; {REMEDY}"
             ) from None
-        return Entry(height, kind, round_number, content, previous, digest, wall)
+        self._sealer.follow(digest, seal)
+        self._write_checkpoint(self._sealer)
+        return Entry(height, kind, round_number, content, previous, digest, wall, signed, seal)
+
+    def arrive(self, arrival: Arrival) -> None:
+        """Make an admitted reply of the open round durable. Its blob must have been put before."""
+        row = {**vars(arrival), "signature": canonical(arrival.signature)}
+        try:
+            self._database.execute(
+                "INSERT OR REPLACE INTO arrivals VALUES"
+                " (:nonce, :round, :node, :plan, :blob, :signature, :seconds)",
+                row,
+            )
+        except sqlite3.Error as error:
+            self._roll_back()
+            raise LedgerError(
+                f"{self.folder}: {arrival.node}'s reply could not be written: {error}; {REMEDY}"
+            ) from None
+
+    def arrivals(self) -> dict[str, Arrival]:
+        """The replies of the open round that are already here, by nonce."""
+        found = {}
+        for nonce, number, node, plan, blob, signature, seconds in self._read(
+            "SELECT nonce, round, node, plan, blob, signature, seconds FROM arrivals"
+        ):
+            try:
+                signed = json.loads(signature)
+            except ValueError:
+                continue  # Damaged: the node is asked again.
+            found[nonce] = Arrival(nonce, number, node, plan, blob, signed, seconds)
+        return found
 
     def put(self, data: bytes) -> str:
         """Store bytes durably under their SHA-256; storing them again is free."""
-        digest = hashlib.sha256(data).hexdigest()
-        path = self._path(digest)
-        if path.exists():
-            return digest
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.part")
         try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise LedgerError(
-                f"{self.folder}: {len(data)} bytes could not be stored: {error.strerror};"
-                " free some space and continue with --resume"
-            ) from None
-        _synchronise(path.parent)
-        return digest
+            return self.blobs.put(data)
+        except BlobError as error:
+            raise LedgerError(f"{self.folder}: {error}; {REMEDY}") from None
 
     def get(self, digest: str) -> bytes:
         """The bytes of a blob, checked against their digest."""
         try:
-            data = self._path(digest).read_bytes()
-        except OSError:
-            raise LedgerError(f"blob {digest} is missing from {self._blobs}") from None
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise LedgerError(f"blob {digest} was changed on disk")
-        return data
+            return self.blobs.get(digest)
+        except BlobError as error:
+            raise LedgerError(str(error)) from None
 
     def forget(self, digest: str) -> None:
         """Delete a blob that is damaged, so that ``put`` can store it again."""
-        self._path(digest).unlink(missing_ok=True)
+        self.blobs.forget(digest)
 
     def has(self, digest: str) -> bool:
         """Whether a blob is on disk."""
-        return self._path(digest).is_file()
+        return self.blobs.has(digest)
 
     def keep_states(self, wanted: set[str]) -> None:
         """Delete state blobs that later rounds made superfluous, and crashed writers' leftovers.
@@ -200,82 +212,93 @@ class Ledger:
         """
         newest = self._entries("WHERE kind = 'round' ORDER BY height DESC LIMIT ?", ROUNDS_TO_CLEAN)
         for digest in {entry.content["state"] for entry in newest} - wanted:
-            self._path(digest).unlink(missing_ok=True)
-        for leftover in self._blobs.glob("*/*.part"):
-            leftover.unlink(missing_ok=True)
+            self.blobs.forget(digest)
+        self.blobs.clean()
 
-    def verify(self, *, state: bool = True) -> list[str]:
-        """Problems of the chain and of the blobs that it names; empty when all is sound.
+    def verify(self, *, state: bool = True, key: str | None = None) -> list[str]:
+        """Problems of chain, seals, checkpoint, signatures and blobs; empty when all is sound.
 
-        Of the states only the last is needed, and it can be made again (``state`` False: ignore it).
-        A chain that was cut off at its end is still a chain;
-        the head that ``summary.json`` names tells.
+        ``key``: the server's public key, where it is known from elsewhere. Of the states only the last
+        is needed, and it can be made again (``state`` False: ignore it).
         """
-        problems = []
-        previous = GENESIS_PREVIOUS
+        from fedserver.verification import walk
+
+        columns = ", ".join(
+            f"CAST({name} AS BLOB)"
+            for name in ("kind", "content", "previous", "hash", "wall", "signatures", "seal")
+        )
         try:
-            rows = self._read(
-                "SELECT height, kind, round, content, previous, hash FROM entries ORDER BY height"
-            )
+            rows = self._read(f"SELECT height, round, {columns} FROM entries ORDER BY height")
         except LedgerError as error:
             return [str(error)]
-        if not rows:
-            problems.append("the ledger is empty")
-        newest: tuple[int, str] | None = None
-        for expected, (height, kind, number, content, before, digest) in enumerate(rows):
-            if height != expected:
-                problems.append(f"height {expected} is missing")
-            if before != previous:
-                problems.append(f"entry {height}: does not follow the entry before it")
-            if entry_hash(height, kind, number, content, before) != digest:
-                problems.append(f"entry {height}: its content was changed")
-            previous = digest
+        return walk(self.folder, rows, self.blobs, state=state, key=key)
+
+    def backup(self, target: Path) -> None:
+        """A copy of the database as it is now, while others write. Raises sqlite3.Error."""
+        copy = sqlite3.connect(target, isolation_level=None)
+        try:
+            self._database.backup(copy)
+        finally:
+            copy.close()
+
+    def _begin_writing(self, key_file: Path | None) -> Sealer:
+        from aggregators.keys import KeyFileError
+        from fedserver.sealing import Sealer
+
+        for leftover in self.folder.glob("*.part"):
+            leftover.unlink(missing_ok=True)
+        unsealed = ledger_database.version(self._database) < 2
+        fresh = unsealed or self.height == 0
+        try:
+            sealer = Sealer(self.folder, key_file, fresh=fresh)
+        except KeyFileError as error:
+            raise LedgerError(f"{self.folder}: {error}") from None
+        if unsealed:
+            ledger_database.migrate(self._database, sealer)
+        else:
+            ledger_database.require_current(self._database)
+            found = self._read("SELECT hash, seal FROM entries ORDER BY height")
+            if problem := sealer.resume(found):
+                raise LedgerError(
+                    f"{self.folder}: {problem}; restore the folder from a copy, or give the key that"
+                    " seals it"
+                )
+        self._write_checkpoint(sealer)
+        return sealer
+
+    def _write_checkpoint(self, sealer: Sealer) -> None:
+        try:
+            sealer.write_checkpoint()
+        except OSError as error:
+            raise LedgerError(
+                f"{self.folder}: the checkpoint could not be written: {error.strerror}; {REMEDY}"
+            ) from None
+
+    def _entries(self, which: str, *values: Any) -> Iterator[Entry]:
+        for *fixed, content, previous, digest, wall, signatures, seal in self._read(
+            f"SELECT {COLUMNS} FROM entries {which}", *values
+        ):
+            height, kind, number = fixed
             try:
-                found = json.loads(content)
-                updates = [node["update"] for node in found.get("nodes", ()) if node.get("update")]
-                named = [*updates, *filter(None, [found.get("layout_blob")])]
-                newest = (height, found["state"]) if kind == "round" else newest
-            except (ValueError, KeyError, TypeError, AttributeError):
-                problems.append(f"entry {height}: its content cannot be read")
-                continue
-            problems += self._bad_blobs(height, named)
-        if state and newest is not None:
-            remedy = "; --resume or export makes this state again from the updates"
-            problems += [p + remedy for p in self._bad_blobs(newest[0], [newest[1]])]
-        named_head = self._summarised_head()
-        if named_head and named_head not in [row[5] for row in rows]:
-            problems.append(
-                f"summary.json names the head {named_head[:16]}, which is not in the ledger: entries"
-                " are missing at its end"
-            )
-        return problems
+                content, wall, signed = map(json.loads, (content, wall, signatures))
+            except ValueError:
+                raise LedgerError(
+                    f"{self.folder}: entry {height} is not JSON: the ledger was changed; restore"
+                    " it from a copy"
+                ) from None
+            yield Entry(height, kind, number, content, previous, digest, wall, signed, seal)
 
     def _read(self, query: str, *values: Any) -> list[Any]:
         try:
             return self._database.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
             raise LedgerError(
-                f"{self.folder / 'ledger.db'} cannot be read: {error}; restore it from a copy"
+                f"{self.folder / DATABASE} cannot be read: {error}; restore it from a copy"
             ) from None
 
-    def _summarised_head(self) -> str:
-        try:
-            found = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return ""
-        return str(found.get("head") or "") if isinstance(found, dict) else ""
-
-    def _bad_blobs(self, height: int, digests: Iterable[str]) -> list[str]:
-        problems = []
-        for digest in digests:
-            try:
-                self.get(digest)
-            except LedgerError as error:
-                problems.append(f"entry {height}: {error}")
-        return problems
-
-    def _path(self, digest: str) -> Path:
-        return self._blobs / digest[:2] / f"{digest}.safetensors"
+    def _roll_back(self) -> None:
+        if self._database.in_transaction:
+            self._database.rollback()
 
 
 def _locked(folder: Path) -> IO[str]:
@@ -289,12 +312,3 @@ def _locked(folder: Path) -> IO[str]:
             f"{folder}: another process is running this run; wait for its end, or stop it"
         ) from None
     return file
-
-
-def _synchronise(folder: Path) -> None:
-    """Make a rename durable: on Linux the folder itself has to reach the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

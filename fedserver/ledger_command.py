@@ -1,8 +1,9 @@
-"""``fedbraid ledger``: show, verify, replay."""
+"""``fedbraid ledger``: show, verify, replay, prove, check, migrate."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,12 @@ from fedserver.ledger import Ledger, LedgerError
 ledger_app = typer.Typer(help="Read and check the log of a run's rounds.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="A run folder.")]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        help="The server's public key, hexadecimal or its file; default: the folder's own."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 
 
@@ -42,24 +49,97 @@ def show(folder: Folder, as_json: Json = False) -> None:
 
 
 @ledger_app.command()
-def verify(folder: Folder, as_json: Json = False) -> None:
-    """Check the hash chain and every blob; exit code 1 when something was changed or lost."""
+def verify(folder: Folder, key: Key = None, as_json: Json = False) -> None:
+    """Check chain, seals, signatures and blobs; exit code 1 when something was changed or lost."""
     ledger = Ledger(folder)
-    problems = ledger.verify()
+    problems = ledger.verify(key=_public_key(key) if key else None)
     if as_json:
         print(json.dumps({"head": ledger.head, "height": ledger.height, "problems": problems}))
     elif problems:
         Console().print("\n".join(problems), style="red", markup=False)
     else:
-        Console().print(f"{ledger.height} entries sound, head {ledger.head}", soft_wrap=True)
+        signed = sum(len(entry.signatures) for entry in ledger.entries())
+        Console().print(
+            f"{ledger.height} entries sound, {signed} signed replies, head {ledger.head}",
+            soft_wrap=True,
+        )
     ledger.close()
     raise typer.Exit(1 if problems else 0)
 
 
 @ledger_app.command()
+def prove(
+    folder: Folder,
+    node: Annotated[str, typer.Option(help="Name of the node.")],
+    round_number: Annotated[int, typer.Option("--round", min=1)],
+    target: Annotated[Path, typer.Option("--to", help="File to write.")] = Path("proof.json"),
+) -> None:
+    """Write a proof that a node's reply is in the ledger; 'ledger check' needs no ledger for it."""
+    from fedserver.inclusion import prove as run
+
+    ledger = Ledger(folder)
+    proof = run(ledger, node, round_number)
+    ledger.close()
+    target.write_text(proof, encoding="utf-8")
+    print(target)
+
+
+@ledger_app.command()
+def check(
+    proof: Annotated[Path, typer.Argument(help="A file that 'ledger prove' wrote.")],
+    key: Annotated[str, typer.Option(help="The server's public key: hexadecimal, or its file.")],
+    as_json: Json = False,
+) -> None:
+    """Check a proof by the server's public key alone; exit code 1 when it proves nothing."""
+    from fedserver.inclusion import ProofError, read_proof
+    from fedserver.inclusion import check as run
+
+    try:
+        proven = run(read_proof(proof), _public_key(key))
+    except ProofError as error:
+        print(
+            json.dumps({"proven": False, "problem": str(error)}) if as_json else f"{proof}: {error}"
+        )
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps({"proven": True, **vars(proven)}))
+    else:
+        print(
+            f"{proven.node}'s reply to round {proven.round} ({proven.verdict}, {proven.update}) is"
+            f" entry {proven.height} of the {proven.entries} under the head {proven.head}"
+        )
+
+
+@ledger_app.command()
+def migrate(
+    folder: Folder,
+    key_file: Annotated[
+        Path | None, typer.Option("--key-file", help="Private key that seals the run.")
+    ] = None,
+) -> None:
+    """Bring an earlier version's ledger up to date, and its checkpoint."""
+    ledger = Ledger(folder, write=True, key_file=key_file)
+    print(f"{ledger.height} entries, head {ledger.head}")
+    ledger.close()
+
+
+@ledger_app.command("key")
+def show_key(folder: Folder) -> None:
+    """Print the public key that the run is sealed with, to be given to those who check."""
+    from fedserver.checkpoint import read_checkpoint
+    from fedserver.statements import SealError, open_seal
+
+    Ledger(folder).close()
+    try:
+        print(open_seal(read_checkpoint(folder)).key)
+    except SealError as error:
+        raise LedgerError(f"{folder}: the checkpoint was changed: {error}") from None
+
+
+@ledger_app.command()
 def replay(folder: Folder, as_json: Json = False) -> None:
     """Aggregate every round again from its recorded updates and compare the state's digest."""
-    # Replaying needs torch; showing and verifying do not.
+    # Replaying and verifying need torch; showing does not.
     from fedserver.replay import Replayed
     from fedserver.replay import replay as run
     from fedserver.run_folder import recorded_configuration
@@ -80,3 +160,12 @@ def replay(folder: Folder, as_json: Json = False) -> None:
     found = run(ledger, recorded_configuration(ledger), tell)
     ledger.close()
     raise typer.Exit(0 if all(replayed.equal for replayed in found) else 1)
+
+
+def _public_key(given: str) -> str:
+    """A public key as it is, or as a file holds it."""
+    path = Path(given)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else given
+    if not re.fullmatch(r"[0-9a-f]{64}", text.strip()):
+        raise LedgerError(f"--key {given}: neither 64 hexadecimal digits nor a file with them")
+    return text.strip()

@@ -45,13 +45,20 @@ def rows(ledger: Ledger, configuration: RunConfiguration) -> list[dict[str, Any]
 
 
 def evaluations(ledger: Ledger) -> dict[int, dict[str, Any] | None]:
-    """Round number -> scores of the model after that round; 0 is the base model."""
-    found = {
-        entry.round - 1: scores(entry.content["entering"]) for entry in ledger.entries("round")
-    }
-    for entry in ledger.entries("evaluation"):
-        found[entry.round] = scores(entry.content["entering"])
-    return found
+    """Round number -> scores of the model after that round; 0 is the base model.
+
+    They are of all nodes, each on what it holds of the base; ``by_format`` has the loss of each kind.
+    """
+    found = {entry.round - 1: _entering(entry) for entry in ledger.entries("round")}
+    return found | {entry.round: _entering(entry) for entry in ledger.entries("evaluation")}
+
+
+def _entering(entry: Entry) -> dict[str, Any] | None:
+    whole = scores(entry.content["entering"])
+    if whole is None:
+        return None
+    parts = {f: scores(sums) for f, sums in entry.content["entering_by_format"].items()}
+    return whole | {"by_format": {f: part["loss"] for f, part in parts.items() if part}}
 
 
 def round_row(entry: Entry, evaluation: dict[str, Any] | None) -> dict[str, Any]:
@@ -66,6 +73,7 @@ def round_row(entry: Entry, evaluation: dict[str, Any] | None) -> dict[str, Any]
         "loss": sum(share * loss for share, loss in known) / weight if weight else None,
         "eval_loss": evaluation["loss"] if evaluation else None,
         "eval_accuracy": evaluation["accuracy"] if evaluation else None,
+        "eval_by_format": evaluation["by_format"] if evaluation else None,
         "bytes_up": sum(node["bytes_up"] for node in nodes),
         "bytes_down": sum(node["bytes_down"] for node in nodes),
         "seconds": entry.wall["seconds"],
@@ -217,10 +225,13 @@ def _reported(entry: Entry) -> dict[str, dict[str, Any]]:
 
 def _node_row(node: dict[str, Any], entry: Entry) -> dict[str, Any]:
     report = node.get("report") or {}
+    measured = entry.wall["memory"].get(node["node"], {})
     return {
         "node": node["node"],
         "family": node["plan"]["method"]["family"],
         "sends": node["sends"],
+        "base_format": node["base_format"],
+        "choice": node["choice"],
         "examples": report.get("examples"),
         "weight": node["share"],
         "train_loss_first": report.get("train_loss_first"),
@@ -232,6 +243,9 @@ def _node_row(node: dict[str, Any], entry: Entry) -> dict[str, Any]:
         "reason": node["reason"],
         "norm": node.get("norm"),
         "memory_bytes": node["memory_bytes"],
+        "memory_grown": measured.get("grown"),
+        "memory_peak": measured.get("resident"),
+        "memory_accelerator": measured.get("accelerator"),
     }
 
 

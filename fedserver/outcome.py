@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from aggregators import UpdateRejected, Verdict
 from aggregators.gate import Admitted, GateContext, admit, norm_of
 from aggregators.messages import Evaluation, Plan
+from aggregators.methods import label
+from aggregators.signatures import split_signature
 from fedserver import events
 from fedserver.exchange import Reply
 
 
 @dataclass
 class Outcome:
-    """What one node's reply came to; becomes a row of the round's ledger entry."""
+    """What one node's reply came to; becomes a row of the round's ledger entry.
+
+    ``bytes_up`` is without a signature: signed and unsigned runs have the same entries.
+    """
 
     plan: Plan
     verdict: Verdict
@@ -29,22 +34,37 @@ class Outcome:
     round: int = 0
     share: float = 0.0
     memory_bytes: int = 0
+    choice: str = ""
+    measured: Mapping[str, int] = field(default_factory=dict)
+    staleness: int = 0
+    discount: float = 1.0
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it is accepted and answers the round that it is counted in."""
+        return self.verdict is Verdict.ACCEPTED and self.staleness == 0
 
 
-def judge(reply: Reply, context: GateContext, seen: set[str]) -> Outcome:
-    """Pass a reply through the gate. Every way that it can be wrong ends in a verdict."""
+def judge(
+    reply: Reply, context: GateContext, seen: set[str], *, late_counts: bool = False
+) -> Outcome:
+    """Pass a reply through the gate. Every way that it can be wrong ends in a verdict.
+
+    ``late_counts``: an answer to an earlier round's plan is judged by that plan, and may be accepted.
+    """
     plan = context.plan
     outcome = Outcome(
         plan,
         Verdict.ACCEPTED,
-        bytes_up=len(reply.payload or b""),
+        bytes_up=len(split_signature(reply.payload or b"")[0]),
         seconds=reply.seconds,
         round=reply.round,
+        measured=reply.memory,
     )
     if reply.payload is None:
         outcome.verdict, outcome.reason = Verdict.FAILED, reply.error
         return outcome
-    if reply.late:
+    if reply.late and not late_counts:
         outcome.verdict = Verdict.LATE
         outcome.reason = f"answers round {reply.round} after its deadline"
         return outcome
@@ -65,13 +85,13 @@ def examples(outcome: Outcome) -> int:
 def unlike_weights(outcomes: Sequence[Outcome]) -> list[str]:
     """What to say of nodes whose weights are not those that most made of the same view.
 
-    Digests are compared among nodes of one base type; ties go to the lower digest, so that every replay
-    says the same. The digests themselves stand in the nodes' reports.
+    Digests are compared among nodes of one base type and format; ties go to the lower digest, so that
+    every replay says the same. The digests themselves stand in the nodes' reports.
     """
-    made: dict[str, dict[str, str]] = {}
+    made: dict[tuple[str, str], dict[str, str]] = {}
     for outcome in outcomes:
         if outcome.admitted is not None and outcome.admitted.report.weights is not None:
-            kind = made.setdefault(outcome.plan.dtype, {})
+            kind = made.setdefault((outcome.plan.dtype, outcome.plan.base_format), {})
             kind[outcome.plan.node] = outcome.admitted.report.weights
     found = []
     for digests in made.values():
@@ -95,13 +115,22 @@ def sum_evaluations(outcomes: list[Outcome]) -> dict[str, Any] | None:
     return {key: sum(getattr(e, key) for e in evaluations) for key in Evaluation.model_fields}
 
 
+def evaluations_by_format(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
+    """``sum_evaluations`` of the nodes of each base format: a quantised base is another model."""
+    formats = sorted({outcome.plan.base_format for outcome in outcomes})
+    sums = {f: sum_evaluations([o for o in outcomes if o.plan.base_format == f]) for f in formats}
+    return {name: one for name, one in sums.items() if one is not None}
+
+
 def row(outcome: Outcome) -> dict[str, Any]:
     admitted = outcome.admitted
     found: dict[str, Any] = {
         "node": outcome.plan.node,
         "round": outcome.round,
         "plan": outcome.plan.model_dump(mode="json", exclude={"data"}),
-        "sends": outcome.plan.method.label,
+        "base_format": outcome.plan.base_format,
+        "choice": outcome.choice,
+        "sends": label(outcome.plan.method, outcome.plan.base_format),
         "verdict": outcome.verdict.value,
         "reason": outcome.reason,
         "bytes_up": outcome.bytes_up,
@@ -110,6 +139,8 @@ def row(outcome: Outcome) -> dict[str, Any]:
         "share": outcome.share,
         "memory_bytes": outcome.memory_bytes,
     }
+    if outcome.staleness:
+        found |= {"staleness": outcome.staleness, "discount": outcome.discount}
     if admitted is not None:
         found |= {"report": admitted.report.model_dump(mode="json")}
         if admitted.update is not None:
@@ -120,6 +151,15 @@ def row(outcome: Outcome) -> dict[str, Any]:
     return found
 
 
+def signatures(outcomes: Sequence[Outcome]) -> dict[str, dict[str, str]]:
+    """By the digest of a signed reply: the node's key and its signature."""
+    return {
+        outcome.blob: vars(outcome.admitted.signature)
+        for outcome in outcomes
+        if outcome.blob and outcome.admitted and outcome.admitted.signature
+    }
+
+
 def replied(outcome: Outcome, number: int) -> events.NodeReplied:
     report = outcome.admitted.report if outcome.admitted is not None else None
     return events.NodeReplied(
@@ -127,7 +167,7 @@ def replied(outcome: Outcome, number: int) -> events.NodeReplied:
         node=outcome.plan.node,
         verdict=outcome.verdict.value,
         reason=outcome.reason,
-        sends=outcome.plan.method.label,
+        sends=label(outcome.plan.method, outcome.plan.base_format),
         train_loss_first=report.train_loss_first if report else None,
         train_loss=report.train_loss if report else None,
         bytes_up=outcome.bytes_up,

@@ -21,6 +21,7 @@ from aggregators.methods import (
 )
 from aggregators.presets import PRESETS
 from aggregators.projected import allocation
+from aggregators.targets import layer_count, trained_names
 from fedserver.configuration import ConfigurationError, RunConfiguration
 
 # What every strand has its own of, and every node may have.
@@ -61,6 +62,8 @@ def check_targets(configuration: RunConfiguration, layout: Layout) -> list[str]:
                 f"node {node.name!r}: lora_r {rank} exceeds the largest possible rank {limit}"
                 f" of the adapted matrices"
             )
+    if any(configuration.strand(node.name) == "zeroth-order" for node in configuration.nodes):
+        check_reach(configuration, layout)
     if any(configuration.strand(node.name) == "projected" for node in configuration.nodes):
         if not trained(layout, configuration.projected.target_modules):
             modules = list(configuration.projected.target_modules)
@@ -73,6 +76,22 @@ def check_targets(configuration: RunConfiguration, layout: Layout) -> list[str]:
         except ValueError as error:
             raise ConfigurationError(f"projected.coordinates: {error}") from None
     return targets
+
+
+def check_reach(configuration: RunConfiguration, layout: Layout) -> None:
+    """Refuse zeroth-order training of no tensor, and of more blocks than layers."""
+    settings = configuration.zeroth_order
+    names = trained_names(layout, settings.target_modules, settings.layers)
+    if not names:
+        raise ConfigurationError(
+            f"zeroth_order.target_modules {list(settings.target_modules)} and layers"
+            f" {list(settings.layers or ())} match no weight of {configuration.base_model}, which has"
+            f" {layer_count(layout)} layers"
+        )
+    try:
+        zeroth_order(configuration).reach.block_of(layout, names)
+    except ValueError as error:
+        raise ConfigurationError(f"zeroth_order: {error}") from None
 
 
 def make_plan(
@@ -111,6 +130,7 @@ def make_plan(
             "learning_rate": settings["learning_rate"],
             "max_length": configuration.max_length,
             "dtype": configuration.base_dtype,
+            "base_format": configuration.base_format_of(name),
             "wire_dtype": settings["wire_dtype"],
             "threads": configuration.threads,
             "accelerate": configuration.accelerate,
@@ -134,9 +154,17 @@ def make_method(
     if strand == "lora":
         return _lora(configuration, capabilities)
     if strand == "zeroth-order":
-        settings = configuration.zeroth_order.model_dump(exclude=OF_THE_PLAN)
-        return ZerothOrderMethod(master_seed=_seed(configuration, "pool"), **settings)
+        return zeroth_order(configuration)
     return _projected(configuration, layout, round_number)
+
+
+def zeroth_order(configuration: RunConfiguration) -> ZerothOrderMethod:
+    """How a node trains by forward passes alone: the same in every round, so that scalars add."""
+    settings = configuration.zeroth_order.model_dump(exclude=OF_THE_PLAN)
+    return ZerothOrderMethod(
+        **settings
+        | {"master_seed": _seed(configuration, "pool"), "sampling": configuration.sampling}
+    )
 
 
 def _settings(configuration: RunConfiguration, name: str) -> dict[str, Any]:

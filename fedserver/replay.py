@@ -17,6 +17,7 @@ from fedserver.configuration import RunConfiguration
 from fedserver.global_model import GlobalModel, first_basis, next_model
 from fedserver.ledger import Ledger, LedgerError
 from fedserver.run_folder import read_layout
+from fedserver.staleness import discounted
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ def states(
                     f" passes the gate: {rejection}"
                 ) from None
             assert admitted.update is not None
-            updates.append((admitted.update, admitted.report.examples))
+            updates.append(
+                (discounted(admitted.update, node.get("discount", 1.0)), admitted.report.examples)
+            )
         if entry.content["quorum"] and updates:
             model, _ = next_model(model, updates, configuration)
         yield Replayed(entry.round, len(updates), entry.content["state"], model.digest()), model

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from aggregators import Layout
 from aggregators.messages import Capabilities
@@ -35,9 +36,45 @@ class Roster:
     layout_json: str
     base_digest: str
 
+    def shares_base(self, capabilities: Capabilities) -> bool:
+        """Whether a node holds the base model of this roster."""
+        own = (self.base_digest, self.layout_json)
+        return (capabilities.base_digest, capabilities.layout_json) == own
 
-def gather_roster(configuration: RunConfiguration, exchange: Exchange, notify: Listener) -> Roster:
-    """Wait for the nodes, ask what they can do, and keep those that share one base model."""
+    def with_member(self, member: Member) -> Roster:
+        """The roster with one more node, or with another id for a node that it has."""
+        kept = {m.capabilities.node: m for m in self.members} | {member.capabilities.node: member}
+        return replace(self, members=tuple(kept[name] for name in sorted(kept)))
+
+
+def query_of(configuration: RunConfiguration) -> bytes:
+    """What a node is asked before it takes part."""
+    return json.dumps(
+        {
+            "run": configuration.run_id(),
+            "base_model": configuration.base_model,
+            "dtype": configuration.base_dtype,
+            "threads": configuration.threads,
+            "names": [node.name for node in configuration.nodes],
+            "data": data_specification(configuration),
+        },
+        sort_keys=True,
+    ).encode()
+
+
+def gather_roster(
+    configuration: RunConfiguration,
+    exchange: Exchange,
+    notify: Listener,
+    *,
+    enrolled: Mapping[str, str] | None = None,
+    known: Mapping[str, str] | None = None,
+) -> Roster:
+    """Wait for the nodes, ask what they can do, and keep those that share one base model.
+
+    ``enrolled``: public keys by node; where it is given and signatures are required, others stay out.
+    ``known``: the keys that nodes signed with so far. A node that either names keeps its key.
+    """
     wanted = len(configuration.nodes)
     waited = 0.0
     while len(exchange.nodes()) < wanted and waited < CONNECT_SECONDS:
@@ -51,31 +88,29 @@ def gather_roster(configuration: RunConfiguration, exchange: Exchange, notify: L
         )
     members: dict[str, Member] = {}
     failures = []
-    query = json.dumps(
-        {
-            "run": configuration.run_id(),
-            "base_model": configuration.base_model,
-            "dtype": configuration.base_dtype,
-            "threads": configuration.threads,
-            "names": [node.name for node in configuration.nodes],
-            "data": data_specification(configuration),
-        },
-        sort_keys=True,
-    ).encode()
-    for reply in exchange.ask(dict.fromkeys(found, query), QUERY, 0, QUERY_SECONDS):
+    replies = exchange.ask(
+        dict.fromkeys(found, query_of(configuration)),
+        QUERY,
+        0,
+        QUERY_SECONDS,
+        # A node that was restarted stays in Flower's list under its old id for a while.
+        enough=lambda: len(members) == wanted,
+        grace=0.0 if len(found) > wanted else None,
+    )
+    for reply in replies:
         problem = reply.error
         if reply.payload is not None:
-            try:
-                capabilities = Capabilities.from_bytes(reply.payload)
-            except ValueError as error:
-                problem = f"unreadable capabilities: {error}"
-            else:
-                if capabilities.node in members:
-                    problem = f"the name {capabilities.node!r} is already taken"
-                else:
-                    members[capabilities.node] = Member(reply.node_id, capabilities)
+            member, problem = read_member(reply.node_id, reply.payload)
+            if member is not None:
+                told = member.capabilities
+                problem = stranger(told, configuration, enrolled, known or {})
+                if told.node in members:
+                    problem = f"the name {told.node!r} is already taken"
+                elif not problem:
+                    members[told.node] = member
         if problem:
             failures.append(problem)
+    exchange.forget(before_round=1)
     if not members:
         raise ConfigurationError("no node can take part:\n  " + "\n  ".join(sorted(set(failures))))
     for problem, count in sorted(Counter(failures).items()):
@@ -89,6 +124,36 @@ def gather_roster(configuration: RunConfiguration, exchange: Exchange, notify: L
             + "".join(f"\n  {problem}" for problem in sorted(set(failures)))
         )
     return roster
+
+
+def stranger(
+    told: Capabilities,
+    configuration: RunConfiguration,
+    enrolled: Mapping[str, str] | None,
+    known: Mapping[str, str],
+) -> str:
+    """Why a node is not who it has to be; "" where nothing speaks against it."""
+    expected = {**known, **(enrolled or {})}.get(told.node)
+    required = configuration.signatures == "required"
+    if required and enrolled is not None and told.node not in enrolled:
+        return f"{told.node!r} is not enrolled"
+    if required and told.public_key is None:
+        return (
+            f"{told.node!r} has no key, and the run requires signatures: start it with"
+            " --node-config 'key=\"FILE\"'"
+        )
+    if expected is not None and told.public_key != expected:
+        found = f"the key {told.public_key[:12]}" if told.public_key else "no key"
+        return f"{told.node!r} has {found}, and is known by {expected[:12]}: enrol it again"
+    return ""
+
+
+def read_member(node_id: int, payload: bytes) -> tuple[Member | None, str]:
+    """The member that a node's answer to the query makes it, or why it makes none."""
+    try:
+        return Member(node_id, Capabilities.from_bytes(payload)), ""
+    except ValueError as error:
+        return None, f"unreadable capabilities: {error}"
 
 
 def _agree(members: dict[str, Member], configuration: RunConfiguration, notify: Listener) -> Roster:

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aggregators import Basis, GateContext, Layout, Verdict
-from aggregators.messages import Plan, encode_plan
-from aggregators.methods import LoraMethod, SketchMethod
+from aggregators import Verdict
+from aggregators.methods import label
 from aggregators.presets import PRESETS
-from aggregators.view import View
 from fedserver import events, metrics
+from fedserver.collection import Collector
 from fedserver.configuration import RunConfiguration, to_toml
-from fedserver.device_cost import memory_bytes
-from fedserver.exchange import EVALUATE, TRAIN, Exchange
-from fedserver.global_model import GlobalModel, first_basis, next_model
+from fedserver.device_choice import with_choices
+from fedserver.exchange import Exchange
+from fedserver.global_model import GlobalModel, Mixed, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
+from fedserver.newcomers import Churn
+from fedserver.open_round import committed_before
 from fedserver.outcome import (
     Outcome,
+    evaluations_by_format,
     examples,
-    judge,
-    replied,
     row,
+    signatures,
     sum_evaluations,
-    unlike_weights,
 )
-from fedserver.planner import check_targets, make_method, make_plan
+from fedserver.participation import asked_in, trains
+from fedserver.planner import check_targets, make_method
+from fedserver.questions import Question, question, view_limits
 from fedserver.replay import restore, without
 from fedserver.roster import Member, Roster, gather_roster
 from fedserver.run_folder import open_existing
+from fedserver.staleness import discounted, unanswered
 
 
 class Coordinator:
@@ -46,42 +49,67 @@ class Coordinator:
         *,
         emit: events.Listener,
         resume: bool = False,
+        key_file: Path | None = None,
+        enrolled: Mapping[str, str] | None = None,
     ) -> None:
-        self._configuration = configuration
+        """``key_file``: the server's private key, by default one in the folder. ``enrolled``: the
+        nodes' public keys, by name.
+        """
+        self._asked = self._configuration = configuration
+        self._choices: dict[str, str] = {}
         self._preset = PRESETS[configuration.preset]
         self._exchange = exchange
         self._folder = folder
         self._emit = emit
         self._resume = resume
-        self._seen: set[str] = set()
+        self._key_file = key_file
+        self._enrolled = enrolled
 
     def run(self) -> dict[str, Any]:
         """Run to the configured number of rounds; returns the summary that it also writes."""
         # The order of floating-point sums, so the bits of the state, depends on the threads.
         torch.set_num_threads(self._configuration.threads)
         # A folder of another run must be found out before the nodes are set to work.
-        existing = open_existing(self._folder, self._configuration, resume=self._resume)
-        roster = gather_roster(self._configuration, self._exchange, self._emit)
+        existing = open_existing(
+            self._folder, self._configuration, resume=self._resume, key_file=self._key_file
+        )
+        known = committed_before(existing)[1] if existing else {}
+        roster = gather_roster(
+            self._configuration, self._exchange, self._emit, enrolled=self._enrolled, known=known
+        )
+        self._configuration, self._choices = with_choices(self._configuration, roster.layout)
         targets = check_targets(self._configuration, roster.layout)
-        ledger = existing or Ledger(self._folder, create=True)
+        ledger = existing or Ledger(self._folder, create=True, key_file=self._key_file)
         try:
-            return self._run(ledger, roster, targets)
+            collector = Collector(
+                self._configuration,
+                self._exchange,
+                ledger,
+                roster.layout,
+                self._emit,
+                self._choices,
+            )
+            churn = Churn(roster, self._configuration, self._emit, self._enrolled, known)
+            return self._run(ledger, churn, collector, targets)
         finally:
             ledger.close()
 
-    def _run(self, ledger: Ledger, roster: Roster, targets: list[str]) -> dict[str, Any]:
-        configuration = self._configuration
-        (self._folder / "scenario.toml").write_text(to_toml(configuration), encoding="utf-8")
+    def _run(
+        self, ledger: Ledger, churn: Churn, collector: Collector, targets: list[str]
+    ) -> dict[str, Any]:
+        configuration, roster = self._configuration, churn.roster
+        (self._folder / "scenario.toml").write_text(to_toml(self._asked), encoding="utf-8")
         self._begin(ledger, roster)
         model, done = restore(ledger, configuration)
         self._announce(roster, done + 1)
+        self._reopen(ledger, roster, collector)
         for number in range(done + 1, configuration.rounds + 1):
-            model = self._round(number, model, ledger, roster)
+            model = self._round(number, model, ledger, churn, collector)
             metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
         if configuration.evaluate and not _evaluated(ledger, configuration.rounds):
-            self._final_evaluation(model, ledger, roster)
+            self._final_evaluation(model, ledger, churn, collector)
         if configuration.contributions:
-            self._contributions(ledger, roster)
+            self._contributions(ledger, churn, collector)
         metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
         summary = metrics.summarise(ledger, configuration, roster.layout, targets)
         metrics.write_json(summary, self._folder / "summary.json")
@@ -95,7 +123,7 @@ class Coordinator:
                 "genesis",
                 0,
                 {
-                    "run": self._configuration.run_id(),
+                    "run": self._asked.run_id(),
                     "configuration": self._configuration.identity(),
                     "base_model": self._configuration.base_model,
                     "base_digest": roster.base_digest,
@@ -103,6 +131,11 @@ class Coordinator:
                     "layout_blob": ledger.put(roster.layout_json.encode()),
                 },
                 {"started": time.time()},
+            )
+        elif genesis.content["configuration"] != self._configuration.identity():
+            raise LedgerError(
+                "the limits of the nodes' devices have changed, and with them what the nodes would be"
+                " asked for: restore them, or start a new run"
             )
         elif genesis.content["base_digest"] != roster.base_digest:
             raise LedgerError(
@@ -124,6 +157,9 @@ class Coordinator:
             )
         )
 
+        for name, reason in self._choices.items():
+            self._emit(events.Notice("info", f"{name}: {reason}"))
+
     def _node_info(self, member: Member, roster: Roster) -> events.NodeInfo:
         node = self._configuration.node(member.capabilities.node)
         method = make_method(
@@ -132,36 +168,66 @@ class Coordinator:
         categories = ", ".join(node.categories or ()) if node else ""
         return events.NodeInfo(
             node=member.capabilities.node,
-            sends=method.label,
+            sends=label(method, self._configuration.base_format_of(member.capabilities.node)),
             examples=member.capabilities.examples,
             held_out=member.capabilities.held_out,
             description=(node.description if node else "") or categories,
         )
 
+    def _reopen(self, ledger: Ledger, roster: Roster, collector: Collector) -> None:
+        """Ask again what a server before this one has not heard: late answers count as if it had."""
+        members = {member.capabilities.node: member for member in roster.members}
+        states = {entry.round: entry.content["state"] for entry in ledger.entries("round")}
+        for name, number in unanswered(ledger, self._configuration):
+            if name not in members:
+                continue
+            model = GlobalModel.empty(roster.layout)
+            if number > 1:
+                if not ledger.has(states[number - 1]):
+                    continue
+                model = GlobalModel.from_bytes(ledger.get(states[number - 1]), roster.layout)
+            member = members[name]
+            collector.reopen(question(self._configuration, roster, member, model, number, "train"))
+
     def _round(
-        self, number: int, model: GlobalModel, ledger: Ledger, roster: Roster
+        self,
+        number: int,
+        model: GlobalModel,
+        ledger: Ledger,
+        churn: Churn,
+        collector: Collector,
     ) -> GlobalModel:
         self._emit(events.RoundStarted(number))
         started, monotonic = time.time(), time.monotonic()
-        outcomes = self._collect(number, "train", model, roster, ledger)
+        configuration, roster = self._configuration, churn.roster
+        asked = asked_in(configuration, roster.members, number, collector.busy)
+        needed = configuration.needed(sum(trains(configuration, member) for member in asked))
+        if configuration.asynchronous:
+            needed = configuration.minimum_updates()
+        outcomes = collector.collect(
+            number, "train", self._questions(asked, roster, model, number, "train"), needed, churn
+        )
         accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
         updates = [o for o in accepted if o.admitted is not None and o.admitted.update is not None]
-        quorum = len(updates) >= self._configuration.minimum_updates()
-        following = self._fold(model, updates) if quorum else model
+        quorum = len(updates) >= needed
+        following, mixed = self._fold(model, updates) if quorum else (model, None)
         if not quorum:
             self._emit(
                 events.Notice(
                     "warning",
                     f"round {number}: {len(updates)} updates accepted,"
-                    f" {self._configuration.minimum_updates()} needed; the model stays as it was",
+                    f" {needed} needed; the model stays as it was",
                 )
             )
         state = ledger.put(following.to_bytes())
-        entering = sum_evaluations(accepted)
-        head = following.common_view(self._preset, *self._view_limits())
+        fresh = [outcome for outcome in accepted if outcome.fresh]
+        entering = sum_evaluations(fresh)
+        head = following.common_view(self._preset, *view_limits(configuration))
         content = {
             "quorum": quorum,
+            "mixing": {"weights": mixed.weights, "cosines": mixed.cosines} if mixed else {},
             "entering": entering,
+            "entering_by_format": evaluations_by_format(fresh),
             "nodes": [row(outcome) for outcome in outcomes],
             "state": state,
             "carry_rank": following.carry.rank,
@@ -173,41 +239,50 @@ class Coordinator:
             "started": started,
             "seconds": time.monotonic() - monotonic,
             "nodes": _seconds(outcomes),
+            "memory": _memory(outcomes),
         }
-        previous_state = _state_before(ledger)
-        entry = ledger.append("round", number, content, wall)
-        ledger.keep_states({state, previous_state} - {""})
+        entry = ledger.append("round", number, content, wall, signatures(outcomes))
+        ledger.keep_states({state, *_states_before(ledger, {number, *collector.open_rounds})})
         self._report(entry, entering)
         return following
 
-    def _fold(self, model: GlobalModel, accepted: list[Outcome]) -> GlobalModel:
+    def _fold(self, model: GlobalModel, accepted: list[Outcome]) -> tuple[GlobalModel, Mixed]:
         weighted = []
         for outcome in accepted:
             assert outcome.admitted is not None
             assert outcome.admitted.update is not None
-            weighted.append((outcome.admitted.update, examples(outcome)))
-        following, shares = next_model(model, weighted, self._configuration)
-        for outcome, share in zip(accepted, shares, strict=True):
+            update = discounted(outcome.admitted.update, outcome.discount)
+            weighted.append((update, examples(outcome)))
+        following, mixed = next_model(model, weighted, self._configuration)
+        for outcome, share in zip(accepted, mixed.shares, strict=True):
             outcome.share = share
-        return following
+        return following, mixed
 
-    def _final_evaluation(self, model: GlobalModel, ledger: Ledger, roster: Roster) -> None:
+    def _final_evaluation(
+        self, model: GlobalModel, ledger: Ledger, churn: Churn, collector: Collector
+    ) -> None:
         """Ask every node for the loss of the model that the last round produced."""
         number = self._configuration.rounds + 1
         started = time.time()
         self._emit(events.Notice("info", "final evaluation of the global model on every node"))
-        outcomes = self._collect(number, "evaluate", model, roster, ledger)
-        entering = sum_evaluations([o for o in outcomes if o.verdict is Verdict.ACCEPTED])
-        content = {"entering": entering, "nodes": [row(outcome) for outcome in outcomes]}
+        outcomes = self._evaluated_by_all(number, model, churn, collector)
+        accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
+        entering = sum_evaluations(accepted)
+        content = {
+            "entering": entering,
+            "entering_by_format": evaluations_by_format(accepted),
+            "nodes": [row(outcome) for outcome in outcomes],
+        }
         wall = {
             "started": started,
             "seconds": time.time() - started,
             "nodes": _seconds(outcomes),
+            "memory": _memory(outcomes),
         }
-        ledger.append("evaluation", self._configuration.rounds, content, wall)
+        ledger.append("evaluation", self._configuration.rounds, content, wall, signatures(outcomes))
         self._emit_evaluation(self._configuration.rounds, entering)
 
-    def _contributions(self, ledger: Ledger, roster: Roster) -> None:
+    def _contributions(self, ledger: Ledger, churn: Churn, collector: Collector) -> None:
         """Ask for the loss of the model without each family; recorded as "ablation" entries."""
         configuration = self._configuration
         families = sorted(metrics.families(ledger))
@@ -226,8 +301,9 @@ class Coordinator:
             started = time.time()
             model = without(ledger, configuration, family)
             number = configuration.rounds + 2 + place
-            outcomes = self._collect(number, "evaluate", model, roster, ledger)
-            entering = sum_evaluations([o for o in outcomes if o.verdict is Verdict.ACCEPTED])
+            outcomes = self._evaluated_by_all(number, model, churn, collector)
+            accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
+            entering = sum_evaluations(accepted)
             content = {
                 "without": family,
                 "entering": entering,
@@ -237,95 +313,36 @@ class Coordinator:
                 "started": started,
                 "seconds": time.time() - started,
                 "nodes": _seconds(outcomes),
+                "memory": _memory(outcomes),
             }
-            ledger.append(metrics.ABLATION, configuration.rounds, content, wall)
-
-    def _collect(
-        self, number: int, action: str, model: GlobalModel, roster: Roster, ledger: Ledger
-    ) -> list[Outcome]:
-        """Send every member its plan and turn each reply, or its absence, into an outcome."""
-        members = {member.node_id: member for member in roster.members}
-        basis = model.basis or first_basis(self._configuration, roster.layout)
-        plans: dict[int, Plan] = {}
-        payloads: dict[int, bytes] = {}
-        digests: dict[int, str] = {}
-        for node_id, member in members.items():
-            plan = make_plan(
-                self._configuration,
-                member.capabilities,
-                round_number=number,
-                layout=roster.layout,
-                base_digest=roster.base_digest,
-                action=action,
+            ledger.append(
+                metrics.ABLATION, configuration.rounds, content, wall, signatures(outcomes)
             )
-            view = self._view(model, plan, basis)
-            plans[node_id] = plan
-            digests[node_id] = view.as_sent(self._configuration.view_dtype).digest()
-            payloads[node_id] = encode_plan(plan, view, self._configuration.view_dtype)
-        answered: dict[int, Outcome] = {}
-        others: list[Outcome] = []
-        kind = TRAIN if action == "train" else EVALUATE
-        deadline = self._configuration.deadline_seconds
-        for reply in self._exchange.ask(payloads, kind, number, deadline):
-            plan = plans[reply.node_id]
-            context = self._context(roster.layout, plan, digests[reply.node_id], basis)
-            outcome = judge(reply, context, self._seen)
-            if outcome.admitted is not None and reply.payload is not None:
-                outcome.blob = ledger.put(reply.payload)
-            if reply.late or reply.node_id in answered:
-                others.append(outcome)
-            else:
-                outcome.bytes_down = len(payloads[reply.node_id])
-                answered[reply.node_id] = outcome
-            self._tell(outcome, number)
-        for node_id, plan in plans.items():
-            if node_id not in answered:
-                missing = Outcome(
-                    plan, Verdict.MISSING, f"no reply within {deadline:g} s", round=number
-                )
-                missing.bytes_down = len(payloads[node_id])
-                answered[node_id] = missing
-                self._tell(missing, number)
-        for outcome in answered.values():
-            outcome.memory_bytes = memory_bytes(outcome.plan, roster.layout)
-        in_order = sorted(answered.values(), key=lambda outcome: outcome.plan.node)
-        for diverged in unlike_weights(in_order):
-            self._emit(events.Notice("warning", f"round {number}: {diverged}"))
-        return in_order + sorted(others, key=lambda outcome: (outcome.plan.node, outcome.reason))
 
-    def _context(self, layout: Layout, plan: Plan, view: str, basis: Basis | None) -> GateContext:
-        return GateContext(
-            layout=layout,
-            plan=plan,
-            seen_nonces=frozenset(self._seen),
-            max_bytes=self._configuration.max_update_bytes,
-            max_examples=self._configuration.max_examples,
-            view=view,
-            basis=basis,
-        )
+    def _questions(
+        self,
+        members: Sequence[Member],
+        roster: Roster,
+        model: GlobalModel,
+        number: int,
+        action: str,
+    ) -> list[Question]:
+        return [
+            question(self._configuration, roster, member, model, number, action)
+            for member in members
+        ]
 
-    def _tell(self, outcome: Outcome, number: int) -> None:
-        """Announce a reply of a round; of the final evaluation only what went wrong."""
-        if outcome.plan.action == "train":
-            self._emit(replied(outcome, number))
-        elif outcome.verdict is not Verdict.ACCEPTED:
-            text = f"final evaluation: {outcome.plan.node}: {outcome.reason}"
-            self._emit(events.Notice("warning", text))
-
-    def _view(self, model: GlobalModel, plan: Plan, basis: Basis | None) -> View:
-        if plan.action == "evaluate" or not isinstance(plan.method, LoraMethod):
-            view = model.common_view(self._preset, *self._view_limits())
-            wanted = plan.action == "train" and isinstance(plan.method, SketchMethod)
-            return replace(view, basis=basis) if wanted else view
-        return model.view(self._preset, plan.method.rank, *self._view_limits())
-
-    def _view_limits(self) -> tuple[int | None, float | None]:
-        return self._configuration.view_rank, self._configuration.view_energy
+    def _evaluated_by_all(
+        self, number: int, model: GlobalModel, churn: Churn, collector: Collector
+    ) -> list[Outcome]:
+        roster = churn.roster
+        questions = self._questions(roster.members, roster, model, number, "evaluate")
+        return collector.collect(number, "evaluate", questions, len(questions), churn)
 
     def _tail_energy(self, model: GlobalModel) -> float:
         if self._preset.view == "whole":
             return 0.0
-        return model.carry.tail_energy(*self._view_limits())
+        return model.carry.tail_energy(*view_limits(self._configuration))
 
     def _report(self, entry: Entry, entering: dict[str, Any] | None) -> None:
         self._emit_evaluation(entry.round - 1, entering)
@@ -364,9 +381,14 @@ def _seconds(outcomes: list[Outcome]) -> dict[str, float | None]:
     return {outcome.plan.node: outcome.seconds for outcome in reversed(outcomes)}
 
 
-def _state_before(ledger: Ledger) -> str:
-    last = ledger.last("round")
-    return "" if last is None else str(last.content["state"])
+def _memory(outcomes: list[Outcome]) -> dict[str, dict[str, int]]:
+    """By node, of its first answer: what it measured, beside the hashed content as seconds are."""
+    return {outcome.plan.node: dict(outcome.measured) for outcome in reversed(outcomes)}
+
+
+def _states_before(ledger: Ledger, rounds: set[int]) -> set[str]:
+    """The states with which rounds began, but for the first's, which is the base model."""
+    return {e.content["state"] for e in ledger.entries("round") if e.round + 1 in rounds}
 
 
 def _evaluated(ledger: Ledger, round_number: int) -> bool:

@@ -7,11 +7,16 @@ from typing import Any
 
 from aggregators import Layout
 from fedserver.configuration import ConfigurationError, RunConfiguration, load
-from fedserver.ledger import BLOBS, LOCK, Entry, Ledger, LedgerError
+from fedserver.ledger import BLOBS, KEYS, LOCK, Entry, Ledger, LedgerError
 
 
-def open_existing(folder: Path, configuration: RunConfiguration, *, resume: bool) -> Ledger | None:
-    """The ledger to continue, None for a fresh folder; refuses a folder that is another run's."""
+def open_existing(
+    folder: Path, configuration: RunConfiguration, *, resume: bool, key_file: Path | None = None
+) -> Ledger | None:
+    """The ledger to continue, None for a fresh folder; refuses a folder that is another run's.
+
+    ``key_file``: the server's private key, by default one in the folder.
+    """
     if not (folder / "ledger.db").is_file():
         if resume and not folder.exists():
             raise LedgerError(f"there is nothing to resume in {folder}")
@@ -20,7 +25,7 @@ def open_existing(folder: Path, configuration: RunConfiguration, *, resume: bool
         if folder.is_dir() and not _is_fresh(folder):
             raise LedgerError(f"{folder} is not empty and holds no run; choose another --output")
         return None
-    ledger = Ledger(folder, write=True)
+    ledger = Ledger(folder, write=True, key_file=key_file)
     genesis = ledger.last("genesis")
     if genesis is not None and genesis.content["run"] != configuration.run_id():
         differing = [
@@ -76,6 +81,8 @@ def _genesis(ledger: Ledger) -> Entry:
 def _is_fresh(folder: Path) -> bool:
     """Nothing stands in it, or what a ledger leaves that was stopped while it was being made."""
     return all(
-        path.name == LOCK or (path.name == BLOBS and path.is_dir() and not any(path.iterdir()))
+        path.name in (LOCK, KEYS)
+        or path.suffix == ".part"
+        or (path.name == BLOBS and path.is_dir() and not any(path.iterdir()))
         for path in folder.iterdir()
     )

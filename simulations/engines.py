@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedclient.answers import answers_of
 from fedclient.app import app as client_app
 from fedclient.app import make_app as make_client_app
 from fedclient.worker import Worker
@@ -15,8 +16,9 @@ from fedserver import events
 from fedserver.app import make_app as make_server_app
 from fedserver.configuration import ConfigurationError, RunConfiguration
 from fedserver.exchange import Exchange
+from fedserver.ledger import KEYS
 from fedserver.rounds import Coordinator
-from simulations.faults import faulty
+from simulations.faults import away, faulty
 from simulations.local_grid import FIRST_NODE, LocalGrid, SimulatedClock, honest
 
 QUIET_FLOWER = {
@@ -63,13 +65,15 @@ def run_local(
         if round_number:
             emit(events.NodeStarted(round_number, names[node_id - FIRST_NODE]))
 
-    client = honest(make_client_app(Worker(progress)))
+    client = honest(make_client_app(answers_of(Worker(progress))))
     clock = SimulatedClock()
     answers = {
-        index: faulty(node.fault or "", client, configuration.deadline_seconds)
+        index: away(node.away, faulty(node.fault or "", client, configuration.deadline_seconds))
         for index, node in enumerate(configuration.nodes)
     }
-    exchange = Exchange(LocalGrid(answers, clock, on_start=started), clock)
+    keys = {index: folder / KEYS / "nodes" / f"{index}.pem" for index in answers}
+    signed = keys if configuration.signatures == "required" else None
+    exchange = Exchange(LocalGrid(answers, clock, on_start=started, keys=signed), clock)
     Coordinator(configuration, exchange, folder, emit=listen, resume=resume).run()
 
 
@@ -77,9 +81,14 @@ def run_flower(
     configuration: RunConfiguration, folder: Path, emit: events.Listener, *, resume: bool = False
 ) -> None:
     """Run under Flower's simulation engine: every node's work is done by a Ray actor."""
-    faults = [node.name for node in configuration.nodes if node.fault]
+    faults = [node.name for node in configuration.nodes if node.fault or node.away]
     if faults:
         raise ConfigurationError(f"node {faults[0]!r}: faults are simulated by --engine local only")
+    if configuration.signatures == "required":
+        # Flower's engine gives all simulated nodes one configuration, so they have no keys.
+        raise ConfigurationError(
+            "signatures = 'required': nodes have keys in --engine local and in deployments only"
+        )
     os.environ.update(QUIET_FLOWER)
     try:
         import ray  # noqa: F401

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
 
 from aggregators.codec import pack, unpack
+from aggregators.signatures import join_signature, split_signature
 from simulations.local_grid import Answer, Delivery
 
 RECORD = "fedbraid"
@@ -39,6 +40,17 @@ def faulty(fault: str, answer: Answer, deadline_seconds: float) -> Answer:
     return misbehave
 
 
+def away(rounds: Collection[int], answer: Answer) -> Answer:
+    """Wrap a node so that it is silent in some rounds: it joins late, or comes and goes."""
+    silent = {str(number) for number in rounds}
+
+    def come_and_go(message: Message, context: Context) -> list[Delivery]:
+        trains = message.metadata.message_type == MessageType.TRAIN
+        return [] if trains and message.metadata.group_id in silent else answer(message, context)
+
+    return come_and_go
+
+
 def _tampered(
     delivery: Delivery, change: Callable[[Header, Tensors], None], asked: Message
 ) -> Delivery:
@@ -46,9 +58,12 @@ def _tampered(
     assert isinstance(record, ConfigRecord)
     payload = record["payload"]
     assert isinstance(payload, bytes)
-    header, tensors = unpack(payload)
+    reply, signature = split_signature(payload)
+    header, tensors = unpack(reply)
     change(header, tensors)
-    forged = ConfigRecord({**record, "payload": pack(header, tensors)})
+    # The signature stays that of what the node meant to send.
+    tampered = join_signature(pack(header, tensors), signature)
+    forged = ConfigRecord({**record, "payload": tampered})
     return Delivery(Message(RecordDict({RECORD: forged}), reply_to=asked), delivery.after)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -60,7 +61,8 @@ class SimulatedClock:
 @dataclass
 class _Mailbox:
     asked: dict[str, Message] = field(default_factory=dict)
-    arriving: list[tuple[float, Message]] = field(default_factory=list)
+    arriving: list[tuple[float, int, Message]] = field(default_factory=list)
+    round: int = 0
 
 
 class LocalGrid(Grid):
@@ -72,14 +74,17 @@ class LocalGrid(Grid):
         clock: SimulatedClock,
         *,
         on_start: Callable[[int, Message], None] | None = None,
+        keys: Mapping[int, Path] | None = None,
     ) -> None:
-        """``answers``: partition id -> what the node there does with a message."""
+        """``answers``: partition id -> what the node there does with a message. ``keys``: key files."""
         self._clock = clock
         self._on_start = on_start
         self._run = Run.create_empty(run_id=1)
         self._mail = _Mailbox()
         self._nodes = {
-            FIRST_NODE + index: LocalNode(FIRST_NODE + index, answer, _context(index, len(answers)))
+            FIRST_NODE + index: LocalNode(
+                FIRST_NODE + index, answer, _context(index, len(answers), (keys or {}).get(index))
+            )
             for index, answer in sorted(answers.items())
         }
         # Flower's messages take their sender from here; no other run lives in this process.
@@ -116,6 +121,7 @@ class LocalGrid(Grid):
             identity = str(uuid4())
             message.metadata.__dict__["_message_id"] = identity
             self._mail.asked[identity] = message
+            self._mail.round = max(self._mail.round, _round_of(message))
             ids.append(identity)
         return ids
 
@@ -126,14 +132,17 @@ class LocalGrid(Grid):
             if identity in wanted:
                 self._compute(self._mail.asked.pop(identity))
                 break
+        # What is too late for its round comes with the next: by order, not by the clock, so that a run
+        # that is resumed hears it in the same round.
         arrived = [
-            (time, reply)
-            for time, reply in self._mail.arriving
-            if time <= self._clock.now() and reply.metadata.reply_to_message_id in wanted
+            (time, number, reply)
+            for time, number, reply in self._mail.arriving
+            if (time <= self._clock.now() or number < self._mail.round)
+            and reply.metadata.reply_to_message_id in wanted
         ]
         for item in arrived:
             self._mail.arriving.remove(item)
-        return [reply for _, reply in arrived]
+        return [reply for _, _, reply in arrived]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -155,7 +164,12 @@ class LocalGrid(Grid):
             self._on_start(node.node_id, message)
         now = self._clock.now()
         for delivery in node.answer(message, node.context):
-            self._mail.arriving.append((now + delivery.after, delivery.reply))
+            self._mail.arriving.append((now + delivery.after, _round_of(message), delivery.reply))
+
+
+def _round_of(message: Message) -> int:
+    group = message.metadata.group_id
+    return int(group) if group.isdigit() else 0
 
 
 def honest(app: ClientApp) -> Answer:
@@ -172,13 +186,14 @@ def honest(app: ClientApp) -> Answer:
     return answer
 
 
-def _context(index: int, count: int) -> Context:
+def _context(index: int, count: int, key: Path | None) -> Context:
     from flwr.app import UserConfig
 
+    own = {} if key is None else {"key": str(key)}
     return Context(
         run_id=1,
         node_id=FIRST_NODE + index,
-        node_config=UserConfig({"partition-id": index, "num-partitions": count}),
+        node_config=UserConfig({"partition-id": index, "num-partitions": count, **own}),
         state=RecordDict(),
         run_config=UserConfig(),
     )

@@ -34,7 +34,10 @@ class RunDirectoryError(Exception):
 
 @dataclass(frozen=True)
 class NodeRound:
-    """One node's part of one round. ``weight`` is its share of the aggregate."""
+    """One node's part of one round. ``weight`` is its share of the aggregate.
+
+    ``memory_bytes``: by the model of the plan's cost; ``memory_grown``: by how much the process grew.
+    """
 
     node: str
     sends: str
@@ -49,6 +52,10 @@ class NodeRound:
     verdict: str
     reason: str
     categories: str
+    base_format: str
+    choice: str
+    memory_bytes: int | None
+    memory_grown: int | None
 
 
 @dataclass(frozen=True)
@@ -303,6 +310,10 @@ def _node(values: Mapping[str, Any]) -> NodeRound:
         verdict=text(values.get("verdict")) or "unknown",
         reason=text(values.get("reason")),
         categories=text(values.get("categories")),
+        base_format=text(values.get("base_format")),
+        choice=text(values.get("choice")),
+        memory_bytes=integer(values.get("memory_bytes")),
+        memory_grown=integer(values.get("memory_grown")),
     )
 
 

@@ -11,6 +11,8 @@
 | `momentum` | of SGD's buffer, m <- momentum m + g z: a sum over the last probes | 2 a probe |
 | `adam` | of m / sqrt(v), bias-corrected, with v a scalar | 2 a probe |
 | `conservative` | g, 0 or -g, whichever lowers the objective most | 5 a probe |
+| `block-wise` | g, of a probe that perturbs one block of layers alone | 2 a probe |
+| `sparse` | g, of a probe that perturbs a share of the elements alone, the same all along | 2 a probe |
 
 A directional derivative by forward-mode differentiation (Baydin et al., 2022) would need one by every
 fused kernel; the one-sided difference is what it is with an error of order e. Several probes are
@@ -228,4 +230,7 @@ ESTIMATORS: dict[str, Callable[[ZerothOrderMethod], Estimator]] = {
     "momentum": Momentum,
     "adam": Adam,
     "conservative": Conservative,
+    # What differs is what a probe reaches (aggregators/reach.py).
+    "block-wise": Spsa,
+    "sparse": Spsa,
 }

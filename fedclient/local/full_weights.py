@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,32 +16,40 @@ from aggregators.messages import Plan
 from aggregators.methods import ProjectedMethod, SketchMethod, ZerothOrderMethod
 from aggregators.view import View
 from fedclient.base_model import LoadedModel
+from fedclient.beside import standing, standing_on
 from fedclient.local import first_order, projection, zeroth_order
 from fedclient.local.result import TrainingResult
 from fedclient.residual import Residuals
-from fedclient.state import weights_of
+from fedclient.state import Weights, forget, is_alone, weights_of
 
 
 @dataclass(frozen=True)
 class FullWeightsTrainer:
-    """``model``: the weights of the round's start, for evaluation; ``weights``: their digest."""
+    """``model``: the weights of the round's start, for evaluation; ``weights``: their digest.
+
+    A walk has a copy of them, unless ``own``: then nobody else will ask for them, or, as they are
+    quantised, no step is folded into them.
+    """
 
     model: nn.Module
     layout: Layout
     plan: Plan
     weights: str
     basis: Basis | None
+    own: bool
+    levels: bytes | None
 
     def train(
         self,
         batches: Iterable[dict[str, Tensor]],
         progress: Callable[[int, int, float], None] | None = None,
     ) -> tuple[Update, TrainingResult]:
-        """Walk on a copy of the weights; return what the plan's method makes of the walk."""
+        """Walk from the weights; return what the plan's method makes of the walk."""
         plan, method = self.plan, self.plan.method
-        # The model may run fused, and its copy is trained: fused modules are put on anew.
-        fk.restore(self.model)
-        own = copy.deepcopy(self.model)
+        if not self.own:
+            # The model may run fused, and its copy is trained: fused modules are put on anew.
+            fk.restore(self.model)
+        own = self.model if self.own else copy.deepcopy(self.model)
         walk: dict[str, Any] = {
             "seed": plan.seed,
             "learning_rate": plan.learning_rate,
@@ -49,7 +57,7 @@ class FullWeightsTrainer:
             "progress": progress,
         }
         if isinstance(method, ZerothOrderMethod):
-            return zeroth_order.train(own, self.layout, batches, method, **walk)
+            return zeroth_order.train(own, self.layout, batches, method, **walk, levels=self.levels)
         assert isinstance(method, (ProjectedMethod, SketchMethod))
         change, result = first_order.train(own, self.layout, batches, method, **walk)
         del own  # the projection needs its room
@@ -82,10 +90,23 @@ def trainer(
     plan: Plan, base: LoadedModel, layout: Layout, view: View
 ) -> Iterator[FullWeightsTrainer]:
     """The weights that the view is, run fused where the plan says so until the block ends."""
-    weights = weights_of(base, layout, view)
-    try:
+    quantised = base.format != "full"
+    alone = is_alone(plan.node)
+    weights = (
+        Weights(base.model, standing(base, view).digest)
+        if quantised
+        else weights_of(base, layout, view)
+    )
+    with ExitStack() as stack:
+        stack.callback(fk.restore, weights.model)
         if plan.accelerate:
+            # Before the view stands on the modules, which nobody would go around from then on.
             fk.accelerate(weights.model)
-        yield FullWeightsTrainer(weights.model, layout, plan, weights.digest, view.basis)
-    finally:
-        fk.restore(weights.model)
+        if quantised:
+            stack.enter_context(standing_on(weights.model, layout, standing(base, view)))
+        own = quantised or (alone and not view.empty and plan.action == "train")
+        if own and not quantised:
+            forget()
+        yield FullWeightsTrainer(
+            weights.model, layout, plan, weights.digest, view.basis, own, view.levels
+        )

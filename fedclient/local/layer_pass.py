@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fedkernels as fk
+from fedclient.beside import beside_of
 from fedclient.local.forward import Batch, is_conv1d, predictions, rows_of, streaming_head
 from fedclient.local.objectives import Predictions
 from fedclient.local.placement import Placed
+from fedclient.local.scope import Scope
 from fedclient.local.vocabulary import Logits
-from fedclient.local.walk import Terms, add_terms, holds_walk, move_, perturbed
+from fedclient.local.walk import Terms, add_terms, holds_walk
 
 # Elements of the scratch: a large layer's matrix in float32 is made in pieces of 16 MiB.
 SCRATCH = 1 << 22
@@ -32,8 +34,10 @@ Point = tuple[int, float]  # seed, scale: the weights W + scale * z(seed)
 class LayerPass:
     """A model at one point after the other; ``forwards`` are the stand-ins for its layers' own."""
 
-    def __init__(self, model: nn.Module, placed: Sequence[Placed], probe: str) -> None:
-        self._model, self._placed, self._probe = model, placed, probe
+    def __init__(
+        self, model: nn.Module, placed: Sequence[Placed], probe: str, scope: Scope
+    ) -> None:
+        self._model, self._placed, self._probe, self._scope = model, placed, probe, scope
         self._point: Point = (0, 0.0)
         self._walk: dict[int, float] = {}
         self._scratch: dict[torch.dtype, Tensor] = {}
@@ -44,6 +48,8 @@ class LayerPass:
             for module, attribute in tensor.holders:
                 self._held.setdefault(module, {})[attribute] = tensor
         head = streaming_head(model)
+        if head is not None and beside_of(head) is not None:
+            head = None  # its weight is not all that it multiplies with
         self._head = head if head in self._held else None
         self._other_head = None if head in self._held else head
         self._forwards = {
@@ -72,7 +78,7 @@ class LayerPass:
         for tensor in self._placed:
             if holds_walk(tensor.weight):
                 assert isinstance(tensor.weight, Tensor)
-                move_(tensor.weight.data, terms, tensor.spec.tensor_id, self._probe)
+                self._scope.move_(tensor.weight.data, terms, tensor.spec, self._probe)
         add_terms(self._walk, terms)
 
     def settle(self) -> None:
@@ -144,7 +150,7 @@ class LayerPass:
             terms = self._terms_beside(weight)
             if terms:
                 part = fk.Part(weight.spec.shape, rows=words)
-                rows = move_(rows, terms, weight.spec.tensor_id, self._probe, part)
+                rows = self._scope.move_(rows, terms, weight.spec, self._probe, part)
             return rows[places]
 
         return forward
@@ -172,7 +178,8 @@ class LayerPass:
         """What the tensor as it lies in memory lacks of the point that is asked for."""
         terms = {} if holds_walk(tensor.weight) else dict(self._walk)
         add_terms(terms, dict([self._point]))
-        return {seed: amount for seed, amount in terms.items() if amount != 0.0}
+        terms = {seed: amount for seed, amount in terms.items() if amount != 0.0}
+        return self._scope.of(tensor.spec, terms)
 
     def _block(self, tensor: Placed, first: int, past: int, dtype: torch.dtype) -> Tensor:
         """Rows [first, past) of the tensor at the point, valid until the next call."""
@@ -184,13 +191,12 @@ class LayerPass:
         if not terms:
             return source.to(dtype)
         part = fk.Part(tensor.spec.shape, offset=first * columns)
-        tensor_id, probe = tensor.spec.tensor_id, self._probe
         out = self._room(source)
         if len(terms) == 1:
             ((seed, amount),) = terms.items()
-            perturbed(source, seed, amount, tensor_id, probe, out, part)
+            self._scope.perturbed(source, seed, amount, tensor.spec, self._probe, out, part)
         else:
-            move_(out.copy_(source), terms, tensor_id, probe, part)
+            self._scope.move_(out.copy_(source), terms, tensor.spec, self._probe, part)
         return out.to(dtype)
 
     def _whole(self, tensor: Placed) -> Tensor:
@@ -198,7 +204,7 @@ class LayerPass:
         weight = tensor.weight
         source = weight.detach() if isinstance(weight, Tensor) else weight.dequantize()
         terms = self._terms_beside(tensor)
-        return move_(source.clone(), terms, tensor.spec.tensor_id, self._probe)
+        return self._scope.move_(source.clone(), terms, tensor.spec, self._probe)
 
     def _room(self, like: Tensor) -> Tensor:
         known = self._scratch.get(like.dtype)

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from aggregators import Layout, LowRank, match_targets
 from aggregators.messages import Plan, shared_a
 from aggregators.view import View
 from fedclient.base_model import LoadedModel
+from fedclient.beside import standing, standing_on
 from fedclient.local.result import TrainingResult
 from fedclient.loss import answer_loss
 from fedclient.state import weights_of
@@ -40,7 +41,10 @@ class AdapterError(Exception):
 
 @dataclass(frozen=True)
 class LoraTrainer:
-    """``model``: the base with view and local adapter. ``weights``: digest of the base, if rebuilt."""
+    """``model``: the base with view and local adapter.
+
+    ``weights``: digest of the base where it was rebuilt, or is quantised.
+    """
 
     model: PeftModel
     layout: Layout
@@ -59,9 +63,9 @@ class LoraTrainer:
 
 @contextmanager
 def trainer(plan: Plan, base: LoadedModel, layout: Layout, view: View) -> Iterator[LoraTrainer]:
-    """A local adapter on the base, beside the view's adapter or on weights rebuilt from the view.
+    """A local adapter on the base, beside the view's adapter or on weights that are the view.
 
-    Change along probes is not low-rank: it can only be in the weights.
+    Change along probes is not low-rank: it is in the weights, or where they are quantised, beside them.
     """
     method = plan.lora
     if method.start == "view" and plan.action == "evaluate":
@@ -69,10 +73,17 @@ def trainer(plan: Plan, base: LoadedModel, layout: Layout, view: View) -> Iterat
         fresh = method.model_copy(update={"start": "fresh"})
         plan = plan.model_copy(update={"method": fresh})
     model, factors, weights = base.model, view.factors(), None
-    if view.full_rank:
-        made = weights_of(base, layout, view)
-        model, factors, weights = made.model, None, made.digest
-    with adapted(model, layout, plan, factors) as wrapped:
+    with ExitStack() as stack:
+        if base.format != "full":
+            made = standing(base, view)
+            weights = made.digest
+            if view.full_rank:
+                factors = None
+                stack.enter_context(standing_on(model, layout, made))
+        elif view.full_rank:
+            rebuilt = weights_of(base, layout, view)
+            model, factors, weights = rebuilt.model, None, rebuilt.digest
+        wrapped = stack.enter_context(adapted(model, layout, plan, factors))
         yield LoraTrainer(wrapped, layout, plan, weights)
 
 

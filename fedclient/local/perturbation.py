@@ -8,7 +8,7 @@ a time. On leaving the block every module has its own forward pass again, also a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,22 +21,25 @@ from fedclient.local.layer_pass import LayerPass
 from fedclient.local.objectives import Predictions
 from fedclient.local.placement import Placed, place
 from fedclient.local.rank1_pass import NotPaired, Point, Rank1Pass
+from fedclient.local.scope import Scope
 from fedclient.local.walk import Terms
 
 
 class Perturbable:
     """A model that can be asked about other weights near its own; made by ``perturbable``."""
 
-    def __init__(self, model: nn.Module, placed: Sequence[Placed], probe: str) -> None:
-        self._model, self._placed, self._probe = model, placed, probe
+    def __init__(
+        self, model: nn.Module, placed: Sequence[Placed], probe: str, scope: Scope
+    ) -> None:
+        self._model, self._placed, self._probe, self._scope = model, placed, probe, scope
         self._own = {module: module.__dict__.get("forward") for module in model.modules()}
         self._pass: Rank1Pass | LayerPass
         try:
-            if probe != "rank1":
-                raise NotPaired("only rank-1 probes stand beside a layer")
-            self._pass = Rank1Pass(model, placed)
+            if probe != "rank1" or scope.masked:
+                raise NotPaired("only whole rank-1 probes stand beside a layer")
+            self._pass = Rank1Pass(model, placed, scope)
         except NotPaired:
-            self._pass = LayerPass(model, placed, probe)
+            self._pass = LayerPass(model, placed, probe, scope)
         self._install()
 
     @property
@@ -55,7 +58,7 @@ class Perturbable:
             except NotPaired:
                 # Found by the first pass, before any step: there is no walk yet to carry over.
                 self._remove()
-                self._pass = LayerPass(self._model, self._placed, self._probe)
+                self._pass = LayerPass(self._model, self._placed, self._probe, self._scope)
                 self._install()
                 return self._pass.predictions(batch, points)
 
@@ -88,20 +91,27 @@ class Perturbable:
 
 @contextmanager
 def perturbable(
-    model: nn.Module, layout: Layout, probe: str, names: Collection[str] | None = None
+    model: nn.Module,
+    layout: Layout,
+    probe: str,
+    names: Sequence[str] | None = None,
+    scope: Scope | None = None,
 ) -> Iterator[Perturbable]:
     """Make ``model`` answer for W + scale * z, z the probes of the tensors ``names`` (None: all).
+
+    ``scope``: which of the probes move what of these tensors, None: all of them everything.
 
     Known modules run fused for as long (`fk.accelerate`), in evaluation mode. Raises PlacementError
     where the model lacks a tensor of the layout.
     """
-    placed = place(model, layout, names)
+    scope = scope or Scope(layout, names)
+    placed = place(model, layout, scope.names)
     before = {module: module.__dict__.get("forward") for module in model.modules()}
     training = {module: module.training for module in before}
     model.eval()
     try:
         fk.accelerate(model)
-        asked = Perturbable(model, placed, probe)
+        asked = Perturbable(model, placed, probe, scope)
         try:
             yield asked
         finally:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fedkernels as fk
+from fedclient.beside import beside_of, cut, sign_rows
 from fedclient.local.forward import Batch, is_conv1d, predictions, rows_of, streaming_head
 from fedclient.local.objectives import Predictions
 from fedclient.local.placement import Placed
+from fedclient.local.scope import Scope
 from fedclient.local.vocabulary import BLOCK, Logits
-from fedclient.local.walk import Terms, add_terms, holds_walk, move_, perturbed
+from fedclient.local.walk import Terms, add_terms, holds_walk, perturbed
 
 PROBE = "rank1"
 PENDING = 8
@@ -42,8 +44,8 @@ class Rank1Pass:
     Raises NotPaired where a tensor of ``placed`` is in a module that is no linear, embedding or norm.
     """
 
-    def __init__(self, model: nn.Module, placed: Sequence[Placed]) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, placed: Sequence[Placed], scope: Scope) -> None:
+        self._model, self._scope = model, scope
         self._dtype = next(
             (p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32
         )
@@ -114,6 +116,9 @@ class Rank1Pass:
                 for matrix in self._matrices:
                     matrix.write(place, seed)
             self._probed = seeds
+        standing = [seed for seed, _ in self._pending] + seeds
+        for matrix in self._matrices:
+            matrix.stand_among(standing)
         mixture = torch.zeros(len(points), len(self._pending) + len(seeds))
         mixture[:, : len(self._pending)] = torch.tensor([amount for _, amount in self._pending])
         for copy, (seed, scale) in enumerate(points):
@@ -142,10 +147,10 @@ class Rank1Pass:
         vectors: dict[int, _Vector] = {}
 
         def matrix_of(tensor: Placed) -> _Matrix:
-            return matrices.setdefault(tensor.spec.tensor_id, _Matrix(tensor))
+            return matrices.setdefault(tensor.spec.tensor_id, _Matrix(tensor, self._scope))
 
         def vector_of(tensor: Placed) -> _Vector:
-            return vectors.setdefault(tensor.spec.tensor_id, _Vector(tensor))
+            return vectors.setdefault(tensor.spec.tensor_id, _Vector(tensor, self._scope))
 
         for module, tensors in held.items():
             own: Any = module
@@ -175,35 +180,33 @@ class Rank1Pass:
         forward.stands_in = True  # type: ignore[attr-defined]
         return forward
 
-    def _weighted(self, thin: Tensor) -> Tensor:
+    def _weighted(self, thin: Tensor, matrix: _Matrix) -> Tensor:
         """thin [rows, terms]: every copy's rows times its amounts."""
-        by_copy = thin.view(self._copies, -1, thin.shape[1]) * self._mixture[:, None, :]
+        mixture = self._mixture[:, matrix.standing]
+        by_copy = thin.view(self._copies, -1, thin.shape[1]) * mixture[:, None, :]
         return by_copy.view(thin.shape).to(thin.dtype)
 
-    def _signs(self, table: Tensor, dtype: torch.dtype) -> Tensor:
-        """The terms of this pass in one of a matrix's tables: [terms, size]."""
-        return table[: self._mixture.shape[1]].to(dtype)
-
-    def _thin(self, rows: Tensor, table: Tensor) -> Tensor | None:
+    def _thin(self, rows: Tensor, matrix: _Matrix, table: Tensor) -> Tensor | None:
         """What every term reads from the rows, times its amount: [rows, terms]; None: no terms."""
-        if self._mixture.shape[1] == 0:
+        if not matrix.stands:
             return None
-        return self._weighted(rows @ self._signs(table, rows.dtype).T)
+        return self._weighted(rows @ _signs(matrix, table, rows.dtype).T, matrix)
 
     def _linear(self, module: Any, matrix: _Matrix | None, bias: _Vector | None) -> Forward:
         quantised = isinstance(module, fk.QuantizedLinear)
 
         def forward(x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
-            thin = None if matrix is None else self._thin(rows, matrix.right)
+            thin = None if matrix is None else self._thin(rows, matrix, matrix.right)
             if quantised:
                 y = fk.linear(rows, module.quantized, None if bias else module.bias)
                 if thin is not None and matrix is not None:
-                    y.addmm_(thin, self._signs(matrix.left, y.dtype))
+                    y.addmm_(thin, _signs(matrix, matrix.left, y.dtype))
             elif thin is None or matrix is None:
                 y = functional.linear(rows, module.weight, None if bias else module.bias)
             else:
-                y = (thin @ self._signs(matrix.left, rows.dtype)).addmm_(rows, module.weight.T)
+                signs = _signs(matrix, matrix.left, rows.dtype)
+                y = (thin @ signs).addmm_(rows, module.weight.T)
                 if bias is None and module.bias is not None:
                     y.add_(module.bias)
             y = self._spread(y, bias)
@@ -223,9 +226,9 @@ class Rank1Pass:
         def forward(x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
             y = rows @ module.weight
-            thin = None if matrix is None else self._thin(rows, matrix.left)
+            thin = None if matrix is None else self._thin(rows, matrix, matrix.left)
             if thin is not None and matrix is not None:
-                y.addmm_(thin, self._signs(matrix.right, y.dtype))
+                y.addmm_(thin, _signs(matrix, matrix.right, y.dtype))
             y = y.add_(module.bias) if bias is None else self._spread(y, bias)
             return y.view(*x.shape[:-1], -1)
 
@@ -240,12 +243,12 @@ class Rank1Pass:
             y = own(ids)
             flat = ids.reshape(-1)
             rows = y.view(len(flat), -1)
-            if self._mixture.shape[1]:
-                of_words = self._signs(matrix.left, torch.int8)[:, flat].to(rows.dtype)
-                thin = self._weighted(of_words.T.contiguous())
-                rows.addmm_(thin, self._signs(matrix.right, rows.dtype))
+            if matrix.stands:
+                of_words = _signs(matrix, matrix.left, torch.int8)[:, flat].to(rows.dtype)
+                thin = self._weighted(of_words.T.contiguous(), matrix)
+                rows.addmm_(thin, _signs(matrix, matrix.right, rows.dtype))
             if matrix.adapter is not None:
-                rows.add_(_adapter_rows(matrix.adapter, flat).to(rows.dtype))
+                rows.add_(sign_rows(matrix.adapter, flat).to(rows.dtype))
             return y
 
         return forward
@@ -271,8 +274,9 @@ class Rank1Pass:
         head: Any = self._head
         matrix = self._head_matrix
         self._called.add(head)
+        beside = beside_of(head)
         weight = head.quantized if isinstance(head, fk.QuantizedLinear) else head.weight
-        thin = None if matrix is None else self._thin(rows, matrix.right)
+        thin = None if matrix is None else self._thin(rows, matrix, matrix.right)
         memory = rows.new_empty(len(rows) * min(BLOCK, head.out_features))
 
         def logits(first: int, past: int) -> Tensor:
@@ -281,10 +285,12 @@ class Rank1Pass:
             if thin is None or matrix is None:
                 torch.mm(rows, words.T, out=out)
             else:
-                torch.mm(thin, self._signs(matrix.left[:, first:past], rows.dtype), out=out)
+                torch.mm(thin, _signs(matrix, matrix.left[:, first:past], rows.dtype), out=out)
                 out.addmm_(rows, words.T)
             if matrix is not None and matrix.adapter is not None:
                 matrix.adapter_rows(first, past).add_(rows, out)
+            if beside is not None:
+                beside.add_(rows, out, first, past)
             return out
 
         return logits
@@ -296,8 +302,11 @@ class _Matrix:
     left: int8 [capacity, m], right: int8 [capacity, n], both of signs.
     """
 
-    def __init__(self, placed: Placed) -> None:
-        self._placed = placed
+    def __init__(self, placed: Placed, scope: Scope) -> None:
+        self._placed, self._scope = placed, scope
+        # Of the terms that stand in a pass, those that reach this matrix.
+        self.standing: slice | Tensor = slice(0)
+        self.stands = False
         self._rows = fk.Part(placed.spec.shape, rows=[0])
         self._columns = fk.Part(placed.spec.shape, columns=[0])
         self.left = torch.empty(PENDING, placed.rows, dtype=torch.int8)
@@ -307,7 +316,9 @@ class _Matrix:
         self._blocks: dict[int, fk.SignAdapter] = {}
 
     def write(self, place: int, seed: int) -> None:
-        """Make the probe of ``seed`` term ``place``."""
+        """Make the probe of ``seed`` term ``place``, where it reaches this matrix."""
+        if not self._scope.reaches(self._placed.spec, seed):
+            return
         if place >= len(self.left):
             grown = 2 * place
             self.left, self.right = (_grown(t, grown) for t in (self.left, self.right))
@@ -319,16 +330,25 @@ class _Matrix:
         torch.mul(row, column[0], out=row)
         self.right[place].copy_(row)
 
+    def stand_among(self, seeds: Sequence[int]) -> None:
+        """Take part in a pass in which the terms of ``seeds`` stand."""
+        spec = self._placed.spec
+        places = [place for place, seed in enumerate(seeds) if self._scope.reaches(spec, seed)]
+        self.stands = bool(places)
+        whole = len(places) == len(seeds)
+        self.standing = slice(len(seeds)) if whole else torch.tensor(places, dtype=torch.int64)
+
     def fold(self, terms: Terms) -> None:
         """Move the weight itself, where it holds a walk."""
         if self.holds_walk:
             assert isinstance(self._placed.weight, Tensor)
-            move_(self._placed.weight.data, terms, self._placed.spec.tensor_id, PROBE)
+            self._scope.move_(self._placed.weight.data, terms, self._placed.spec, PROBE)
 
     def stand_beside(self, terms: Terms) -> None:
         """Make all terms of the walk the adapter beside a weight that holds none."""
-        if not self.holds_walk:
-            spec = self._placed.spec
+        spec = self._placed.spec
+        terms = self._scope.of(spec, terms)
+        if not self.holds_walk and terms:
             amounts = torch.tensor(list(terms.values()), dtype=torch.float32)
             self.adapter = fk.SignAdapter.from_seeds(
                 list(terms), amounts, spec.tensor_id, spec.shape
@@ -339,22 +359,17 @@ class _Matrix:
         """The adapter of rows [first, past) of the weight; ``first`` is a multiple of ``BLOCK``."""
         if first not in self._blocks:
             assert self.adapter is not None
-            padded = -(-(past - first) // 32) * 32
-            left = self.adapter.left[:, first : first + padded].contiguous()
-            self._blocks[first] = fk.SignAdapter(
-                left, self.adapter.right, self.adapter.coefficients, past - first,
-                self.adapter.in_features,
-            )  # fmt: skip
+            self._blocks[first] = cut(self.adapter, first, past)
         return self._blocks[first]
 
 
 class _Vector:
     """A parameter of fewer than two dimensions; ``values`` [copies, size] are what the copies see."""
 
-    def __init__(self, placed: Placed) -> None:
+    def __init__(self, placed: Placed, scope: Scope) -> None:
         assert isinstance(placed.weight, Tensor)
         self._weight = placed.weight.data
-        self._tensor_id = placed.spec.tensor_id
+        self._spec, self._scope = placed.spec, scope
         self._change = (
             None
             if holds_walk(placed.weight)
@@ -366,7 +381,9 @@ class _Vector:
         """Make ``values`` those of some points."""
         start = self._weight if self._change is None else self._weight.float() + self._change
         values = [
-            perturbed(start, seed, scale, self._tensor_id, PROBE) if scale != 0.0 else start
+            perturbed(start, seed, scale, self._spec.tensor_id, PROBE)
+            if scale != 0.0 and self._scope.reaches(self._spec, seed)
+            else start
             for seed, scale in points
         ]
         self.values = torch.stack(values).to(self._weight.dtype)
@@ -374,7 +391,12 @@ class _Vector:
     def move(self, terms: Terms) -> None:
         """Take steps of the walk, at once: a vector is small."""
         target = self._weight if self._change is None else self._change
-        move_(target, terms, self._tensor_id, PROBE)
+        self._scope.move_(target, terms, self._spec, PROBE)
+
+
+def _signs(matrix: _Matrix, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """The terms that stand, in one of a matrix's tables: [terms, size]."""
+    return table[matrix.standing].to(dtype)
 
 
 def _is_embedding(module: nn.Module) -> bool:
@@ -387,14 +409,3 @@ def _grown(table: Tensor, capacity: int) -> Tensor:
     grown = table.new_empty(capacity, table.shape[1])
     grown[: len(table)] = table
     return grown
-
-
-def _adapter_rows(adapter: fk.SignAdapter, ids: Tensor) -> Tensor:
-    """Rows ``ids`` of the adapter's change: float32 [ids, in]."""
-    words = adapter.left[:, ids]
-    bits = (words[:, None, :] >> torch.arange(32)[None, :, None]) & 1
-    count = len(adapter.coefficients)
-    u = 1.0 - 2.0 * bits.reshape(-1, len(ids))[:count]
-    bits = (adapter.right[:, None, :count] >> torch.arange(32)[None, :, None]) & 1
-    v = 1.0 - 2.0 * bits.reshape(-1, count)[: adapter.in_features].T
-    return (u.T * adapter.coefficients) @ v

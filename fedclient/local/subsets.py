@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,13 +19,13 @@ from torch import Tensor, nn
 
 import fedkernels as fk
 from aggregators import Layout
+from aggregators.targets import layer_of
 from fedclient.loss import answer_loss
 
 # A score this many times the mean of its matrix is an outlier (OWL, Yin et al., 2024).
 OUTLIER = 5.0
 # Costs are whole numbers of this part of the budget, so that a table finds the best choice.
 BUDGET_STEPS = 20_000
-_LAYER = re.compile(r"^(?:.*?\.)?\d+\.")
 
 
 def owlore(
@@ -44,7 +43,7 @@ def owlore(
     """
     layers: dict[str, list[str]] = {}
     for name in names:
-        layers.setdefault(_layer(name), []).append(name)
+        layers.setdefault(layer_of(name), []).append(name)
     always = layers.pop("", [])
     weights = {}
     for layer, members in layers.items():
@@ -70,7 +69,7 @@ def hft(layout: Layout, names: Sequence[str], seed: int) -> list[str]:
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        layer = _layer(name)
+        layer = layer_of(name)
         block = name.removeprefix(layer).split(".")[0] if layer else ""
         kind = block if len(layout.shape(name)) > 1 else "vectors"
         groups.setdefault((layer, kind), []).append(name)
@@ -147,7 +146,7 @@ def outlier_shares(model: nn.Module, layout: Layout, batch: dict[str, Tensor]) -
             answer_loss(model, batch)
     found = {}
     for spec in layout:
-        if len(spec.shape) != 2 or not _layer(spec.name):
+        if len(spec.shape) != 2 or not layer_of(spec.name):
             continue
         weight, path = parameters[spec.name], spec.name.rpartition(".")[0]
         if norms is not None and path in norms:
@@ -158,16 +157,10 @@ def outlier_shares(model: nn.Module, layout: Layout, batch: dict[str, Tensor]) -
     return found
 
 
-def _layer(name: str) -> str:
-    """The path of the layer that a tensor belongs to, with its dot: up to the first number. Or ""."""
-    match = _LAYER.match(name)
-    return match.group() if match else ""
-
-
 def _tied_head(layout: Layout) -> str | None:
     """The embedding, where it is also the head: the layout has no matrix after its layers."""
     matrices = [spec.name for spec in layout if len(spec.shape) == 2]
-    if not matrices or _layer(matrices[0]) or not _layer(matrices[-1]):
+    if not matrices or layer_of(matrices[0]) or not layer_of(matrices[-1]):
         return None
     return matrices[0]
 

@@ -10,16 +10,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
+import torch
 from torch import Tensor, nn
 
-import fedkernels as fk
-from aggregators import Layout, SeedScalars, match_targets
+from aggregators import Layout, SeedScalars
 from aggregators.methods import ZerothOrderMethod
+from aggregators.seed_sampling import drawn_indices
+from aggregators.seed_statistics import SeedStatistics
+from aggregators.targets import trained_names
 from fedclient.local.estimators import ESTIMATORS, Measured, Point
 from fedclient.local.objectives import OBJECTIVES
 from fedclient.local.perturbation import perturbable
 from fedclient.local.placement import PlacementError
 from fedclient.local.result import TrainingResult
+from fedclient.local.scope import Scope
 from fedclient.loss import IGNORED
 
 Batch = dict[str, Tensor]
@@ -40,6 +44,7 @@ def train(
     steps: int,
     progress: Callable[[int, int, float], None] | None = None,
     start: Mapping[int, float] | None = None,
+    levels: bytes | None = None,
 ) -> tuple[SeedScalars, TrainingResult]:
     """Take ``steps`` steps, a batch each, and return their sum and how it went.
 
@@ -53,26 +58,28 @@ def train(
         seed: decides which probes of the pool are drawn, the same on every machine.
         start: amounts by pool index of a change that ``model`` does not have yet, and that is no part of
             the update: the run's, for a base that cannot hold it.
+        levels: how likely each seed of the pool is drawn (``seed_sampling``); None: all alike.
         progress: hears (step, steps, mean loss) after every step.
 
     Raises:
         ZerothOrderError: the targets are not in the model, or no step had a finite loss.
     """
-    names = _scope(layout, method)
+    scope = _scope(layout, method)
     probe_seed: dict[int, int] = {}
-    draws = drawn_indices(seed, method.pool_size)
+    draws = drawn_indices(seed, method.pool_size, levels)
     estimator = ESTIMATORS[method.estimator](method)
     objective = OBJECTIVES[method.objective]
     scalars: dict[int, float] = {}
+    measured: dict[int, list[float]] = {}
     losses: list[float] = []
     tokens = skipped = taken = 0
     try:
-        with perturbable(model, layout, method.probe, names) as asked:
-            asked.move({fk.derive_seed(method.master_seed, k): a for k, a in (start or {}).items()})
+        with perturbable(model, layout, method.probe, scope=scope) as asked:
+            asked.move({scope.seed(k): amount for k, amount in (start or {}).items()})
             for step, batch in enumerate(islice(batches, steps)):
-                indices = _distinct(draws, min(method.directions, method.pool_size))
+                indices = _distinct(draws, method)
                 for k in indices:
-                    probe_seed[k] = fk.derive_seed(method.master_seed, k)
+                    probe_seed[k] = scope.seed(k)
 
                 def measure(points: Sequence[Point], batch: Batch = batch) -> list[Measured]:
                     seeds = [(probe_seed[k], scale) for k, scale in points]
@@ -87,6 +94,8 @@ def train(
                 asked.move({probe_seed[k]: amount for k, amount in amounts.items()})
                 for k, amount in amounts.items():
                     scalars[k] = scalars.get(k, 0.0) + amount
+                for k, slope in result.slopes.items():
+                    measured.setdefault(k, []).append(slope)
                 taken, skipped = step + 1, skipped + result.skipped
                 tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
                 if math.isfinite(result.loss):
@@ -98,38 +107,45 @@ def train(
     if not losses:
         raise ZerothOrderError(f"none of {taken} steps had a finite loss")
     used = sorted(k for k, amount in scalars.items() if amount != 0.0)
+    statistics = None
+    if method.sampling == "magnitude":
+        assert method.clip is not None
+        # Also of a seed along which nothing was learnt: a slope of 0 is a measurement.
+        used = sorted({*used, *measured})
+        statistics = SeedStatistics.of(method.clip, method.pool_size, measured).on(
+            torch.tensor(used)
+        )
     update = SeedScalars(
-        layout, method.master_seed, method.pool_size, used, [scalars[k] for k in used],
-        method.probe, names,
+        layout, method.master_seed, method.pool_size, used, [scalars.get(k, 0.0) for k in used],
+        method.probe, scope.names, statistics, method.reach,
     )  # fmt: skip
     return update, TrainingResult(losses[0], losses[-1], tokens, taken, skipped)
 
 
-def drawn_indices(seed: int, pool_size: int) -> Iterator[int]:
-    """Pool indices without end, uniform and independent: functions of ``seed`` alone.
+def _distinct(draws: Iterator[int], method: ZerothOrderMethod) -> list[int]:
+    """The probes of one step: the next ones drawn, each once, of the block of the first.
 
-    Made by the probes' own generator, because torch's differs between machines. That a pool does not
-    divide 2**63 favours an index by less than 1e-11.
+    So a block is drawn by how likely its probes are.
     """
-    count = 0
-    while True:
-        yield fk.derive_seed(seed, count) % pool_size
-        count += 1
-
-
-def _distinct(draws: Iterator[int], count: int) -> list[int]:
-    chosen: dict[int, None] = {}
-    while len(chosen) < count:
-        chosen[next(draws)] = None
+    first = next(draws)
+    blocks = method.reach.blocks
+    in_block = len(range(first % blocks, method.pool_size, blocks))
+    chosen: dict[int, None] = {first: None}
+    while len(chosen) < min(method.directions, in_block):
+        if (index := next(draws)) % blocks == first % blocks:
+            chosen[index] = None
     return list(chosen)
 
 
-def _scope(layout: Layout, method: ZerothOrderMethod) -> list[str] | None:
-    if not method.target_modules:
-        return None
-    names = match_targets(layout, method.target_modules)
+def _scope(layout: Layout, method: ZerothOrderMethod) -> Scope:
+    names = trained_names(layout, method.target_modules, method.layers)
     if not names:
+        layers = f" in the layers {list(method.layers)}" if method.layers else ""
         raise ZerothOrderError(
-            f"target_modules {list(method.target_modules)} match no matrix of this model"
+            f"target_modules {list(method.target_modules)} match no matrix of this model{layers}"
         )
-    return names
+    whole = len(names) == len(layout)
+    try:
+        return Scope(layout, None if whole else names, method.master_seed, method.reach)
+    except ValueError as error:
+        raise ZerothOrderError(str(error)) from None

@@ -128,7 +128,7 @@ def wire_bytes(layout: Layout, seed: int = 1) -> dict[str, int]:
 
     The scalars are normal; the indices are those of a node that draws with replacement.
     """
-    from fedclient.local.zeroth_order import drawn_indices
+    from aggregators.seed_sampling import drawn_indices
 
     draws = drawn_indices(seed, POOL)
     indices = sorted({next(draws) for _ in range(LOCAL_STEPS)})

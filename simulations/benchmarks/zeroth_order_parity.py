@@ -32,7 +32,8 @@ from torch.nn import functional
 import fedkernels as fk
 from aggregators import Layout
 from aggregators.methods import ZerothOrderMethod
-from fedclient.local.zeroth_order import drawn_indices, train
+from aggregators.seed_sampling import drawn_indices
+from fedclient.local.zeroth_order import train
 
 VOCABULARY, BATCH, LENGTH = 64, 8, 24
 MASTER_SEED, DRAW_SEED = 17, 5

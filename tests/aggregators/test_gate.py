@@ -33,6 +33,7 @@ EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 # Verdicts of the round loop: what never reached the gate, and what passed it.
 NOT_OF_THE_GATE = {Verdict.ACCEPTED, Verdict.LATE, Verdict.FAILED, Verdict.MISSING}
 # Verdicts on what lives on probes (test_gate_of_probes.py).
+OF_SIGNATURES = {Verdict.UNSIGNED, Verdict.FOREIGN_KEY, Verdict.FORGED}  # test_signatures.py
 OF_PROBES = {Verdict.POOL, Verdict.WRONG_BASIS, Verdict.EMPTY, Verdict.OVERFLOW}
 SEEDS = st.integers(0, 2**32)
 
@@ -207,7 +208,11 @@ OVERFLOWING = torch.full((6, 2), 1e200, dtype=torch.float64)
 V = Verdict
 CASES = {
     "another run": Case(V.WRONG_RUN, ("b-run",), envelope=put(run="b-run")),
-    "another round": Case(V.WRONG_ROUND, ("2", "3"), envelope=put(round=2)),
+    "another round": Case(V.WRONG_ROUND, ("4", "3"), envelope=put(round=4)),
+    "an earlier round": Case(V.STALE, ("2", "3"), envelope=put(round=2)),
+    "an earlier round's, counted then": Case(
+        V.REPLAYED, ("2", "3"), envelope=put(round=2, nonce="a" * 16),
+        gate={"seen_nonces": frozenset({"a" * 16})}),
     "another question": Case(V.WRONG_ROUND, (), envelope=put(nonce="f" * 16)),
     "another node": Case(V.WRONG_NODE, ("laptop", "phone"), envelope=put(node="laptop")),
     "twice": Case(V.DUPLICATE, (), gate={"seen_nonces": frozenset({"0123456789abcdef"})}),
@@ -285,7 +290,8 @@ def test_verdicts(context, make_reply, low_rank, forge, case):
 
 
 def test_every_verdict_of_the_gate_is_reached():
-    assert {case.verdict for case in CASES.values()} == set(Verdict) - NOT_OF_THE_GATE - OF_PROBES
+    elsewhere = NOT_OF_THE_GATE | OF_PROBES | OF_SIGNATURES
+    assert {case.verdict for case in CASES.values()} == set(Verdict) - elsewhere
 
 
 def test_a_loss_that_is_not_finite(context, make_reply, low_rank, raw):

@@ -34,6 +34,6 @@ def test_what_a_preset_sends_fits_what_the_server_does(preset):
 
 def test_the_published_methods_are_there():
     assert set(PRESETS) == {
-        "braid", "flora", "fedit", "ffa-lora", "flexlora", "fedkseed", "ferret",
+        "braid", "flora", "fedit", "ffa-lora", "flexlora", "fedkseed", "fedkseed-pro", "ferret",
         "braid-projected", "mixed",
     }  # fmt: skip

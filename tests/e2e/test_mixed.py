@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,9 @@ from aggregators import LowRank, ProjectedGradient, SeedScalars, Sketch
 from aggregators.gate import GateContext, admit
 from aggregators.messages import Plan
 from aggregators.projected import shrinkage
-from fedserver.configuration import RunConfiguration, parse
+from fedclient import state
+from fedserver.configuration import RunConfiguration, parse, to_toml
+from fedserver.events import Event, NodeStarted
 from fedserver.export import export_merged, final_change
 from fedserver.global_model import GlobalModel, first_basis
 from fedserver.ledger import Ledger
@@ -26,6 +31,15 @@ NODES = (
     {"name": "school", "strand": "projected"},
     {"name": "office", "strand": "projected"},
     {"name": "phone", "strand": "zeroth-order"},
+    {"name": "cafe", "strand": "zeroth-order"},
+)
+
+FORMATS = (
+    {"name": "clinic", "base_format": "nf4"},
+    {"name": "bakery", "base_format": "nf4"},
+    {"name": "school", "strand": "projected"},
+    {"name": "phone", "strand": "zeroth-order", "base_format": "nf4"},
+    {"name": "watch", "strand": "zeroth-order", "base_format": "int8"},
     {"name": "cafe", "strand": "zeroth-order"},
 )
 
@@ -62,12 +76,14 @@ def run(configuration: RunConfiguration, folder: Path, **options: Any) -> dict[s
     return simulate(configuration, folder, lambda event: None, samples=0, **options)
 
 
-@pytest.mark.parametrize("basis", ["adaptive", "random"])
+@pytest.mark.parametrize(
+    ("basis", "nodes"), [("adaptive", NODES), ("random", NODES), ("adaptive", FORMATS)]
+)
 def test_a_round_adds_the_mean_of_every_family(
-    basis: str, configuration: Any, tmp_path: Path
+    basis: str, nodes: Any, configuration: Any, tmp_path: Path
 ) -> None:
     """Law 2: the state's change is the sum of the families' weighted means, in float64."""
-    asked = configuration()
+    asked = configuration(nodes=nodes)
     asked = asked.model_copy(
         update={"projected": asked.projected.model_copy(update={"basis": basis})}
     )
@@ -151,18 +167,75 @@ def test_a_mixed_ledger_replays_and_says_what_each_family_is_worth(
 def test_every_node_makes_the_same_weights_of_the_same_view(
     configuration: Any, tmp_path: Path
 ) -> None:
-    """Ten rounds with a node that joins late and one that is often away; digests agree in each."""
-    nodes = (*NODES[:-1], {**NODES[-1], "fault": "late"})
-    run(configuration(rounds=10, nodes=nodes, deadline_seconds=60.0), tmp_path / "run")
-    ledger = Ledger(tmp_path / "run")
-    previous = None
+    """Ten rounds with joins, absences and a restart: in each, whoever is there has one weight digest.
+
+    The school joins in round 5, the office and the phone come and go, and the café answers late. The
+    whole cohort starts afresh, without what it kept in memory, after round 6; the digests, and the
+    ledger's head, are those of a cohort that did not.
+    """
+    absences = {"school": (1, 2, 3, 4), "office": (3, 7), "phone": (2, 5, 6, 9)}
+    nodes = tuple(
+        {**node, "away": absences.get(node["name"], ())}
+        | ({"fault": "late"} if node["name"] == "cafe" else {})
+        for node in NODES
+    )
+    asked = configuration(rounds=10, nodes=nodes, deadline_seconds=60.0, quorum=1)
+    simulate(asked, tmp_path / "run", _each_on_its_own, samples=0)
+    digests = _weight_digests(tmp_path / "run")
+    assert [len(found) for found in digests] == [1] * 10
+    assert len(set().union(*digests)) == 10, "the model did not move in some round"
+    run(asked.model_copy(update={"rounds": 6}), tmp_path / "restarted")
+    scenario, folder = tmp_path / "scenario.toml", tmp_path / "restarted"
+    scenario.write_text(to_toml(asked), encoding="utf-8")
+    command = ["simulate", str(scenario), "--output", str(folder), "--resume", "--json"]
+    subprocess.run([sys.executable, "-m", "simulations.command", *command], check=True)
+    assert _weight_digests(folder) == digests
+
+
+def _each_on_its_own(event: Event) -> None:
+    """Nodes of one process share the weights that they make; here each has to make its own."""
+    if isinstance(event, NodeStarted):
+        state.forget()
+
+
+def _weight_digests(folder: Path) -> list[set[str]]:
+    """By round: the digests of the weights that accepted nodes with full weights worked on."""
+    ledger = Ledger(folder)
+    found = []
     for entry in ledger.entries("round"):
         rows = [n for n in entry.content["nodes"] if n["verdict"] == "accepted"]
-        digests = {n["report"]["weights"] for n in rows} - {None}
-        assert len(digests) == 1
-        assert digests != previous
-        previous = digests
+        found.append({n["report"]["weights"] for n in rows} - {None})
     ledger.close()
+    return found
+
+
+def test_nodes_of_one_format_have_one_digest_and_one_line_of_the_evaluation(
+    configuration: Any, tmp_path: Path
+) -> None:
+    """Whole and quantised bases in one cohort, all strands that each can have, a node that is away."""
+    nodes = (*FORMATS, {**FORMATS[3], "name": "tablet", "fault": "late"})
+    run(configuration(rounds=4, nodes=nodes, deadline_seconds=60.0), tmp_path / "run")
+    ledger = Ledger(tmp_path / "run")
+    for entry in ledger.entries("round"):
+        accepted = [n for n in entry.content["nodes"] if n["verdict"] == "accepted"]
+        assert len(accepted) >= len(FORMATS)
+        digests: dict[str, set[str]] = defaultdict(set)
+        for node in accepted:
+            assert node["base_format"] == node["report"]["base_format"]
+            digests[node["base_format"]].add(node["report"]["weights"])
+        # A whole base that nothing has changed is not made anew, so a LoRA node says nothing of it.
+        assert [len(found - {None}) for found in digests.values()] == [1, 1, 1]
+        assert len(set.union(*digests.values()) - {None}) == 3
+        parts = entry.content["entering_by_format"]
+        assert set(parts) == {"full", "int8", "nf4"}
+        for key in ("tokens", "correct", "examples"):
+            assert sum(one[key] for one in parts.values()) == entry.content["entering"][key]
+    ledger.close()
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    losses = rows[-1]["eval_by_format"]
+    assert min(losses.values()) <= rows[-1]["eval_loss"] <= max(losses.values())
 
 
 def test_a_mixed_run_that_is_resumed_is_the_run_that_was_not(

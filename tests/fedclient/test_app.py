@@ -14,10 +14,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from aggregators import GateContext, Layout, UpdateRejected, Verdict, admit
 from aggregators.messages import Capabilities, Plan, encode_plan
 from aggregators.view import View
-from fedclient.app import RECORD, make_app, settings_of
+from fedclient.answers import answers_of
+from fedclient.app import make_app, settings_of
 from fedclient.base_model import BaseModelError, LoadedModel
 from fedclient.data import DataError
-from fedclient.worker import NodeError, NodeSettings, Worker
+from fedclient.node import RECORD, NodeSettings
+from fedclient.worker import NodeError, Worker
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,7 @@ def asked(
     )
     content = RecordDict({RECORD: ConfigRecord({"payload": payload})})
     message = Message(content, dst_node_id=2, message_type=kind)
-    reply = make_app(worker or Worker())(message, context)
+    reply = make_app(answers_of(worker or Worker()))(message, context)
     assert not reply.has_error()
     record = reply.content[RECORD]
     assert isinstance(record, ConfigRecord)

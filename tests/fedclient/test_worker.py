@@ -17,7 +17,8 @@ from aggregators.view import View
 from fedclient import base_model
 from fedclient.base_model import LoadedModel
 from fedclient.data import DataError
-from fedclient.worker import NodeError, NodeSettings, Worker
+from fedclient.node import NodeSettings
+from fedclient.worker import NodeError, Worker
 
 
 @pytest.fixture

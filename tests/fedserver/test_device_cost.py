@@ -11,10 +11,13 @@ from aggregators import Layout
 from aggregators.messages import Plan
 from aggregators.methods import SketchMethod, ZerothOrderMethod
 from fedserver.configuration import NodeConfiguration, parse
-from fedserver.device_cost import device_seconds, memory_bytes
+from fedserver.device_cost import device_seconds, memory_of, upload_bytes
 
+LAYERS = 6
 LAYOUT = Layout(
-    {"a.q_proj.weight": (512, 384), "a.down_proj.weight": (384, 512), "norm.weight": (6,)}
+    {f"{i}.q_proj.weight": (512, 384) for i in range(LAYERS)}
+    | {f"{i}.down_proj.weight": (384, 512) for i in range(LAYERS)}
+    | {"norm.weight": (6,)}
 )
 FORWARD = ZerothOrderMethod(master_seed=1, pool_size=8, probe="rank1", epsilon=1e-3, clip=None)
 
@@ -27,7 +30,7 @@ def plan(lora_plan: Callable[..., Plan]) -> Callable[..., Plan]:
             "base_model": "m", "base_digest": "0" * 64, "action": "train", "preset": "mixed",
             "seed": 1, "local_steps": 1, "batch_size": 4, "learning_rate": 0.1, "max_length": 16,
             "dtype": "float32", "wire_dtype": None, "threads": 1, "accelerate": False,
-            "evaluate": True, "deadline_seconds": 1.0, "max_norm": None,
+            "evaluate": False, "deadline_seconds": 1.0, "max_norm": None,
             "target_modules": ("all-linear",), "rank": 4, "alpha": 8.0, "rslora": False,
             "dropout": 0.0, "init": "random", "train_a": True, "start": "fresh", "sends": "factors",
             "shared_seed": 1, "weight_decay": 0.0, "warmup_steps": 0,
@@ -47,20 +50,39 @@ def sketch(optimiser: str) -> SketchMethod:
 def test_forward_passes_need_least_and_whole_weights_most(plan: Callable[..., Plan]) -> None:
     lora = plan()
     costs = [
-        memory_bytes(lora.model_copy(update={"method": method}), LAYOUT)
+        memory_of(lora.model_copy(update={"method": method}), LAYOUT, pool_size=8).total
         for method in (FORWARD, lora.method, sketch("sgd"), sketch("adamw"))
     ]
     weights = 4 * LAYOUT.elements
     assert costs == sorted(costs)
-    assert weights < costs[0] < 1.2 * weights
+    assert 2 * weights < costs[0] < 2.3 * weights
     assert costs[3] - costs[2] == 2 * weights
 
 
 def test_what_grows_with_rank_batch_and_type(plan: Callable[..., Plan]) -> None:
-    usual = memory_bytes(plan(), LAYOUT)
-    assert memory_bytes(plan(rank=8), LAYOUT) > usual
-    assert memory_bytes(plan(batch_size=8), LAYOUT) > usual
-    assert usual - memory_bytes(plan(dtype="bfloat16"), LAYOUT) == 2 * LAYOUT.elements
+    usual = memory_of(plan(), LAYOUT).total
+    assert memory_of(plan(rank=8), LAYOUT).total > usual
+    assert memory_of(plan(batch_size=8), LAYOUT).total > usual
+    assert usual - memory_of(plan(dtype="bfloat16"), LAYOUT).total == 2 * LAYOUT.elements
+
+
+def test_fewer_bits_take_less_and_need_no_copy(plan: Callable[..., Plan]) -> None:
+    forward = plan().model_copy(update={"method": FORWARD})
+    formats = ("full", "int8", "nf4")
+    costs = [
+        memory_of(forward.model_copy(update={"base_format": name}), LAYOUT, pool_size=8)
+        for name in formats
+    ]
+    assert costs[0].base > costs[1].base > costs[2].base > LAYOUT.elements // 2
+    assert costs[0].view == costs[0].base
+    assert costs[1].view == costs[2].view < costs[0].base / 100
+
+
+def test_what_a_reply_takes(plan: Callable[..., Plan]) -> None:
+    sent = [upload_bytes(plan(rank=rank, wire_dtype="bfloat16"), LAYOUT) for rank in (4, 8)]
+    assert sent[1] - sent[0] == 4 * 2 * LAYERS * 2 * (512 + 384)
+    forward = plan(local_steps=200, wire_dtype="int8").model_copy(update={"method": FORWARD})
+    assert upload_bytes(forward, LAYOUT) < 2500
 
 
 def test_a_slow_device_on_a_slow_link() -> None:

@@ -102,6 +102,37 @@ def test_projections_of_no_tensor_are_refused_before_the_run(
         check_targets(parse({**MIXED, "lora_r": 2, "projected": projected}), LAYOUT)
 
 
+@pytest.mark.parametrize(
+    ("zeroth_order", "words"),
+    [
+        ({"target_modules": ["nothing"]}, "match no weight"),
+        ({"layers": [3, 9]}, "match no weight"),
+        ({"estimator": "block-wise", "blocks": 9}, "9 blocks of 3 layers"),
+    ],
+)
+def test_zeroth_order_training_of_nothing_is_refused_before_the_run(
+    zeroth_order: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        check_targets(parse({**MIXED, "lora_r": 2, "zeroth_order": zeroth_order}), LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("zeroth_order", "words"),
+    [
+        ({"layers": [3, 3]}, "counts from 0"),
+        ({"estimator": "block-wise", "blocks": 4, "pool_size": 3}, "no seed for some"),
+        ({"estimator": "sparse", "density": 0.0}, "density"),
+        ({"sampling": "magnitude", "clip": None}, "clip"),
+    ],
+)
+def test_zeroth_order_settings_that_cannot_work_are_refused(
+    zeroth_order: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        parse({**MIXED, "zeroth_order": zeroth_order})
+
+
 def test_a_mixed_scenario_survives_its_toml() -> None:
     import tomllib
 
@@ -131,3 +162,31 @@ def test_weights_that_differ_are_named() -> None:
     assert said.startswith("b's weights eeee")
     assert "ffff" in said
     assert unlike_weights([rows[0], rows[2], rows[3]]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"base_format": "nf4"}, "projected nodes train whole weights"),
+        ({"zeroth_order": {"probe": "rademacher"}}, "zeroth_order.probe"),
+        ({"projected": {"basis": "random"}}, "projected.probe"),
+    ],
+)
+def test_what_cannot_be_seen_on_a_quantised_base_is_refused(
+    changes: dict[str, Any], word: str
+) -> None:
+    nodes = [
+        {"name": "a", "base_format": "nf4"},
+        {"name": "b", "strand": "zeroth-order"},
+        {"name": "c", "strand": "projected"},
+    ]
+    parse({"preset": "mixed", "nodes": nodes})
+    with pytest.raises(ConfigurationError, match=word) as refused:
+        parse({"preset": "mixed", "nodes": nodes, **changes})
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_a_node_holds_the_base_as_its_entry_says_else_as_the_run_does() -> None:
+    nodes = [{"name": "a"}, {"name": "b", "base_format": "full"}]
+    found = parse({"preset": "mixed", "base_format": "int4", "nodes": nodes})
+    assert [plan_of(found, name).base_format for name in "ab"] == ["int4", "full"]

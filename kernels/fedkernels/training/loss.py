@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from fedkernels.autograd import without_autocast
 from fedkernels.backends import threads
@@ -23,6 +24,7 @@ from fedkernels.quantized_tensor import QuantizedTensor
 from fedkernels.reference import training as reference
 from fedkernels.reference.training import IGNORED
 from fedkernels.training.checks import check_alike, check_floating, check_shape, compiled_for
+from fedkernels.training.modules import is_watched
 
 CHUNK = 256
 # Architectures that change the logits after the head; they need the model's own forward pass.
@@ -153,11 +155,30 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Tensor], chunk: int = CHUN
         return _loss_of_logits(logits[:, :-1][targets != IGNORED], targets)
     body, head = parts
     hidden: Tensor = body(**inputs, use_cache=False).last_hidden_state
+    if is_watched(head):
+        return _loss_through(head, hidden[:, :-1][targets != IGNORED], targets, chunk)
     if type(head) is QuantizedLinear and head.bias is None:
         return cross_entropy(hidden[:, :-1], head.quantized, targets, chunk)
     if type(head) is nn.Linear and head.bias is None and head.weight.dtype == hidden.dtype:
         return cross_entropy(hidden[:, :-1], head.weight, targets, chunk)
     return _loss_of_logits(head(hidden[:, :-1][targets != IGNORED]), targets)
+
+
+def _loss_through(head: nn.Module, rows: Tensor, targets: Tensor, chunk: int) -> Loss:
+    """The loss where hooks want the head itself called: some rows at a time, computed again backward."""
+    wanted = targets[targets != IGNORED]
+    total, correct = rows.new_zeros((), dtype=torch.float32), 0
+    for first in range(0, len(rows), chunk):
+        part = slice(first, first + chunk)
+        loss, hits = checkpoint(_chunk_loss, head, rows[part], wanted[part], use_reentrant=False)
+        total, correct = total + loss, correct + int(hits)
+    return Loss(total, int(wanted.numel()), correct)
+
+
+def _chunk_loss(head: nn.Module, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    logits: Tensor = head(rows)
+    loss = functional.cross_entropy(logits.float(), wanted, reduction="sum")
+    return loss, (logits.detach().argmax(dim=-1) == wanted).sum()
 
 
 def _loss_of_logits(logits: Tensor, targets: Tensor) -> Loss:

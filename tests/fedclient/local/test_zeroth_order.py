@@ -15,10 +15,11 @@ from torch import Tensor
 import fedkernels as fk
 from aggregators import Layout, decode, encode, match_targets
 from aggregators.methods import ZerothOrderMethod
+from aggregators.seed_sampling import drawn_indices
 from fedclient.local import zeroth_order
 from fedclient.local.estimators import ESTIMATORS
 from fedclient.local.result import TrainingResult
-from fedclient.local.zeroth_order import ZerothOrderError, drawn_indices, train
+from fedclient.local.zeroth_order import ZerothOrderError, train
 
 PROBES = ["rank1", "rademacher", "popcount", "gaussian"]
 
@@ -142,9 +143,9 @@ def test_draws_are_uniform_over_the_pool_and_distinct_within_a_step() -> None:
     counts = torch.bincount(torch.tensor(drawn), minlength=16).double()
     assert float(((counts - 500) ** 2 / 500).sum()) < 45  # chi-squared, 15 degrees, p < 1e-4
     assert drawn[:9] != list(islice(drawn_indices(8, 16), 9))
-    draws = drawn_indices(7, 4)
+    draws, four = drawn_indices(7, 4), method(pool_size=4, directions=8)
     for _ in range(20):
-        assert sorted(zeroth_order._distinct(draws, 4)) == [0, 1, 2, 3]
+        assert sorted(zeroth_order._distinct(draws, four)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,183 @@
+"""Collecting a round: put the questions, judge what comes, and say who stayed silent.
+
+A question without an answer stays open for some rounds. Its late answer is judged by its own plan and
+enters the round in which it comes, once, or gets the verdict "late".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from aggregators import GateContext, Layout, Verdict
+from fedserver import events
+from fedserver.configuration import RunConfiguration
+from fedserver.device_cost import memory_of
+from fedserver.exchange import EVALUATE, TRAIN, Exchange, Newcomers, Reply
+from fedserver.ledger import Ledger
+from fedserver.open_round import committed_before, recall, remember
+from fedserver.outcome import Outcome, judge, replied, unlike_weights
+from fedserver.questions import Question
+from fedserver.staleness import still_counts
+
+
+class Collector:
+    """Asks the nodes of a run, round by round, and keeps what was not answered in time."""
+
+    def __init__(
+        self,
+        configuration: RunConfiguration,
+        exchange: Exchange,
+        ledger: Ledger,
+        layout: Layout,
+        emit: events.Listener,
+        choices: Mapping[str, str],
+    ) -> None:
+        """Answers that the ledger already holds are never counted again. ``choices``: why a node was
+        given its strand, by name, where its limits decided.
+        """
+        self._choices = choices
+        self._configuration = configuration
+        self._exchange = exchange
+        self._ledger = ledger
+        self._layout = layout
+        self._emit = emit
+        self._seen, _ = committed_before(ledger)
+        self._open: dict[tuple[int, int], Question] = {}
+
+    @property
+    def busy(self) -> set[str]:
+        """Names of the nodes that still train for an earlier round, where that excludes them."""
+        if not self._configuration.asynchronous:
+            return set()
+        return {q.plan.node for q in self._open.values() if q.plan.action == "train"}
+
+    @property
+    def open_rounds(self) -> set[int]:
+        """Rounds with questions that may still be answered."""
+        return {number for _, number in self._open}
+
+    def reopen(self, question: Question) -> None:
+        """Put a question again that a server before this one left open."""
+        node_id, plan = question.member.node_id, question.plan
+        self._exchange.repeat(node_id, question.payload, TRAIN, plan.round, plan.deadline_seconds)
+        self._open[node_id, plan.round] = question
+
+    def collect(
+        self,
+        number: int,
+        action: str,
+        questions: Sequence[Question],
+        needed: int,
+        newcomers: Newcomers,
+    ) -> list[Outcome]:
+        """The outcomes of one round, by node: an answer to each question or its absence, then answers to
+        earlier questions and second answers. With ``needed`` updates it may close.
+
+        Answers that arrived before the server was started again are not asked for twice.
+        """
+        rules = self._configuration
+        trains = action == "train"
+        asked = {question.member.node_id: question for question in questions}
+        answered: dict[int, Outcome] = {}
+        others: list[Outcome] = []
+        updates = 0
+        for reply in recall(self._ledger, {node: q.plan for node, q in asked.items()}):
+            outcome = self._judged(reply, number, action, asked)
+            if outcome is not None and outcome.admitted is not None:
+                updates += outcome.admitted.update is not None
+                outcome.bytes_down = len(asked[reply.node_id].payload)
+                answered[reply.node_id] = outcome
+                self._tell(outcome, number)
+        replies = self._exchange.ask(
+            {node: question.payload for node, question in asked.items() if node not in answered},
+            TRAIN if trains else EVALUATE,
+            number,
+            rules.deadline_seconds,
+            enough=lambda: updates >= needed,
+            grace=rules.closing_seconds if trains else None,
+            wait_for_late=trains and rules.late == "discount",
+            newcomers=newcomers,
+        )
+        for reply in replies:
+            outcome = self._judged(reply, number, action, asked)
+            if outcome is None:
+                continue
+            updates += outcome.admitted is not None and outcome.admitted.update is not None
+            if reply.late or reply.node_id in answered:
+                others.append(outcome)
+            else:
+                outcome.bytes_down = len(asked[reply.node_id].payload)
+                answered[reply.node_id] = outcome
+            self._tell(outcome, number)
+        for node_id, question in asked.items():
+            if node_id not in answered:
+                answered[node_id] = self._missing(question, number, closed=updates >= needed)
+                self._open[node_id, number] = question
+        self._give_up(number + 1 - rules.staleness_limit)
+        for outcome in answered.values():
+            outcome.choice = self._choices.get(outcome.plan.node, "")
+            outcome.memory_bytes = memory_of(
+                outcome.plan, self._layout, rules.view_rank or 0, rules.pool_in_use
+            ).total
+        in_order = sorted(answered.values(), key=lambda outcome: outcome.plan.node)
+        for diverged in unlike_weights(in_order):
+            self._emit(events.Notice("warning", f"round {number}: {diverged}"))
+        return in_order + sorted(others, key=lambda o: (o.plan.node, o.round, o.reason))
+
+    def _judged(
+        self, reply: Reply, number: int, action: str, asked: Mapping[int, Question]
+    ) -> Outcome | None:
+        """The verdict on a reply; None for one to a question that is given up."""
+        question = (
+            self._open.pop((reply.node_id, reply.round), None)
+            if reply.late
+            else asked[reply.node_id]
+        )
+        if question is None:
+            return None
+        counts = (
+            reply.late
+            and action == "train"
+            and still_counts(question.plan, number, self._configuration)
+        )
+        context = GateContext(
+            layout=self._layout,
+            plan=question.plan,
+            seen_nonces=frozenset(self._seen),
+            max_bytes=self._configuration.max_update_bytes,
+            max_examples=self._configuration.max_examples,
+            view=question.view,
+            basis=question.basis,
+            public_key=question.member.capabilities.public_key,
+        )
+        outcome = judge(reply, context, self._seen, late_counts=counts)
+        if outcome.admitted is not None:
+            outcome.blob = remember(self._ledger, outcome)
+            if reply.late:
+                outcome.staleness = number - reply.round
+                outcome.discount = self._configuration.discount(outcome.staleness)
+        return outcome
+
+    def _missing(self, question: Question, number: int, *, closed: bool) -> Outcome:
+        early = closed and self._configuration.closing_seconds is not None
+        reason = (
+            "no reply before the round closed with its quorum"
+            if early
+            else f"no reply within {self._configuration.deadline_seconds:g} s"
+        )
+        outcome = Outcome(question.plan, Verdict.MISSING, reason, round=number)
+        outcome.bytes_down = len(question.payload)
+        self._tell(outcome, number)
+        return outcome
+
+    def _give_up(self, before_round: int) -> None:
+        self._exchange.forget(before_round)
+        self._open = {key: q for key, q in self._open.items() if key[1] >= before_round}
+
+    def _tell(self, outcome: Outcome, number: int) -> None:
+        """Announce a reply of a round; of the final evaluation only what went wrong."""
+        if outcome.plan.action == "train":
+            self._emit(replied(outcome, number))
+        elif outcome.verdict is not Verdict.ACCEPTED:
+            text = f"final evaluation: {outcome.plan.node}: {outcome.reason}"
+            self._emit(events.Notice("warning", text))

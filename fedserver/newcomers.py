@@ -1,0 +1,51 @@
+"""Nodes that connect in the middle of a run: one that is new takes part from the next round on, one that
+is back under another id of Flower's gets the question that it left open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedserver.configuration import RunConfiguration
+from fedserver.events import Listener, Notice
+from fedserver.roster import Roster, query_of, read_member, stranger
+
+
+class Churn:
+    """The roster as it is now."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        configuration: RunConfiguration,
+        notify: Listener,
+        enrolled: Mapping[str, str] | None = None,
+        known: Mapping[str, str] | None = None,
+    ) -> None:
+        """``enrolled``, ``known``: public keys by node, as of ``gather_roster``."""
+        self.roster = roster
+        self._configuration = configuration
+        self._enrolled = enrolled
+        members = roster.members
+        own = {m.capabilities.node: m.capabilities.public_key for m in members}
+        self._known = {**(known or {}), **{name: key for name, key in own.items() if key}}
+        self.query = query_of(configuration)
+        self._notify = notify
+
+    def joined(self, node_id: int, capabilities: bytes) -> int | None:
+        """Take a node in, if it holds the run's base model; returns the id that it had before."""
+        member, problem = read_member(node_id, capabilities)
+        if member is not None and not self.roster.shares_base(member.capabilities):
+            problem = f"{member.capabilities.node!r} holds another base model than the run's"
+        if member is not None and not problem:
+            told = member.capabilities
+            problem = stranger(told, self._configuration, self._enrolled, self._known)
+        if member is None or problem:
+            self._notify(Notice("warning", f"a node cannot take part: {problem}"))
+            return None
+        name = member.capabilities.node
+        before = next((m for m in self.roster.members if m.capabilities.node == name), None)
+        self.roster = self.roster.with_member(member)
+        how = "is back" if before is not None else "has joined and takes part from the next round"
+        self._notify(Notice("info", f"node {name!r} {how}"))
+        return before.node_id if before is not None else None

@@ -1,0 +1,1 @@
+"""The tables of a scenario, one a file; ``fedserver.configuration`` is what others import."""
