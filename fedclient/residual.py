@@ -36,6 +36,10 @@ class Residuals:
     def before(self, round_number: int) -> dict[str, Tensor]:
         """What was left before a round: float32 by tensor name, {} in the first and after a loss."""
         files = self._files()
+        if self._folder.is_dir():
+            for left in self._folder.glob("*.part"):
+                # Of a process that was killed while it wrote.
+                left.unlink(missing_ok=True)
         # A later round's are of an earlier run of the same scenario, or of an interrupted try.
         for number in [n for n in files if n >= round_number]:
             files.pop(number).unlink(missing_ok=True)

@@ -127,13 +127,13 @@ class Collector:
     def _judged(
         self, reply: Reply, number: int, action: str, asked: Mapping[int, Question]
     ) -> Outcome | None:
-        """The verdict on a reply; None for one to a question that is given up."""
+        """The verdict on a reply; None for a late one that brings nothing, or is no longer wanted."""
         question = (
             self._open.pop((reply.node_id, reply.round), None)
             if reply.late
             else asked[reply.node_id]
         )
-        if question is None:
+        if question is None or (reply.late and reply.payload is None):
             return None
         counts = (
             reply.late

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 RECORD = "fedbraid"
 # By how much the node's process grew, its peak of resident memory, and that of its accelerator.
 MEMORY = ("grown", "resident", "accelerator")
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.2
 # A late reply is still worth a verdict, and a node's clock may be ten minutes off: Flower compares the
 # two clocks, and drops what is older than this beyond the deadline.
 LATE_GRACE_SECONDS = 900.0
@@ -221,14 +221,16 @@ class Exchange:
         """Whether this is no answer, but news that the question was lost; it is then put again."""
         code = message.error.code if message.has_error() else None
         reason = None if message.has_error() else _reason(message)
-        if late and code is not None:
-            return True
         if code not in LOST and reason not in WORKER_AWAY:
             return False
-        if late or (code == APP_KILLED and sent.attempts >= ATTEMPTS):
-            return late
-        waiting.pop(identity)
+        if sent.attempts >= ATTEMPTS and (late or code == APP_KILLED):
+            return False
         again = replace(sent, attempts=sent.attempts + 1)
+        if late:
+            del self._overdue[identity]
+            self._send(again, self._overdue)
+            return True
+        del waiting[identity]
         if code == NODE_AWAY or reason is not None:
             self._away.append((self._clock.now() + AWAY_SECONDS, again))
         else:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 STUB = Path(__file__).resolve().with_name("lean_clientapp.py")
 HOME, PROGRAMS = "flower", "bin"
-# Flower's SuperExec looks for tasks this often; its default of a second is half a no-op round.
-TASK_POLL_SECONDS = 0.1
+# Flower's SuperExec looks for tasks this often, by default once a second.
+TASK_POLL_SECONDS = 0.25
 
 
 def node_environment(folder: Path) -> dict[str, str]:

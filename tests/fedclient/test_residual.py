@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,27 @@ def test_a_damaged_file_is_as_none(kept: Residuals, tmp_path: Path) -> None:
     for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(b"half a file")
     assert found(kept, 2) is None
+
+
+WRITER = """
+import itertools, torch
+from fedclient.residual import Residuals
+kept = Residuals("a-run", "node")
+for number in itertools.count(1):
+    kept.keep(number, {"weight": torch.full((700, 700), float(number % 100))})
+    print(number, flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_residual(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDBRAID_CACHE", str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", WRITER], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        written = [int(writer.stdout.readline()) for _ in range(5)]
+        writer.kill()
+    kept = Residuals("a-run", "node").before(10**6)["weight"]
+    assert kept.unique().numel() == 1
+    assert float(kept[0, 0]) >= written[-1] % 100
+    assert not list(tmp_path.rglob("*.part"))
