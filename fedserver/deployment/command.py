@@ -140,6 +140,8 @@ def run(
             "output": str(target),
             "set": ";".join(override or ()),
             "resume": resume,
+            "server-key": str(folder.sealing_key),
+            "enrolment": str(folder.registry),
         },
     )
     print(f"run {run_id} has started; run folder {target}", flush=True)

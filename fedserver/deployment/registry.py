@@ -184,6 +184,10 @@ class Registry:
             ).fetchall()
         return [Node(*row) for row in rows]
 
+    def update_keys(self) -> dict[str, str]:
+        """The keys that the updates of each node now enrolled are signed by (hex), by name."""
+        return {node.name: node.update_key for node in self.nodes() if node.revoked is None}
+
     def open_invitations(self, now: float) -> dict[str, float]:
         """When the invitations that nobody has used yet expire, by name."""
         with self._transaction() as run:

@@ -22,8 +22,7 @@ from fedserver.deployment.flower_control import FlowerControl
 from fedserver.deployment.folder import ServerFolder
 from simulations.run import ledger_head, simulate
 
-# Every message imports torch anew until a resident worker answers, so one round is what time allows.
-ROUNDS = 1
+ROUNDS = 5
 PATIENCE_SECONDS = 240.0
 SCENARIO = """
 name = "joined"
@@ -31,6 +30,7 @@ preset = "mixed"
 base_model = "{model}"
 rounds = {rounds}
 seed = 3
+signatures = "required"
 threads = 1
 local_steps = 2
 max_length = 48
