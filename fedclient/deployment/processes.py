@@ -9,8 +9,7 @@ import socket
 import sys
 from pathlib import Path
 
-from fedclient.deployment.settings import NodeFolder, NodeFolderError, open_folder
-from fedclient.deployment.supernode import SHUT_OUT
+from fedclient.deployment.settings import SHUT_OUT, NodeFolder, NodeFolderError, open_folder
 from fedclient.resident.flower import node_environment
 from fedclient.resident.settings import SettingsError
 from fedhost.flower import program

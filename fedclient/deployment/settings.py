@@ -23,7 +23,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedclient.resident.settings import ResidentSettings
 from fedhost.private_files import make_private_folder, write_private
 
-DEFAULT_FOLDER = Path("~/.local/share/fedbraid/node")
+# The SuperNode's exit code that says: the server has shut this node out, and starting again is no use.
+SHUT_OUT = 77
 
 
 class NodeFolderError(Exception):

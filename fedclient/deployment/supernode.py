@@ -21,13 +21,10 @@ from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
 
 from fedclient.deployment.joining import inquire
-from fedclient.deployment.settings import NodeFolder, open_folder
+from fedclient.deployment.settings import SHUT_OUT, NodeFolder, open_folder
 from fedclient.resident.supernode import shorten_waits
 from fedhost.enrolment import EnrolmentRefused
 from fedhost.ports import LOOPBACK
-
-# The exit code that says: there is no use in starting again.
-SHUT_OUT = 77
 
 
 def pin(application: str) -> None:
