@@ -26,7 +26,7 @@ help:
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt kernels/CMakeLists.txt $(wildcard kernels/fedkernels/cpu/*)
+$(STAMP): pyproject.toml constraints.txt fedserver/dashboard/vendor.py kernels/CMakeLists.txt $(wildcard kernels/fedkernels/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "fedbraid needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
 	@echo "Installing fedbraid into $(VENV); the first time takes some minutes."
@@ -34,6 +34,7 @@ $(STAMP): pyproject.toml constraints.txt kernels/CMakeLists.txt $(wildcard kerne
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		--build-constraint constraints.txt --editable '.[sim,dev]'
+	$(BIN)/python -m fedserver.dashboard.vendor
 	@touch $@
 
 demo: venv

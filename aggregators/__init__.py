@@ -4,11 +4,13 @@ from aggregators.basis import Basis
 from aggregators.carry import Carry
 from aggregators.codec import decode, encode
 from aggregators.dense import Dense
+from aggregators.factor_scalars import FactorScalars
 from aggregators.gate import Admitted, GateContext, admit, gate
 from aggregators.layout import Layout, TensorSpec
 from aggregators.low_rank import Factors, LowRank
 from aggregators.mixing import Aggregate, aggregate, average_factors
 from aggregators.overlap import gram, overlap_weights
+from aggregators.pair import Pair
 from aggregators.projected import ProjectedGradient, allocation
 from aggregators.seed_scalars import SeedScalars
 from aggregators.sketch import Sketch
@@ -21,10 +23,12 @@ __all__ = [
     "Basis",
     "Carry",
     "Dense",
+    "FactorScalars",
     "Factors",
     "GateContext",
     "Layout",
     "LowRank",
+    "Pair",
     "ProjectedGradient",
     "SeedScalars",
     "Sketch",

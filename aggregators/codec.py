@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from aggregators.dense import Dense
+from aggregators.factor_scalars import FactorScalars
 from aggregators.layout import Layout
 from aggregators.low_rank import LowRank
+from aggregators.pair import Pair
 from aggregators.probe_codec import (
+    factor_scalars_parts,
     projected_parts,
+    read_factor_scalars,
     read_projected,
     read_seed_scalars,
     seed_scalars_parts,
@@ -129,12 +133,22 @@ def update_parts(update: Update, dtype: str | None = None) -> tuple[Header, dict
     elif isinstance(update, SeedScalars):
         fields, tensors = seed_scalars_parts(update, dtype)
         header |= fields
+    elif isinstance(update, FactorScalars):
+        fields, tensors = factor_scalars_parts(update, dtype)
+        header |= fields
     elif isinstance(update, ProjectedGradient):
         fields, tensors = projected_parts(update, dtype)
         header |= fields
     elif isinstance(update, Sketch):
         fields, tensors = sketch_parts(update, dtype)
         header |= fields
+    elif isinstance(update, Pair):
+        described = []
+        for place, part in enumerate(update.parts):
+            fields, own = update_parts(part, dtype)
+            described.append(fields)
+            tensors |= {f"{place}.{key}": tensor for key, tensor in own.items()}
+        header["parts"] = described
     else:
         raise TypeError(f"no codec for the family {update.family!r}")
     return header, tensors
@@ -153,13 +167,43 @@ def update_from_parts(header: Header, tensors: dict[str, Tensor], layout: Layout
         LowRank.family: _read_low_rank,
         Dense.family: _read_dense,
         SeedScalars.family: read_seed_scalars,
+        FactorScalars.family: read_factor_scalars,
         ProjectedGradient.family: read_projected,
         Sketch.family: read_sketch,
     }
     family = header.get("family")
+    if family == Pair.family:
+        return made_pair([update_from_parts(*part, layout) for part in pair_parts(header, tensors)])
     if not isinstance(family, str) or family not in readers:
         raise UpdateRejected(Verdict.WRONG_FAMILY, f"unknown update family {family!r}")
     return readers[family](header, tensors, layout)
+
+
+def pair_parts(
+    header: Header, tensors: dict[str, Tensor]
+) -> list[tuple[Header, dict[str, Tensor]]]:
+    """Header and tensors of either part of a pair, unread. Raises UpdateRejected."""
+    described = header.get("parts")
+    if not isinstance(described, list) or len(described) != 2:
+        raise UpdateRejected(Verdict.MALFORMED, "a pair has two parts")
+    found: list[tuple[Header, dict[str, Tensor]]] = []
+    for place, fields in enumerate(described):
+        if not isinstance(fields, dict) or fields.get("family") == Pair.family:
+            raise UpdateRejected(Verdict.MALFORMED, "a part of a pair is no update")
+        prefix = f"{place}."
+        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        found.append((fields, own))
+    if sum(len(own) for _, own in found) != len(tensors):
+        raise UpdateRejected(Verdict.UNKNOWN_TENSOR, "a tensor belongs to neither part of a pair")
+    return found
+
+
+def made_pair(parts: Sequence[Update]) -> Pair:
+    """The pair of two updates. Raises UpdateRejected where they are none."""
+    try:
+        return Pair(parts)
+    except ValueError as error:
+        raise UpdateRejected(Verdict.WRONG_FAMILY, str(error)) from None
 
 
 def _read_low_rank(_: Header, tensors: dict[str, Tensor], layout: Layout) -> LowRank:

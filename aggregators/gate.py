@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from aggregators.basis import Basis
-from aggregators.codec import WIRE_DTYPES, unpack, update_from_parts
+from aggregators.codec import WIRE_DTYPES, made_pair, pair_parts, unpack, update_from_parts
+from aggregators.factor_scalars import FactorScalars
 from aggregators.layout import Layout
 from aggregators.messages import (
     Envelope,
@@ -20,12 +22,18 @@ from aggregators.messages import (
     body_digest,
     open_body,
     open_envelope,
-    shared_a,
 )
-from aggregators.methods import LoraMethod, ZerothOrderMethod
-from aggregators.probe_checks import check_coordinates, check_scalars, check_sketch
+from aggregators.methods import HybridMethod, LoraMethod, ZerothOrderMethod
+from aggregators.pair import Pair
+from aggregators.probe_checks import (
+    check_coordinates,
+    check_factors,
+    check_scalars,
+    check_sketch,
+)
 from aggregators.projected import ProjectedGradient
 from aggregators.seed_scalars import SeedScalars
+from aggregators.shared_factors import shared_a
 from aggregators.signatures import Signature, check_signature, split_signature
 from aggregators.sketch import Sketch
 from aggregators.targets import match_targets, trained_names
@@ -110,8 +118,13 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
 
 
 def norm_of(update: Update) -> float:
-    """The norm of a change; of one along probes its mean over seeds, which takes no probe."""
-    if isinstance(update, (SeedScalars, ProjectedGradient)):
+    """The norm of a change; of one along probes its mean over seeds, which takes no probe.
+
+    Of a pair as of parts that change unlike tensors, which those of a plan do.
+    """
+    if isinstance(update, Pair):
+        return math.hypot(*(norm_of(part) for part in update.parts))
+    if isinstance(update, (SeedScalars, FactorScalars, ProjectedGradient)):
         return math.sqrt(update.expected_squared_norm())
     return math.sqrt(update.squared_norm())
 
@@ -147,26 +160,44 @@ def _check_identity(envelope: Envelope, context: GateContext) -> None:
 
 def _read_update(body: bytes, context: GateContext) -> Update:
     header, tensors = unpack(body)
-    plan = context.plan
-    if header.get("family") != plan.family:
+    update = _read(header, tensors, context.plan.method, context)
+    _check_norm(update, context.plan)
+    return update
+
+
+def _read(
+    header: dict[str, Any], tensors: dict[str, Tensor], method: Any, context: GateContext
+) -> Update:
+    """What a method asks for, of header and tensors; of either part of a pair by its own method."""
+    if header.get("family") != method.family:
         raise UpdateRejected(
             Verdict.WRONG_FAMILY,
-            f"family {str(header.get('family'))[:32]!r}, the plan asks for {plan.family!r}",
+            f"family {str(header.get('family'))[:32]!r}, the plan asks for {method.family!r}",
         )
-    if isinstance(plan.method, LoraMethod) and header.get("layout") == context.layout.fingerprint:
-        _check_tensors(tensors, context)
-        if not plan.method.train_a:
-            tensors = _with_shared_a(tensors, context)
-    update = update_from_parts(header, tensors, context.layout)
+    layout = context.layout
+    if isinstance(method, HybridMethod):
+        methods = (method.lower, method.upper)
+        return made_pair(
+            [
+                _read(fields, own, asked, context)
+                for (fields, own), asked in zip(pair_parts(header, tensors), methods, strict=True)
+            ]
+        )
+    if isinstance(method, LoraMethod) and header.get("layout") == layout.fingerprint:
+        _check_tensors(tensors, method, context)
+        if not method.train_a:
+            tensors = _with_shared_a(tensors, method, layout)
+    update = update_from_parts(header, tensors, layout)
     if isinstance(update, SeedScalars):
-        assert isinstance(plan.method, ZerothOrderMethod)
-        names = _reached(plan.method, context.layout)
-        check_scalars(update, plan.method, names, plan.local_steps)
+        names = _reached(method, layout)
+        check_scalars(update, method, names, context.plan.local_steps)
+    elif isinstance(update, FactorScalars):
+        check_factors(update, method, trained_names(layout, method.target_modules, method.layers))
+        check_scalars(update.scalars, method, None, context.plan.local_steps)
     elif isinstance(update, ProjectedGradient):
-        check_coordinates(update, plan.method)
+        check_coordinates(update, method)
     elif isinstance(update, Sketch):
         check_sketch(update, context.basis)
-    _check_norm(update, plan)
     return update
 
 
@@ -176,11 +207,11 @@ def _reached(method: ZerothOrderMethod, layout: Layout) -> list[str] | None:
     return names if len(names) < len(layout) else None
 
 
-def _check_tensors(tensors: dict[str, Tensor], context: GateContext) -> None:
+def _check_tensors(tensors: dict[str, Tensor], method: LoraMethod, context: GateContext) -> None:
     """Names, ranks and types against the plan, before anything is converted or multiplied."""
     plan, layout = context.plan, context.layout
-    allowed = set(match_targets(layout, plan.lora.target_modules))
-    limit = plan.lora.rank * (2 if plan.lora.sends == "delta" else 1)
+    allowed = set(match_targets(layout, method.target_modules, method.layers))
+    limit = method.rank * (2 if method.sends == "delta" else 1)
     if not tensors:
         raise UpdateRejected(Verdict.MALFORMED, "the update changes no tensor")
     for key, tensor in tensors.items():
@@ -204,9 +235,10 @@ def _check_tensors(tensors: dict[str, Tensor], context: GateContext) -> None:
             )
 
 
-def _with_shared_a(tensors: dict[str, Tensor], context: GateContext) -> dict[str, Tensor]:
+def _with_shared_a(
+    tensors: dict[str, Tensor], method: LoraMethod, layout: Layout
+) -> dict[str, Tensor]:
     """Add the A that a node with a fixed A did not send. One that it did send is refused."""
-    plan, layout = context.plan, context.layout
     complete = dict(tensors)
     for key, b in tensors.items():
         name, _, part = key.rpartition("#")
@@ -214,7 +246,7 @@ def _with_shared_a(tensors: dict[str, Tensor], context: GateContext) -> dict[str
             raise UpdateRejected(Verdict.MALFORMED, f"layer {name!r}: A is fixed, and was sent")
         if part == "B" and b.ndim == 2 and b.shape[1] > 0:
             tensor_id, columns = layout.tensor_id(name), layout.shape(name)[1]
-            complete[f"{name}#A"] = shared_a(plan.lora.shared_seed, tensor_id, b.shape[1], columns)
+            complete[f"{name}#A"] = shared_a(method.shared_seed, tensor_id, b.shape[1], columns)
     return complete
 
 

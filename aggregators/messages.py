@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
-import fedkernels as fk
 from aggregators.codec import pack, read_header, unpack, update_parts
 from aggregators.layout import Layout
 from aggregators.methods import BaseFormat, LoraMethod, Method
@@ -269,15 +266,6 @@ def open_body(data: bytes) -> bytes:
 def body_digest(body: bytes) -> str:
     """SHA-256 of an update's bytes; "" for none."""
     return hashlib.sha256(body).hexdigest() if body else ""
-
-
-def shared_a(shared_seed: int, tensor_id: int, rank: int, in_features: int) -> Tensor:
-    """The A [rank, in] that a seed stands for: the same bits on every device.
-
-    Rademacher entries with the variance of peft's Kaiming-uniform start, 1 / (3 in). A smaller rank
-    gives the first rows of a larger one.
-    """
-    return fk.noise(shared_seed, tensor_id, (rank, in_features)) / math.sqrt(3 * in_features)
 
 
 def _encode_body(update: Update, dtype: str | None, train_a: bool) -> bytes:

@@ -2,17 +2,19 @@
 
 LoraMethod          low-rank factors by backpropagation             -> LowRank
 ZerothOrderMethod   forward passes alone, scalars along probes      -> SeedScalars
+FactorMethod        the same, along probes of LoRA's B              -> FactorScalars
+HybridMethod        the one below a cut, LoRA above it              -> Pair
 ProjectedMethod     backpropagation through weights, projected      -> ProjectedGradient
 SketchMethod        the same, seen through the public basis         -> Sketch
 """
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from aggregators.factor_scalars import LARGEST_RANK, lora_scale
 from aggregators.reach import MOST_BLOCKS, Reach
 from aggregators.targets import Layers
 
@@ -38,10 +40,14 @@ class _Method(BaseModel):
 
 
 class LoraMethod(_Method):
-    """A LoRA adapter of ``rank`` on ``target_modules``; the rest is the preset's way of doing it."""
+    """A LoRA adapter of ``rank`` on ``target_modules``; the rest is the preset's way of doing it.
+
+    ``layers``: those [first, past) alone are adapted.
+    """
 
     family: Literal["low_rank"] = "low_rank"
     target_modules: Modules
+    layers: Layers = None
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
     rslora: bool
@@ -57,7 +63,7 @@ class LoraMethod(_Method):
     @property
     def scale(self) -> float:
         """s in the change s B A: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski, 2023)."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return lora_scale(self.alpha, self.rank, self.rslora)
 
     @property
     def label(self) -> str:
@@ -114,6 +120,43 @@ class ZerothOrderMethod(_Method):
     def label(self) -> str:
         """What the node sends, in a word or two."""
         return f"{self.pool_size:,} seeds"
+
+
+class FactorMethod(ZerothOrderMethod):
+    """The same along probes of LoRA's B of ``rank`` on ``target_modules``, with a public A.
+
+    The base is frozen. ``scale``: s in the change s B A; ``shared_seed``: what A stands for. All nodes
+    have one rank and one A: only then do their scalars add.
+    """
+
+    family: Literal["factor_scalars"] = "factor_scalars"  # type: ignore[assignment]
+    rank: int = Field(ge=1, le=LARGEST_RANK)
+    scale: float = Field(gt=0, lt=1e6)
+    shared_seed: Seed
+
+    @property
+    def label(self) -> str:
+        """What the node sends, in a word or two."""
+        return f"{self.pool_size:,} seeds, rank {self.rank}"
+
+
+class HybridMethod(_Method):
+    """Zeroth-order steps below a cut, backpropagation above it (ZO-Bench, Zhang et al., 2024).
+
+    ``lower`` trains weights of the layers below the cut and ``upper`` LoRA factors of those from it on,
+    at ``upper_learning_rate``; every step does both, at one point. Backpropagation ends at the cut, so
+    nothing below it keeps activations.
+    """
+
+    family: Literal["pair"] = "pair"
+    lower: ZerothOrderMethod
+    upper: LoraMethod
+    upper_learning_rate: float = Field(gt=0)
+
+    @property
+    def label(self) -> str:
+        """What the node sends, in a word or two."""
+        return f"{self.lower.label}, {self.upper.label}"
 
 
 class FirstOrderMethod(_Method):
@@ -196,7 +239,8 @@ class SketchMethod(FirstOrderMethod):
 
 
 Method = Annotated[
-    LoraMethod | ZerothOrderMethod | ProjectedMethod | SketchMethod, Field(discriminator="family")
+    LoraMethod | ZerothOrderMethod | FactorMethod | HybridMethod | ProjectedMethod | SketchMethod,
+    Field(discriminator="family"),
 ]
 
 

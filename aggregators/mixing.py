@@ -15,8 +15,10 @@ from torch import Tensor
 
 from aggregators.codec import encode
 from aggregators.dense import Dense
+from aggregators.factor_scalars import FactorScalars
 from aggregators.layout import Layout
 from aggregators.low_rank import LowRank, stack
+from aggregators.pair import parts_of
 from aggregators.projected import ProjectedGradient
 from aggregators.seed_scalars import SeedScalars
 from aggregators.sketch import Sketch
@@ -24,7 +26,9 @@ from aggregators.update import Update, require_layout
 
 Weighted = tuple[Any, float]
 
-FAMILIES = tuple(kind.family for kind in (LowRank, SeedScalars, ProjectedGradient, Sketch, Dense))
+FAMILIES = tuple(
+    kind.family for kind in (LowRank, SeedScalars, FactorScalars, ProjectedGradient, Sketch, Dense)
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ def aggregate(
     """The weighted sum of updates, the same bits in whatever order they come.
 
     "add": sum over families f of lambda_f * (weighted mean within f), lambda_f = 1 by default. One
-    mean over all nodes ("mean") divides the strong families' steps by the share of the weak ones.
+    mean over all nodes ("mean") divides the strong families' steps by the share of the weak ones. Both
+    parts of a pair have the node's weight, each in its family; its share is the sum of theirs.
     Raises ValueError for no updates, for weights that are not positive and finite, for another layout,
     for family weights that are not finite or name no family.
     """
@@ -68,17 +73,22 @@ def aggregate(
         raise ValueError(f"family_weights names {unknown[0]!r}; there are {', '.join(FAMILIES)}")
     if not all(math.isfinite(value) for value in lambdas.values()):
         raise ValueError(f"family weights {lambdas} are not all finite")
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, list[tuple[int, Any]]] = {}
     for index, (update, _) in enumerate(updates):
-        groups.setdefault(update.family, []).append(index)
+        for part in parts_of(update):
+            groups.setdefault(part.family, []).append((index, part))
     shares = [0.0] * len(updates)
     totals: dict[str, Update] = {}
     for family, members in sorted(groups.items()):
-        within = math.fsum(updates[index][1] for index in members)
+        within = math.fsum(updates[index][1] for index, _ in members)
         divisor = within if mixing == "add" else everyone
-        for index in members:
-            shares[index] = lambdas.get(family, 1.0) * updates[index][1] / divisor
-        ordered = _canonical_order([(updates[index][0], shares[index]) for index in members])
+        weighted = [
+            (part, lambdas.get(family, 1.0) * updates[index][1] / divisor)
+            for index, part in members
+        ]
+        for (index, _), (_, share) in zip(members, weighted, strict=True):
+            shares[index] += share
+        ordered = _canonical_order(weighted)
         totals[family] = _total([update * share for update, share in ordered])
     return Aggregate(totals, shares, layout)
 

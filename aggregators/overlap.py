@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aggregators.along_probes import probe_sum
 from aggregators.dense import Dense
 from aggregators.layout import Layout
 from aggregators.low_rank import Factors, LowRank
@@ -23,7 +22,7 @@ from aggregators.seed_scalars import SeedScalars
 from aggregators.update import Update, require_layout
 
 # Beside the squared distances: which of the weights that fit equally well is taken.
-PULL = 1e-7
+PULL = 1e-6
 # Weights are whole multiples of this, so that sums in another order give the same ones.
 STEP = 2.0**-16
 
@@ -130,8 +129,7 @@ def _whole(update: Update, name: str) -> Tensor | None:
         raise TypeError(f"an update of the family {update.family!r} is no change of the weights")
     if len(update.indices) == 0 or not (update.names is None or name in update.names):
         return None
-    shape, tensor_id = update.layout.shape(name), update.layout.tensor_id(name)
-    return probe_sum(shape, update.seeds, update.scalars, tensor_id, update.probe)
+    return update.dense_tensor(name)
 
 
 def _inner(one: _Part, two: _Part) -> float:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from aggregators.basis import Basis
-from aggregators.methods import ProjectedMethod, ZerothOrderMethod
+from aggregators.factor_scalars import FactorScalars
+from aggregators.methods import FactorMethod, ProjectedMethod, ZerothOrderMethod
 from aggregators.projected import ProjectedGradient
 from aggregators.reach import Reach
 from aggregators.seed_scalars import SeedScalars
@@ -43,6 +44,23 @@ def check_scalars(
         )
     _check_numbers(update.scalars, "scalar")
     _check_statistics(update, method, steps)
+
+
+def check_factors(update: FactorScalars, method: FactorMethod, names: Sequence[str]) -> None:
+    """Refuse scalars along probes of other factors than the plan's, beside another A."""
+    if update.names != tuple(names):
+        raise UpdateRejected(
+            Verdict.UNKNOWN_TENSOR,
+            f"factors of {len(update.names)} tensors, not of the {len(names)} that the plan adapts",
+        )
+    if update.rank != method.rank:
+        raise UpdateRejected(Verdict.RANK, f"rank {update.rank}, the plan asks for {method.rank}")
+    if (update.scale, update.shared_seed) != (method.scale, method.shared_seed):
+        raise UpdateRejected(
+            Verdict.POOL,
+            f"factors beside the A of {update.shared_seed} at scale {update.scale:g}, the plan asks for"
+            f" {method.shared_seed} at {method.scale:g}",
+        )
 
 
 def _check_statistics(update: SeedScalars, method: ZerothOrderMethod, steps: int) -> None:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 import fedkernels as fk
+from aggregators.factor_scalars import LARGEST_RANK, FactorScalars
 from aggregators.index_coding import decode_indices, encode_indices
 from aggregators.layout import Layout
 from aggregators.projected import ProjectedGradient
 from aggregators.reach import EVERYTHING, Reach
 from aggregators.seed_scalars import LARGEST_POOL, SeedScalars
+from aggregators.shared_factors import factor_layout
 from aggregators.statistics_codec import read_statistics, statistics_parts
 from aggregators.update import UpdateRejected, Verdict
 
@@ -84,6 +86,37 @@ def read_seed_scalars(
             layout, seed, pool, indices, scalars, probe, _scope(tensors.get("tensors"), layout),
             statistics, read_reach(header),
         )  # fmt: skip
+    except ValueError as error:
+        raise UpdateRejected(Verdict.MALFORMED, str(error)) from None
+
+
+def factor_scalars_parts(update: FactorScalars, dtype: str | None) -> tuple[dict[str, Any], Any]:
+    """Header fields and tensors of scalars along probes of factors."""
+    header, tensors = seed_scalars_parts(update.scalars, dtype)
+    ids = [update.layout.tensor_id(name) for name in update.names]
+    header["factors"] = [update.rank, update.scale, update.shared_seed]
+    tensors["matrices"] = _as_tensor(len(ids).to_bytes(4, "little") + encode_indices(ids))
+    return header, tensors
+
+
+def read_factor_scalars(
+    header: dict[str, Any], tensors: dict[str, Tensor], layout: Layout
+) -> FactorScalars:
+    """What ``factor_scalars_parts`` wrote. Raises UpdateRejected alone."""
+    described, coded = header.get("factors"), tensors.get("matrices")
+    if not isinstance(described, list) or len(described) != 3 or coded is None:
+        raise UpdateRejected(Verdict.MALFORMED, "factors need a rank, a scale, a seed and matrices")
+    rank, scale, shared_seed = described
+    if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
+        raise UpdateRejected(Verdict.RANK, f"the rank {rank!r:.20} is none")
+    rest = {name: tensor for name, tensor in tensors.items() if name != "matrices"}
+    try:
+        data = _bytes(coded)
+        ids = decode_indices(data[4:], int.from_bytes(data[:4], "little"), len(layout))
+        names = [layout.tensors[index].name for index in ids]
+        own = factor_layout(layout, names, rank)
+        scalars = read_seed_scalars(header, rest, own)
+        return FactorScalars(layout, names, rank, scale, shared_seed, scalars)
     except ValueError as error:
         raise UpdateRejected(Verdict.MALFORMED, str(error)) from None
 

@@ -191,7 +191,8 @@ def _digest(content: str, beside: dict[str, Beside], moved: dict[str, Tensor]) -
     for name in sorted(parts):
         summed.update(name.encode())
         for tensor in parts[name]:
-            value = tensor.detach().cpu().contiguous()
-            summed.update(f"|{list(value.shape)}|{value.dtype}|".encode())
-            summed.update(value.numpy().tobytes())
+            summed.update(f"|{list(tensor.shape)}|{tensor.dtype}|".encode())
+            # NumPy has no bfloat16, so bytes are read as such, from a copy without odd strides.
+            value = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            summed.update(value.view(-1).view(torch.uint8).numpy().data)
     return summed.hexdigest()

@@ -37,10 +37,15 @@ class Peak:
 
 
 class PeakMemory:
-    """Counts from its making on; ``read`` says what the peak has been since."""
+    """Counts from its making on; ``read`` says what the peak has been since.
 
-    def __init__(self) -> None:
-        gc.collect()
+    ``collect``: first free what waits for Python's garbage collection, which takes a good part of a
+    second in a process that has imported much.
+    """
+
+    def __init__(self, *, collect: bool = False) -> None:
+        if collect:
+            gc.collect()
         with suppress(AttributeError, OSError):  # freed memory that is kept would hide a new need
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         with suppress(OSError):

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedserver import events
 from fedserver.configuration import RunConfiguration, load
 from fedserver.exchange import Clock, Exchange, MachineClock
+from fedserver.live_log import LiveLog
 from fedserver.rounds import Coordinator
 
 
@@ -28,7 +29,8 @@ def make_app(
     @application.main()
     def main(grid: Grid, context: Context) -> None:
         exchange = Exchange(grid, clock or MachineClock())
-        Coordinator(configuration, exchange, folder, emit=emit, resume=resume).run()
+        listener = LiveLog(folder, emit)
+        Coordinator(configuration, exchange, folder, emit=listener, resume=resume).run()
 
     return application
 
@@ -55,7 +57,7 @@ def deployed(grid: Grid, context: Context) -> None:
         configuration,
         Exchange(grid, MachineClock()),
         folder,
-        emit=_print_event,
+        emit=LiveLog(folder, _print_event),
         resume=bool(settings.get("resume", False)),
         key_file=Path(sealing_key) if sealing_key else None,
         enrolled=_enrolled(Path(registry)) if registry else None,

@@ -68,10 +68,12 @@ class Collector:
         action: str,
         questions: Sequence[Question],
         needed: int,
+        deadline: float,
         newcomers: Newcomers,
     ) -> list[Outcome]:
         """The outcomes of one round, by node: an answer to each question or its absence, then answers to
-        earlier questions and second answers. With ``needed`` updates it may close.
+        earlier questions and second answers. With ``needed`` updates it may close; after ``deadline``
+        seconds it does.
 
         Answers that arrived before the server was started again are not asked for twice.
         """
@@ -92,7 +94,7 @@ class Collector:
             {node: question.payload for node, question in asked.items() if node not in answered},
             TRAIN if trains else EVALUATE,
             number,
-            rules.deadline_seconds,
+            deadline,
             enough=lambda: updates >= needed,
             grace=rules.closing_seconds if trains else None,
             wait_for_late=trains and rules.late == "discount",
@@ -111,7 +113,9 @@ class Collector:
             self._tell(outcome, number)
         for node_id, question in asked.items():
             if node_id not in answered:
-                answered[node_id] = self._missing(question, number, closed=updates >= needed)
+                answered[node_id] = self._missing(
+                    question, number, deadline, closed=updates >= needed
+                )
                 self._open[node_id, number] = question
         self._give_up(number + 1 - rules.staleness_limit)
         for outcome in answered.values():
@@ -158,12 +162,14 @@ class Collector:
                 outcome.discount = self._configuration.discount(outcome.staleness)
         return outcome
 
-    def _missing(self, question: Question, number: int, *, closed: bool) -> Outcome:
+    def _missing(
+        self, question: Question, number: int, deadline: float, *, closed: bool
+    ) -> Outcome:
         early = closed and self._configuration.closing_seconds is not None
         reason = (
             "no reply before the round closed with its quorum"
             if early
-            else f"no reply within {self._configuration.deadline_seconds:g} s"
+            else f"no reply within {deadline:g} s"
         )
         outcome = Outcome(question.plan, Verdict.MISSING, reason, round=number)
         outcome.bytes_down = len(question.payload)

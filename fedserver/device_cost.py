@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 from aggregators import Layout, match_targets
 from aggregators.messages import Plan
-from aggregators.methods import LoraMethod, ProjectedMethod, SketchMethod, ZerothOrderMethod
+from aggregators.methods import (
+    HybridMethod,
+    LoraMethod,
+    Method,
+    ProjectedMethod,
+    SketchMethod,
+    ZerothOrderMethod,
+)
 from fedserver.configuration import NodeConfiguration
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, None: 4}
@@ -26,7 +33,8 @@ LIVE = 6  # results of a layer's widest matrix that a forward pass holds at once
 KEPT = 2  # of each result of a layer that backpropagation keeps, and of those between
 EVALUATION_BATCH = 16
 HEAD_ROWS = 256  # of logits that the loss makes at once
-ENVELOPE = 2048  # bytes of a reply beside its numbers
+ENVELOPE = 2048  # bytes of a reply beside its numbers, and of what says where they belong:
+NAMED = 320  # names, shapes and scales of one tensor
 SCALAR_BYTES = 3  # of the place of a scalar in the pool, at most
 
 
@@ -71,19 +79,27 @@ def memory_of(plan: Plan, layout: Layout, view_rank: int = 0, pool_size: int = 0
 
 def upload_bytes(plan: Plan, layout: Layout) -> int:
     """Bytes of a reply, at most."""
-    method, wire = plan.method, BYTES[plan.wire_dtype]
+    wire = BYTES[plan.wire_dtype]
+    if isinstance(plan.method, HybridMethod):
+        parts = (plan.method.lower, plan.method.upper)
+        return sum(_sent(part, plan, layout, wire) for part in parts)
+    return _sent(plan.method, plan, layout, wire)
+
+
+def _sent(method: Method, plan: Plan, layout: Layout, wire: int) -> int:
     if isinstance(method, ZerothOrderMethod):
         used = min(method.pool_size, plan.local_steps * method.directions)
         return ENVELOPE + used * (wire + SCALAR_BYTES)
     if isinstance(method, ProjectedMethod):
-        return ENVELOPE + sum(method.coordinates.values()) * wire
-    names = _trained(plan, layout)
+        return ENVELOPE + sum(NAMED + count * wire for count in method.coordinates.values())
+    names = _trained(method, layout)
+    around = ENVELOPE + NAMED * len(names)
     if isinstance(method, LoraMethod):
         ranks = 2 * method.rank if method.sends == "delta" else method.rank
         sizes = [layout.shape(name) for name in names]
-        return ENVELOPE + sum(ranks * (m + (n if method.train_a else 0)) for m, n in sizes) * wire
+        return around + sum(ranks * (m + (n if method.train_a else 0)) for m, n in sizes) * wire
     assert isinstance(method, SketchMethod)
-    return ENVELOPE + sum(_sketched(layout.shape(name), method) for name in names) * wire
+    return around + sum(_sketched(layout.shape(name), method) for name in names) * wire
 
 
 def device_seconds(node: NodeConfiguration | None, seconds: float, transferred: int) -> float:
@@ -102,10 +118,17 @@ def _training(plan: Plan, layout: Layout) -> int:
     tokens = plan.batch_size * plan.max_length
     if isinstance(method, ZerothOrderMethod):
         return _passing(plan, layout, FORWARD_STREAMS * tokens)
+    if isinstance(method, HybridMethod):
+        # Below the cut nothing is kept, and the copy that moves is float32.
+        names = match_targets(layout, method.upper.target_modules, method.upper.layers)
+        above = match_targets(layout, ("all-linear",), method.upper.layers)
+        kept = KEPT * sum(layout.shape(name)[0] for name in above) * tokens * FLOAT
+        numbers = sum(method.upper.rank * sum(layout.shape(name)) for name in names)
+        return kept + _head(plan, layout, tokens) + numbers * FLOAT * (2 + ADAMW_STATE)
     matrices = match_targets(layout, ("all-linear",))
     kept = KEPT * sum(layout.shape(name)[0] for name in matrices) * tokens * FLOAT
     head = _head(plan, layout, tokens)
-    names = _trained(plan, layout)
+    names = _trained(method, layout)
     if isinstance(method, LoraMethod):
         numbers = sum(method.rank * sum(layout.shape(name)) for name in names)
         return kept + head + numbers * FLOAT * (2 + ADAMW_STATE)
@@ -146,8 +169,9 @@ def _quantised_bytes(plan: Plan, layout: Layout) -> int:
     return int(total)
 
 
-def _trained(plan: Plan, layout: Layout) -> list[str]:
-    modules = plan.method.target_modules
+def _trained(method: Method, layout: Layout) -> list[str]:
+    assert not isinstance(method, HybridMethod), "it trains in two ways"
+    modules = method.target_modules
     return match_targets(layout, modules) if modules else [spec.name for spec in layout]
 
 

@@ -25,13 +25,21 @@ ACCEPTED = "accepted"
 
 @dataclasses.dataclass(frozen=True)
 class NodeInfo:
-    """A node of the cohort as the run sees it: its limits, the size of its data, and what it is."""
+    """A node of the cohort as the run sees it: its limits, the size of its data, and what it is.
+
+    ``device``, ``threads``, ``memory_bytes`` and ``version`` (of its programs) are what the node says
+    of itself.
+    """
 
     node: str
     sends: str
     examples: int
     held_out: int
     description: str = ""
+    device: str = ""
+    threads: int | None = None
+    memory_bytes: int | None = None
+    version: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +60,12 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class RunStarted:
-    """The first event. ``first_round`` is above 1 when a run continues after an interruption."""
+    """The first event. ``first_round`` is above 1 when a run continues after an interruption.
+
+    ``full_model_bytes``, ``full_lora_bytes``: what one round would move if every node exchanged all
+    weights, or the LoRA factors of its rank, in float32. ``real_time``: deadlines are of the machine's
+    clock, not of a simulation's.
+    """
 
     name: str
     preset: str
@@ -61,6 +74,9 @@ class RunStarted:
     nodes: tuple[NodeInfo, ...]
     base_model: str
     output: str
+    full_model_bytes: int = 0
+    full_lora_bytes: int = 0
+    real_time: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +84,22 @@ class RoundStarted:
     """Plans of this round are on their way to the nodes."""
 
     round: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseStarted:
+    """A round (or an evaluation at the end) goes over to its next phase.
+
+    ``phase``: "plan", "train" (plans are sent and replies judged as they arrive), "evaluate",
+    "aggregate", "commit", or "paused". In "train" and "evaluate" ``deadline_seconds`` run, ``nodes``
+    have been asked, and ``quorum`` updates are needed.
+    """
+
+    round: int
+    phase: str
+    nodes: int = 0
+    quorum: int = 0
+    deadline_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +177,14 @@ class Notice:
 
 
 @dataclasses.dataclass(frozen=True)
+class RoundsEnded:
+    """The coordinator has left the loop. ``outcome``: finished, stopped, interrupted or failed."""
+
+    outcome: str
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class FamilyWork:
     """What the nodes of one family of updates did in a run: bytes, seconds of work, and what it adds.
 
@@ -177,12 +217,14 @@ class RunFinished:
 Event: TypeAlias = (
     RunStarted
     | RoundStarted
+    | PhaseStarted
     | NodeStarted
     | NodeProgress
     | NodeReplied
     | EvaluationDone
     | RoundCommitted
     | Notice
+    | RoundsEnded
     | RunFinished
 )
 Listener: TypeAlias = Callable[[Event], None]

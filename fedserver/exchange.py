@@ -114,6 +114,11 @@ class Exchange:
         self._known: set[int] = set()
         self._looked = float("-inf")
 
+    @property
+    def real_time(self) -> bool:
+        """Whether deadlines are of the machine's clock, not of a simulation's."""
+        return isinstance(self._clock, MachineClock)
+
     def nodes(self) -> list[int]:
         """Flower's ids of the nodes that are connected now."""
         return sorted(self._grid.get_node_ids())

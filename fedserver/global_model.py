@@ -19,6 +19,7 @@ from aggregators import (
     Basis,
     Carry,
     Dense,
+    FactorScalars,
     Layout,
     LowRank,
     ProjectedGradient,
@@ -33,6 +34,7 @@ from aggregators import (
     overlap_weights,
 )
 from aggregators.codec import pack, unpack
+from aggregators.pair import parts_of
 from aggregators.presets import PRESETS, Preset
 from aggregators.probe_sum import ProbeSum
 from aggregators.seed_statistics import SeedStatistics
@@ -40,10 +42,7 @@ from aggregators.view import View, read_view, view_parts
 from fedserver.configuration import RunConfiguration
 from fedserver.planner import basis_seed, trained
 
-FAMILY_OF = {
-    "lora": LowRank.family,
-    "zeroth-order": SeedScalars.family,
-}
+ZEROTH_ORDER_FAMILY = {"weights": SeedScalars.family, "lora": FactorScalars.family}
 PROJECTED_FAMILY = {"adaptive": Sketch.family, "random": ProjectedGradient.family}
 # Of the learning rate: the finest step of a scalar that a run's sum tells apart.
 STEP_BITS = 16
@@ -180,14 +179,18 @@ def next_model(
         family: _change(mean, model, configuration) for family, mean in means.updates.items()
     }
     weights, cosines = dict.fromkeys(changes, 1.0), {}
+    examples: Counter[str] = Counter()
+    for update, count in updates:
+        examples.update({part.family: count for part in parts_of(update)})
     if mixing.rule == "overlap" and len(changes) > 1:
-        examples = Counter({update.family: 0 for update, _ in updates})
-        for update, count in updates:
-            examples[update.family] += count
         products = gram([change.parts for change in changes.values()], layout)
         found = overlap_weights(products, [examples[family] for family in changes])
         weights, cosines = dict(zip(changes, found, strict=True)), _cosines(products, list(changes))
-    families = FAMILY_OF | {"projected": PROJECTED_FAMILY[configuration.basis]}
+    families = {
+        "lora": LowRank.family,
+        "zeroth-order": ZEROTH_ORDER_FAMILY[configuration.zeroth_order.trains],
+        "projected": PROJECTED_FAMILY[configuration.basis],
+    }
     for strand, factor in mixing.weights.items():
         if families[strand] in weights:
             weights[families[strand]] *= factor
@@ -198,8 +201,16 @@ def next_model(
             following = _with(following, part if factor == 1.0 else part * factor, configuration)
         if change.basis is not None:
             following = replace(following, basis=change.basis)
-    of = (weights[update.family] for update, _ in updates)
-    shares = [share * weight for share, weight in zip(means.shares, of, strict=True)]
+    everyone = sum(count for _, count in updates)
+    shares = [
+        sum(
+            weights[part.family]
+            * count
+            / (everyone if mixing.rule == "mean" else examples[part.family])
+            for part in parts_of(update)
+        )
+        for update, count in updates
+    ]
     return _with_statistics(following, updates), Mixed(shares, weights, cosines)
 
 
@@ -241,6 +252,8 @@ def _with(model: GlobalModel, change: Update, configuration: RunConfiguration) -
         return replace(model, carry=model.carry.add(change))
     if isinstance(change, Dense):
         return replace(model, whole=change if model.whole is None else model.whole + change)
+    if isinstance(change, FactorScalars):
+        return replace(model, carry=model.carry.add(change.low_rank()))
     if isinstance(change, SeedScalars):
         return replace(model, sums=_with_scalars(model.sums, change, configuration))
     if isinstance(change, ProjectedGradient):
@@ -264,9 +277,10 @@ def _with_statistics(model: GlobalModel, updates: Sequence[tuple[Update, int]]) 
     """The state with what this round's nodes measured, each measurement counting alike."""
     known = model.statistics
     for update, _ in updates:
-        found = update.statistics if isinstance(update, SeedScalars) else None
-        if found is not None:
-            known = found if known is None else known + found
+        for part in parts_of(update):
+            found = part.statistics if isinstance(part, (SeedScalars, FactorScalars)) else None
+            if found is not None:
+                known = found if known is None else known + found
     return replace(model, statistics=known)
 
 

@@ -77,7 +77,7 @@ class Ledger:
             self._lock = _locked(folder)
         try:
             if create and not path.is_file():
-                ledger_database.create(path)
+                _make(path)
             self._database = ledger_database.connect(path)
             if self._lock is None:
                 ledger_database.require_current(self._database)
@@ -245,7 +245,7 @@ class Ledger:
         from aggregators.keys import KeyFileError
         from fedserver.sealing import Sealer
 
-        for leftover in self.folder.glob("*.part"):
+        for leftover in self.folder.glob("*.part*"):
             leftover.unlink(missing_ok=True)
         unsealed = ledger_database.version(self._database) < 2
         fresh = unsealed or self.height == 0
@@ -299,6 +299,13 @@ class Ledger:
     def _roll_back(self) -> None:
         if self._database.in_transaction:
             self._database.rollback()
+
+
+def _make(path: Path) -> None:
+    try:
+        ledger_database.create(path)
+    except (sqlite3.Error, OSError) as error:
+        raise LedgerError(f"{path} could not be made: {error}; {REMEDY}") from None
 
 
 def _locked(folder: Path) -> IO[str]:

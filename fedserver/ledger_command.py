@@ -52,7 +52,7 @@ def show(folder: Folder, as_json: Json = False) -> None:
 def verify(folder: Folder, key: Key = None, as_json: Json = False) -> None:
     """Check chain, seals, signatures and blobs; exit code 1 when something was changed or lost."""
     ledger = Ledger(folder)
-    problems = ledger.verify(key=_public_key(key) if key else None)
+    problems = ledger.verify(key=public_key(key) if key else None)
     if as_json:
         print(json.dumps({"head": ledger.head, "height": ledger.height, "problems": problems}))
     elif problems:
@@ -95,7 +95,7 @@ def check(
     from fedserver.inclusion import check as run
 
     try:
-        proven = run(read_proof(proof), _public_key(key))
+        proven = run(read_proof(proof), public_key(key))
     except ProofError as error:
         print(
             json.dumps({"proven": False, "problem": str(error)}) if as_json else f"{proof}: {error}"
@@ -149,10 +149,10 @@ def replay(folder: Folder, as_json: Json = False) -> None:
             print(json.dumps({**vars(replayed), "equal": replayed.equal}))
         else:
             verdict = "equal" if replayed.equal else f"DIFFERS: found {replayed.found[:16]}"
-            print(
-                f"round {replayed.round}: {replayed.updates} updates,"
-                f" state {replayed.expected[:16]}: {verdict}"
-            )
+            what = f"round {replayed.round}: {replayed.updates} updates"
+            if replayed.rolled_back_to is not None:
+                what = f"rolled back to round {replayed.rolled_back_to}"
+            print(f"{what}, state {replayed.expected[:16]}: {verdict}")
 
     ledger = Ledger(folder)
     if problems := ledger.verify(state=False):
@@ -162,7 +162,7 @@ def replay(folder: Folder, as_json: Json = False) -> None:
     raise typer.Exit(0 if all(replayed.equal for replayed in found) else 1)
 
 
-def _public_key(given: str) -> str:
+def public_key(given: str) -> str:
     """A public key as it is, or as a file holds it."""
     path = Path(given)
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else given

@@ -50,7 +50,8 @@ class VersionError(Exception):
 def create(path: Path) -> None:
     """Make an empty database at ``path``. Raises sqlite3.Error and OSError."""
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.unlink(missing_ok=True)
+    for leftover in path.parent.glob("*.part*"):
+        leftover.unlink(missing_ok=True)
     database = sqlite3.connect(part, isolation_level=None)
     try:
         database.execute("PRAGMA journal_mode=WAL")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ from typing import Any
 from aggregators import Layout
 from aggregators.messages import Evaluation
 from fedserver.configuration import RunConfiguration
+from fedserver.control import OPERATOR
 from fedserver.device_cost import device_seconds
 from fedserver.ledger import Entry, Ledger
 
@@ -49,8 +51,19 @@ def evaluations(ledger: Ledger) -> dict[int, dict[str, Any] | None]:
 
     They are of all nodes, each on what it holds of the base; ``by_format`` has the loss of each kind.
     """
-    found = {entry.round - 1: _entering(entry) for entry in ledger.entries("round")}
-    return found | {entry.round: _entering(entry) for entry in ledger.entries("evaluation")}
+    found: dict[int, dict[str, Any] | None] = {}
+    model = 0
+    for entry in ledger.entries():
+        if entry.kind == "round":
+            # A model that came back by a roll-back is evaluated again; the first time counts.
+            if found.get(model) is None:
+                found[model] = _entering(entry)
+            model = entry.round
+        elif entry.kind == "evaluation":
+            found[entry.round] = _entering(entry)
+        elif entry.kind == OPERATOR and entry.content["action"] == "rollback":
+            model = entry.content["arguments"]["round"]
+    return found
 
 
 def _entering(entry: Entry) -> dict[str, Any] | None:
@@ -84,6 +97,8 @@ def round_row(entry: Entry, evaluation: dict[str, Any] | None) -> dict[str, Any]
         "carry_rank": entry.content["carry_rank"],
         "tail_energy": entry.content["tail_energy"],
         "head": entry.hash,
+        "device_seconds": None,
+        # Last, so that a reader of the round alone can stop here: there may be thousands.
         "nodes": [_node_row(node, entry) for node in nodes],
     }
 
@@ -113,11 +128,15 @@ def scores(sums: dict[str, Any] | None) -> dict[str, Any] | None:
 def families(ledger: Ledger) -> dict[str, dict[str, Any]]:
     """By family of updates: nodes, accepted updates, bytes, seconds of work, and what it adds.
 
+    ``weight``: what its mean was multiplied by, on average over rounds; None where nothing came in.
     ``contribution``: by how many nats a token the loss would be higher without the family's updates;
     None where that was not evaluated.
     """
     found: dict[str, dict[str, Any]] = {}
+    weights: dict[str, list[float]] = {}
     for entry in ledger.entries("round"):
+        for family, weight in entry.content["mixing"].get("weights", {}).items():
+            weights.setdefault(family, []).append(weight)
         for node in entry.content["nodes"]:
             if node["verdict"] != "accepted" or "family" not in node:
                 continue
@@ -137,7 +156,12 @@ def families(ledger: Ledger) -> dict[str, dict[str, Any]]:
         if whole and lost and last is not None and entry.round == last.round:
             found[entry.content["without"]]["contribution"] = lost["loss"] - whole["loss"]
     return {
-        family: one | {"nodes": len(one["nodes"]), "contribution": one.get("contribution")}
+        family: one
+        | {
+            "nodes": len(one["nodes"]),
+            "weight": statistics.fmean(weights[family]) if family in weights else None,
+            "contribution": one.get("contribution"),
+        }
         for family, one in sorted(found.items())
     }
 
@@ -150,9 +174,7 @@ def summarise(
     before, after = _before_and_after(ledger)
     genesis = ledger.last("genesis")
     assert genesis is not None
-    weights = sum(math.prod(tensor.shape) for tensor in layout.tensors)
-    per_rank = sum(sum(layout.shape(name)) for name in targets)
-    ranks = [node.lora_r or configuration.lora_r for node in configuration.nodes]
+    full_model, full_lora = baselines(configuration, layout, targets)
     return {
         "name": configuration.name,
         "preset": configuration.preset,
@@ -166,8 +188,8 @@ def summarise(
         "families": families(ledger),
         "bytes_up": _bytes(ledger, "bytes_up"),
         "bytes_down": _bytes(ledger, "bytes_down"),
-        "bytes_full_model": 2 * FP32_BYTES * weights * len(ranks) * len(lines),
-        "bytes_full_lora": 2 * FP32_BYTES * per_rank * sum(ranks) * len(lines),
+        "bytes_full_model": full_model * len(lines),
+        "bytes_full_lora": full_lora * len(lines),
         "seconds": sum(entry.wall["seconds"] for entry in _messages(ledger)),
         "device_seconds": sum(line["device_seconds"] for line in lines),
         "device_memory": max(
@@ -177,6 +199,16 @@ def summarise(
         "adapter": "adapter",
         "version": _version(),
     }
+
+
+def baselines(
+    configuration: RunConfiguration, layout: Layout, targets: Sequence[str]
+) -> tuple[int, int]:
+    """Bytes of one round, up and down, if every node exchanged all weights, or its LoRA factors."""
+    weights = sum(math.prod(tensor.shape) for tensor in layout.tensors)
+    per_rank = sum(sum(layout.shape(name)) for name in targets)
+    ranks = [node.lora_r or configuration.lora_r for node in configuration.nodes]
+    return 2 * FP32_BYTES * weights * len(ranks), 2 * FP32_BYTES * per_rank * sum(ranks)
 
 
 def write(ledger: Ledger, configuration: RunConfiguration, path: Path) -> None:

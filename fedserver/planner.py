@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from aggregators import Layout, match_targets
+from aggregators.factor_scalars import lora_scale
 from aggregators.messages import Capabilities, Plan
 from aggregators.methods import (
+    FactorMethod,
+    HybridMethod,
     LoraMethod,
     Method,
     ProjectedMethod,
@@ -81,15 +84,30 @@ def check_targets(configuration: RunConfiguration, layout: Layout) -> list[str]:
 def check_reach(configuration: RunConfiguration, layout: Layout) -> None:
     """Refuse zeroth-order training of no tensor, and of more blocks than layers."""
     settings = configuration.zeroth_order
-    names = trained_names(layout, settings.target_modules, settings.layers)
+    method = zeroth_order(configuration)
+    if settings.estimator == "hybrid":
+        count = layer_count(layout)
+        cut = settings.cut or count // 2
+        if not 0 < cut < count:
+            raise ConfigurationError(
+                f"zeroth_order.cut {cut} leaves no layer on one side: {configuration.base_model} has"
+                f" {count} layers"
+            )
+        if not match_targets(layout, configuration.lora_target_modules, (cut, count)):
+            raise ConfigurationError(
+                f"lora_target_modules {list(configuration.lora_target_modules)} match no weight of the"
+                f" layers from {cut} on"
+            )
+        method = method.model_copy(update={"layers": (0, cut)})
+    names = trained_names(layout, method.target_modules, method.layers)
     if not names:
         raise ConfigurationError(
-            f"zeroth_order.target_modules {list(settings.target_modules)} and layers"
-            f" {list(settings.layers or ())} match no weight of {configuration.base_model}, which has"
+            f"zeroth_order.target_modules {list(method.target_modules)} and layers"
+            f" {list(method.layers or ())} match no weight of {configuration.base_model}, which has"
             f" {layer_count(layout)} layers"
         )
     try:
-        zeroth_order(configuration).reach.block_of(layout, names)
+        method.reach.block_of(layout, names)
     except ValueError as error:
         raise ConfigurationError(f"zeroth_order: {error}") from None
 
@@ -154,16 +172,40 @@ def make_method(
     if strand == "lora":
         return _lora(configuration, capabilities)
     if strand == "zeroth-order":
+        if configuration.zeroth_order.estimator == "hybrid":
+            return hybrid(configuration, capabilities, layout)
         return zeroth_order(configuration)
     return _projected(configuration, layout, round_number)
 
 
 def zeroth_order(configuration: RunConfiguration) -> ZerothOrderMethod:
     """How a node trains by forward passes alone: the same in every round, so that scalars add."""
-    settings = configuration.zeroth_order.model_dump(exclude=OF_THE_PLAN)
-    return ZerothOrderMethod(
-        **settings
-        | {"master_seed": _seed(configuration, "pool"), "sampling": configuration.sampling}
+    settings = configuration.zeroth_order.model_dump(exclude={*OF_THE_PLAN, "trains", "cut"})
+    if settings["estimator"] == "hybrid":
+        settings["estimator"] = "spsa"
+    settings |= {"master_seed": _seed(configuration, "pool"), "sampling": configuration.sampling}
+    if configuration.zeroth_order.trains == "weights":
+        return ZerothOrderMethod(**settings)
+    alpha, rank = configuration.lora_alpha, configuration.lora_r
+    settings["target_modules"] = settings["target_modules"] or ("all-linear",)
+    return FactorMethod(
+        **settings,
+        rank=rank,
+        scale=lora_scale(alpha, rank, configuration.lora_rslora),
+        shared_seed=_seed(configuration, "factors"),
+    )
+
+
+def hybrid(
+    configuration: RunConfiguration, capabilities: Capabilities, layout: Layout
+) -> HybridMethod:
+    """Zeroth-order steps below the cut, by default half of the layers, and the run's LoRA above it."""
+    count = layer_count(layout)
+    cut = configuration.zeroth_order.cut or count // 2
+    return HybridMethod(
+        lower=zeroth_order(configuration).model_copy(update={"layers": (0, cut)}),
+        upper=_lora(configuration, capabilities).model_copy(update={"layers": (cut, count)}),
+        upper_learning_rate=configuration.learning_rate,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from aggregators import Basis
 from aggregators.messages import Plan, encode_plan
-from aggregators.methods import LoraMethod, SketchMethod, ZerothOrderMethod
+from aggregators.methods import HybridMethod, LoraMethod, SketchMethod, ZerothOrderMethod
 from aggregators.presets import PRESETS
 from aggregators.view import View
 from fedserver.configuration import RunConfiguration
@@ -34,6 +34,7 @@ def question(
     model: GlobalModel,
     round_number: int,
     action: str,
+    deadline_seconds: float,
 ) -> Question:
     """What one member is asked in a round that begins with ``model``: the same whenever it is made."""
     plan = make_plan(
@@ -43,7 +44,7 @@ def question(
         layout=roster.layout,
         base_digest=roster.base_digest,
         action=action,
-    )
+    ).model_copy(update={"deadline_seconds": deadline_seconds})
     basis = model.basis or first_basis(configuration, roster.layout)
     view = _view(configuration, model, plan, basis)
     return Question(
@@ -69,7 +70,7 @@ def _beside(model: GlobalModel, plan: Plan, basis: Basis | None) -> dict[str, An
     """What a method needs to know beside the model itself."""
     if plan.action == "train" and isinstance(plan.method, SketchMethod):
         return {"basis": basis}
-    if plan.action == "train" and isinstance(plan.method, ZerothOrderMethod):
+    if plan.action == "train" and isinstance(plan.method, ZerothOrderMethod | HybridMethod):
         known = model.statistics
         return {"levels": known.levels()} if known is not None else {}
     return {}

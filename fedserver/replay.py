@@ -14,20 +14,26 @@ from aggregators import Update, UpdateRejected
 from aggregators.gate import GateContext, admit
 from aggregators.messages import Plan
 from fedserver.configuration import RunConfiguration
+from fedserver.control import OPERATOR
 from fedserver.global_model import GlobalModel, first_basis, next_model
-from fedserver.ledger import Ledger, LedgerError
+from fedserver.ledger import Entry, Ledger, LedgerError
 from fedserver.run_folder import read_layout
 from fedserver.staleness import discounted
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """One round: the digest that the ledger names and the one that replaying gave."""
+    """One round: the digest that the ledger names and the one that replaying gave.
+
+    ``rolled_back_to``: the entry is not a round but an operator's roll-back to that round, before
+    round ``round``.
+    """
 
     round: int
     updates: int
     expected: str
     found: str
+    rolled_back_to: int | None = None
 
     @property
     def equal(self) -> bool:
@@ -44,10 +50,11 @@ def restore(ledger: Ledger, configuration: RunConfiguration) -> tuple[GlobalMode
     last = ledger.last("round")
     if last is None:
         return GlobalModel.empty(layout), 0
+    state = last_state(ledger)
     try:
-        return GlobalModel.from_bytes(ledger.get(last.content["state"]), layout), last.round
+        return GlobalModel.from_bytes(ledger.get(state), layout), last.round
     except LedgerError:
-        ledger.forget(last.content["state"])
+        ledger.forget(state)
     for replayed, model in states(ledger, configuration):
         if not replayed.equal:
             raise LedgerError(
@@ -57,6 +64,26 @@ def restore(ledger: Ledger, configuration: RunConfiguration) -> tuple[GlobalMode
         made = model
     ledger.put(made.to_bytes())
     return made, last.round
+
+
+def last_state(ledger: Ledger) -> str:
+    """Digest of the state that the next round starts from; "" before the first round."""
+    last = ledger.last("round")
+    state = "" if last is None else str(last.content["state"])
+    for entry in ledger.entries(OPERATOR):
+        if last is not None and entry.height > last.height and _target(entry) is not None:
+            state = str(entry.content["state"])
+    return state
+
+
+def model_after(ledger: Ledger, configuration: RunConfiguration, number: int) -> GlobalModel:
+    """The model as it was after round ``number``, from the recorded updates; 0: no change at all."""
+    if number == 0:
+        return GlobalModel.empty(read_layout(ledger))
+    for replayed, model in states(ledger, configuration):
+        if replayed.round == number and replayed.rolled_back_to is None:
+            return model
+    raise LedgerError(f"{ledger.folder}: round {number} is not in the ledger")
 
 
 def replay(
@@ -91,7 +118,16 @@ def states(
     model = GlobalModel.empty(layout)
     # The order of floating-point sums depends on the number of threads.
     torch.set_num_threads(configuration.threads)
-    for entry in ledger.entries("round"):
+    targets = {_target(entry) for entry in ledger.entries(OPERATOR)} - {None}
+    kept = {0: model} if 0 in targets else {}
+    for entry in ledger.entries():
+        target = _target(entry)
+        if target is not None:
+            model = kept[target]
+            digest = model.digest()
+            yield Replayed(entry.round, 0, entry.content["state"], digest, target), model
+        if entry.kind != "round":
+            continue
         updates: list[tuple[Update, int]] = []
         for node in entry.content["nodes"]:
             trained = node["verdict"] == "accepted" and node["plan"]["action"] == "train"
@@ -118,4 +154,13 @@ def states(
             )
         if entry.content["quorum"] and updates:
             model, _ = next_model(model, updates, configuration)
+        if entry.round in targets:
+            kept[entry.round] = model
         yield Replayed(entry.round, len(updates), entry.content["state"], model.digest()), model
+
+
+def _target(entry: Entry) -> int | None:
+    """The round that an entry rolls back to; None for any other entry."""
+    if entry.kind != OPERATOR or entry.content["action"] != "rollback":
+        return None
+    return int(entry.content["arguments"]["round"])

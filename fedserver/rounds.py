@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedserver.global_model import GlobalModel, Mixed, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
 from fedserver.newcomers import Churn
 from fedserver.open_round import committed_before
+from fedserver.operations import Operations
 from fedserver.outcome import (
     Outcome,
     evaluations_by_format,
@@ -32,7 +34,7 @@ from fedserver.outcome import (
 from fedserver.participation import asked_in, trains
 from fedserver.planner import check_targets, make_method
 from fedserver.questions import Question, question, view_limits
-from fedserver.replay import restore, without
+from fedserver.replay import last_state, restore, without
 from fedserver.roster import Member, Roster, gather_roster
 from fedserver.run_folder import open_existing
 from fedserver.staleness import discounted, unanswered
@@ -69,18 +71,38 @@ class Coordinator:
         """Run to the configured number of rounds; returns the summary that it also writes."""
         # The order of floating-point sums, so the bits of the state, depends on the threads.
         torch.set_num_threads(self._configuration.threads)
-        # A folder of another run must be found out before the nodes are set to work.
-        existing = open_existing(
-            self._folder, self._configuration, resume=self._resume, key_file=self._key_file
-        )
-        known = committed_before(existing)[1] if existing else {}
-        roster = gather_roster(
-            self._configuration, self._exchange, self._emit, enrolled=self._enrolled, known=known
-        )
-        self._configuration, self._choices = with_choices(self._configuration, roster.layout)
-        targets = check_targets(self._configuration, roster.layout)
-        ledger = existing or Ledger(self._folder, create=True, key_file=self._key_file)
         try:
+            summary = self._open_and_run()
+        except BaseException as error:
+            outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self._emit(events.RoundsEnded(outcome, str(error)))
+            raise
+        stopped_by = self._operations.stopped_by
+        reason = f"stopped by {stopped_by}" if stopped_by else ""
+        self._emit(events.RoundsEnded("stopped" if stopped_by else "finished", reason))
+        return summary
+
+    def _open_and_run(self) -> dict[str, Any]:
+        # A folder of another run must be found out before the nodes are set to work.
+        with ExitStack() as stack:
+            ledger = open_existing(
+                self._folder, self._configuration, resume=self._resume, key_file=self._key_file
+            )
+            if ledger is not None:
+                stack.callback(ledger.close)
+            known = committed_before(ledger)[1] if ledger is not None else {}
+            roster = gather_roster(
+                self._configuration,
+                self._exchange,
+                self._emit,
+                enrolled=self._enrolled,
+                known=known,
+            )
+            self._configuration, self._choices = with_choices(self._configuration, roster.layout)
+            targets = check_targets(self._configuration, roster.layout)
+            if ledger is None:
+                ledger = Ledger(self._folder, create=True, key_file=self._key_file)
+                stack.callback(ledger.close)
             collector = Collector(
                 self._configuration,
                 self._exchange,
@@ -91,8 +113,6 @@ class Coordinator:
             )
             churn = Churn(roster, self._configuration, self._emit, self._enrolled, known)
             return self._run(ledger, churn, collector, targets)
-        finally:
-            ledger.close()
 
     def _run(
         self, ledger: Ledger, churn: Churn, collector: Collector, targets: list[str]
@@ -101,15 +121,23 @@ class Coordinator:
         (self._folder / "scenario.toml").write_text(to_toml(self._asked), encoding="utf-8")
         self._begin(ledger, roster)
         model, done = restore(ledger, configuration)
-        self._announce(roster, done + 1)
+        members = [member.capabilities.node for member in roster.members]
+        operations = Operations(ledger, configuration, members, self._emit)
+        self._operations = operations
+        self._announce(roster, done + 1, metrics.baselines(configuration, roster.layout, targets))
         self._reopen(ledger, roster, collector)
         for number in range(done + 1, configuration.rounds + 1):
+            model = operations.before(number, model)
+            if operations.stopped_by:
+                break
             model = self._round(number, model, ledger, churn, collector)
             metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
-        if configuration.evaluate and not _evaluated(ledger, configuration.rounds):
-            self._final_evaluation(model, ledger, churn, collector)
-        if configuration.contributions:
-            self._contributions(ledger, churn, collector)
+        operations.end()
+        if not operations.stopped_by:
+            if configuration.evaluate and not _evaluated(ledger, configuration.rounds):
+                self._final_evaluation(model, ledger, churn, collector)
+            if configuration.contributions:
+                self._contributions(ledger, churn, collector)
         metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
         summary = metrics.summarise(ledger, configuration, roster.layout, targets)
         metrics.write_json(summary, self._folder / "summary.json")
@@ -143,7 +171,7 @@ class Coordinator:
                 f" hold {roster.base_digest[:12]}: restore the first model, or start a new run"
             )
 
-    def _announce(self, roster: Roster, first_round: int) -> None:
+    def _announce(self, roster: Roster, first_round: int, baselines: tuple[int, int]) -> None:
         configuration = self._configuration
         self._emit(
             events.RunStarted(
@@ -154,6 +182,9 @@ class Coordinator:
                 nodes=tuple(self._node_info(member, roster) for member in roster.members),
                 base_model=configuration.base_model,
                 output=str(self._folder),
+                full_model_bytes=baselines[0],
+                full_lora_bytes=baselines[1],
+                real_time=self._exchange.real_time,
             )
         )
 
@@ -172,6 +203,10 @@ class Coordinator:
             examples=member.capabilities.examples,
             held_out=member.capabilities.held_out,
             description=(node.description if node else "") or categories,
+            device=member.capabilities.device,
+            threads=member.capabilities.threads,
+            memory_bytes=member.capabilities.memory_bytes,
+            version=", ".join(f"{k} {v}" for k, v in member.capabilities.versions.items()),
         )
 
     def _reopen(self, ledger: Ledger, roster: Roster, collector: Collector) -> None:
@@ -181,13 +216,23 @@ class Coordinator:
         for name, number in unanswered(ledger, self._configuration):
             if name not in members:
                 continue
+            before = self._operations.entering(number)
             model = GlobalModel.empty(roster.layout)
-            if number > 1:
-                if not ledger.has(states[number - 1]):
+            if before > 0:
+                if not ledger.has(states[before]):
                     continue
-                model = GlobalModel.from_bytes(ledger.get(states[number - 1]), roster.layout)
+                model = GlobalModel.from_bytes(ledger.get(states[before]), roster.layout)
             member = members[name]
-            collector.reopen(question(self._configuration, roster, member, model, number, "train"))
+            asked = question(
+                self._configuration,
+                roster,
+                member,
+                model,
+                number,
+                "train",
+                self._configuration.deadline_seconds,
+            )
+            collector.reopen(asked)
 
     def _round(
         self,
@@ -200,15 +245,19 @@ class Coordinator:
         self._emit(events.RoundStarted(number))
         started, monotonic = time.time(), time.monotonic()
         configuration, roster = self._configuration, churn.roster
-        asked = asked_in(configuration, roster.members, number, collector.busy)
+        self._emit(events.PhaseStarted(number, "plan"))
+        asked = asked_in(configuration, self._present(roster), number, collector.busy)
         needed = configuration.needed(sum(trains(configuration, member) for member in asked))
         if configuration.asynchronous:
             needed = configuration.minimum_updates()
-        outcomes = collector.collect(
-            number, "train", self._questions(asked, roster, model, number, "train"), needed, churn
-        )
+        needed = self._operations.quorum(number, needed)
+        questions = self._questions(asked, roster, model, number, "train")
+        deadline = self._operations.deadline_seconds(number)
+        self._emit(events.PhaseStarted(number, "train", len(questions), needed, deadline))
+        outcomes = collector.collect(number, "train", questions, needed, deadline, churn)
         accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
         updates = [o for o in accepted if o.admitted is not None and o.admitted.update is not None]
+        self._emit(events.PhaseStarted(number, "aggregate"))
         quorum = len(updates) >= needed
         following, mixed = self._fold(model, updates) if quorum else (model, None)
         if not quorum:
@@ -219,6 +268,7 @@ class Coordinator:
                     f" {needed} needed; the model stays as it was",
                 )
             )
+        self._emit(events.PhaseStarted(number, "commit"))
         state = ledger.put(following.to_bytes())
         fresh = [outcome for outcome in accepted if outcome.fresh]
         entering = sum_evaluations(fresh)
@@ -241,8 +291,9 @@ class Coordinator:
             "nodes": _seconds(outcomes),
             "memory": _memory(outcomes),
         }
+        kept = {state, last_state(ledger), *_states_before(ledger, collector.open_rounds)}
         entry = ledger.append("round", number, content, wall, signatures(outcomes))
-        ledger.keep_states({state, *_states_before(ledger, {number, *collector.open_rounds})})
+        ledger.keep_states(kept - {""})
         self._report(entry, entering)
         return following
 
@@ -327,17 +378,25 @@ class Coordinator:
         number: int,
         action: str,
     ) -> list[Question]:
+        deadline = self._operations.deadline_seconds(number)
         return [
-            question(self._configuration, roster, member, model, number, action)
+            question(self._configuration, roster, member, model, number, action, deadline)
             for member in members
         ]
+
+    def _present(self, roster: Roster) -> list[Member]:
+        """The members that no operator has taken out."""
+        out = self._operations.excluded
+        return [member for member in roster.members if member.capabilities.node not in out]
 
     def _evaluated_by_all(
         self, number: int, model: GlobalModel, churn: Churn, collector: Collector
     ) -> list[Outcome]:
         roster = churn.roster
-        questions = self._questions(roster.members, roster, model, number, "evaluate")
-        return collector.collect(number, "evaluate", questions, len(questions), churn)
+        questions = self._questions(self._present(roster), roster, model, number, "evaluate")
+        deadline = self._operations.deadline_seconds(number)
+        self._emit(events.PhaseStarted(number, "evaluate", len(questions), 0, deadline))
+        return collector.collect(number, "evaluate", questions, len(questions), deadline, churn)
 
     def _tail_energy(self, model: GlobalModel) -> float:
         if self._preset.view == "whole":
@@ -345,7 +404,7 @@ class Coordinator:
         return model.carry.tail_energy(*view_limits(self._configuration))
 
     def _report(self, entry: Entry, entering: dict[str, Any] | None) -> None:
-        self._emit_evaluation(entry.round - 1, entering)
+        self._emit_evaluation(self._operations.entering(entry.round), entering)
         row = metrics.round_row(entry, None)
         self._emit(
             events.RoundCommitted(

@@ -7,6 +7,7 @@ from typing import Any
 
 from aggregators import Layout
 from fedserver.configuration import ConfigurationError, RunConfiguration, load
+from fedserver.control import CONTROL
 from fedserver.ledger import BLOBS, KEYS, LOCK, Entry, Ledger, LedgerError
 
 
@@ -79,10 +80,11 @@ def _genesis(ledger: Ledger) -> Entry:
 
 
 def _is_fresh(folder: Path) -> bool:
-    """Nothing stands in it, or what a ledger leaves that was stopped while it was being made."""
+    """Nothing stands in it but an operator's requests, or a ledger's beginnings that were stopped."""
     return all(
         path.name in (LOCK, KEYS)
-        or path.suffix == ".part"
+        or path.name.startswith(CONTROL)
+        or ".part" in path.suffix  # with what SQLite puts behind it
         or (path.name == BLOBS and path.is_dir() and not any(path.iterdir()))
         for path in folder.iterdir()
     )

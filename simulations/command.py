@@ -81,7 +81,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 Exact = Annotated[bool, typer.Option("--exact", help="The whole carry, not the view's rank.")]
 
 DISK_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
 }  # fmt: skip
 
@@ -98,9 +98,14 @@ def simulate(
     engine: Annotated[str, typer.Option(help="local (in process) or flower (Ray).")] = "local",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     samples: Annotated[int, typer.Option(help="Sample questions to answer at the end.")] = 2,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Serve the run meanwhile, and open a browser.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a scenario on this machine and write a run folder with report and adapter."""
+    from contextlib import nullcontext
+
     from fedclient.base_model import resolve_with_bars
     from fedserver.configuration import load
     from simulations.live import LiveView
@@ -111,8 +116,14 @@ def simulate(
     folder = choose_folder(configuration, output, resume=resume)
     # Fetching the model draws bars of its own, so it comes before the live table.
     resolve_with_bars(configuration.base_model)
-    with LiveView(json=as_json) as view:
-        run(configuration, folder, view, engine=engine, resume=resume, samples=samples)
+    from fedserver.dashboard.beside import served
+
+    with served(folder) if dashboard else nullcontext():
+        with LiveView(json=as_json) as view:
+            run(configuration, folder, view, engine=engine, resume=resume, samples=samples)
+        if dashboard and sys.stdin.isatty():
+            Console(stderr=True).print("the dashboard serves until Return is pressed")
+            sys.stdin.readline()
 
 
 @app.command()
@@ -209,12 +220,17 @@ def _base_of(folder: Path) -> Path:
 
 def _mount_rooms() -> None:
     from fedclient.deployment.command import client_app
+    from fedserver.backup_command import add_backup_commands
+    from fedserver.dashboard.command import accounts_app, dashboard
     from fedserver.deployment.command import server_app
     from fedserver.ledger_command import ledger_app
 
+    add_backup_commands(server_app)
     app.add_typer(server_app, name="server")
     app.add_typer(client_app, name="client")
     app.add_typer(ledger_app, name="ledger")
+    app.command()(dashboard)
+    app.add_typer(accounts_app, name="accounts")
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
@@ -223,6 +239,9 @@ def expected_errors() -> tuple[type[Exception], ...]:
     for module, name in (
         ("fedserver.configuration", "ConfigurationError"),
         ("fedserver.ledger", "LedgerError"),
+        ("fedserver.dashboard.accounts", "AccountError"),
+        ("fedserver.dashboard.command", "DashboardError"),
+        ("fedserver.dashboard.vendor", "VendorError"),
         ("fedclient.base_model", "BaseModelError"),
         ("fedclient.data", "DataError"),
         ("simulations.run_directory", "RunDirectoryError"),

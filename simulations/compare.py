@@ -14,8 +14,8 @@ from rich.table import Table
 
 from aggregators.presets import PRESETS
 from fedserver.configuration import ConfigurationError, load
+from fedserver.intervals import Estimate, estimate
 from simulations.comparison_page import comparison
-from simulations.intervals import Estimate, estimate
 from simulations.live import LiveView
 from simulations.run import simulate
 

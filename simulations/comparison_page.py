@@ -14,10 +14,11 @@ from statistics import fmean
 
 from markupsafe import Markup
 
-from simulations import charts, quantities
+from fedserver import quantities
+from fedserver.intervals import Estimate, estimate
+from simulations import charts
 from simulations.axes import Chart
 from simulations.charts import Band, Series
-from simulations.intervals import Estimate, estimate
 from simulations.pages import datum, render, write_page
 from simulations.run_directory import Round, Run, RunDirectoryError, read_run
 

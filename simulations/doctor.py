@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from simulations import quantities
+from fedserver import quantities
 from simulations.machine import USED_EXTRAS, Machine, Package, Place, inspect_machine
 
 Severity = Literal["ok", "note", "warning", "error"]

@@ -17,6 +17,7 @@ from fedserver.app import make_app as make_server_app
 from fedserver.configuration import ConfigurationError, RunConfiguration
 from fedserver.exchange import Exchange
 from fedserver.ledger import KEYS
+from fedserver.live_log import LiveLog
 from fedserver.rounds import Coordinator
 from simulations.faults import away, faulty
 from simulations.local_grid import FIRST_NODE, LocalGrid, SimulatedClock, honest
@@ -49,6 +50,7 @@ def run_local(
     """Run all nodes in this process, one after another, with one shared base model."""
     names = [node.name for node in configuration.nodes]
     round_number = 0
+    told = LiveLog(folder, emit)
 
     def listen(event: events.Event) -> None:
         nonlocal round_number
@@ -56,14 +58,14 @@ def run_local(
             round_number = event.round
         elif isinstance(event, events.RoundCommitted):
             round_number = 0
-        emit(event)
+        told(event)
 
     def progress(node: str, step: int, steps: int, loss: float) -> None:
-        emit(events.NodeProgress(round_number, node, step, steps, loss))
+        told(events.NodeProgress(round_number, node, step, steps, loss))
 
     def started(node_id: int, message: object) -> None:
         if round_number:
-            emit(events.NodeStarted(round_number, names[node_id - FIRST_NODE]))
+            told(events.NodeStarted(round_number, names[node_id - FIRST_NODE]))
 
     client = honest(make_client_app(answers_of(Worker(progress))))
     clock = SimulatedClock()

@@ -13,8 +13,8 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from fedserver import events
-from simulations import live_drawing, quantities
+from fedserver import events, quantities
+from simulations import live_drawing
 from simulations.progress import RunProgress, is_refusal
 
 REFRESH_PER_SECOND = 4

@@ -15,9 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedserver import events
+from fedserver import events, quantities
 from fedserver.events import ACCEPTED
-from simulations import quantities
 from simulations.progress import WAITING, WORKING, NodeState, RoundState, RunProgress, is_base
 
 BAR_WIDTH = 16

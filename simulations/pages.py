@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from simulations import quantities
+from fedserver import quantities
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 

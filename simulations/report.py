@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from fedserver import quantities
 from fedserver.events import ACCEPTED
-from simulations import quantities
 from simulations.pages import render, write_page
 from simulations.report_figures import figures
 from simulations.report_tables import (

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
-from simulations import charts, quantities
+from fedserver import quantities
+from simulations import charts
 from simulations.axes import Chart
 from simulations.charts import Series
 from simulations.run_directory import Run

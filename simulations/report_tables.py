@@ -9,8 +9,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from fedserver import quantities
 from fedserver.events import ACCEPTED
-from simulations import charts, quantities
+from simulations import charts
 from simulations.axes import Chart
 from simulations.pages import datum
 from simulations.run_directory import NodeRound, Run, integer, number, text
@@ -36,10 +37,14 @@ class NodeSummary:
 
 @dataclass(frozen=True)
 class FamilyRow:
-    """A family of updates over the whole run; ``gain`` in nats a token, None: not evaluated."""
+    """A family of updates over the whole run; ``gain`` in nats a token, None: not evaluated.
+
+    ``weight``: of its mean in the sum, itself the mean over rounds.
+    """
 
     name: str
     nodes: int | None
+    weight: float | None
     up: float | None
     down: float | None
     seconds: float | None
@@ -92,6 +97,7 @@ def family_table(run: Run) -> list[FamilyRow]:
         FamilyRow(
             text(name).replace("_", "-"),
             integer(work.get("nodes")),
+            number(work.get("weight")),
             number(work.get("bytes_up")),
             number(work.get("bytes_down")),
             number(work.get("seconds")),

@@ -13,11 +13,17 @@ from torch import Tensor, nn
 import fedkernels as fk
 from aggregators import Basis, Layout, ProjectedGradient, Sketch, Update
 from aggregators.messages import Plan
-from aggregators.methods import ProjectedMethod, SketchMethod, ZerothOrderMethod
+from aggregators.methods import (
+    FactorMethod,
+    HybridMethod,
+    ProjectedMethod,
+    SketchMethod,
+    ZerothOrderMethod,
+)
 from aggregators.view import View
 from fedclient.base_model import LoadedModel
 from fedclient.beside import standing, standing_on
-from fedclient.local import first_order, projection, zeroth_order
+from fedclient.local import first_order, hybrid, projection, zeroth_order
 from fedclient.local.result import TrainingResult
 from fedclient.residual import Residuals
 from fedclient.state import Weights, forget, is_alone, weights_of
@@ -49,7 +55,9 @@ class FullWeightsTrainer:
         if not self.own:
             # The model may run fused, and its copy is trained: fused modules are put on anew.
             fk.restore(self.model)
-        own = self.model if self.own else copy.deepcopy(self.model)
+        # Factors are trained beside weights that stay, so these need no copy.
+        stays = self.own or isinstance(method, FactorMethod)
+        own = self.model if stays else copy.deepcopy(self.model)
         walk: dict[str, Any] = {
             "seed": plan.seed,
             "learning_rate": plan.learning_rate,
@@ -58,6 +66,8 @@ class FullWeightsTrainer:
         }
         if isinstance(method, ZerothOrderMethod):
             return zeroth_order.train(own, self.layout, batches, method, **walk, levels=self.levels)
+        if isinstance(method, HybridMethod):
+            return hybrid.train(own, self.layout, batches, plan, self.levels, progress)
         assert isinstance(method, (ProjectedMethod, SketchMethod))
         change, result = first_order.train(own, self.layout, batches, method, **walk)
         del own  # the projection needs its room

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import fedkernels as fk
 from aggregators import Layout, LowRank, match_targets
-from aggregators.messages import Plan, shared_a
+from aggregators.messages import Plan
+from aggregators.shared_factors import shared_a
 from aggregators.view import View
 from fedclient.base_model import LoadedModel
 from fedclient.beside import standing, standing_on
@@ -98,7 +99,7 @@ def adapted(
     ``view``: layout name -> (B [out, k], A [k, in], scale). With ``plan.lora.start == "view"`` the view
     is the trainable adapter's start and nothing is frozen beside it. Raises AdapterError.
     """
-    targets = match_targets(layout, plan.lora.target_modules)
+    targets = match_targets(layout, plan.lora.target_modules, plan.lora.layers)
     modules = {name.removesuffix(WEIGHT): name for name in targets}
     frozen = view if view and plan.lora.start == "fresh" else None
     transposed = {path: _is_transposed(model.get_submodule(path)) for path in modules}
@@ -182,7 +183,10 @@ def read_factors(wrapped: PeftModel, layout: Layout, plan: Plan) -> dict[str, Fa
             a.clone(memory_format=torch.contiguous_format),
             float(layer.scaling[LOCAL]),
         )
-    return {name: found[name] for name in match_targets(layout, plan.lora.target_modules)}
+    return {
+        name: found[name]
+        for name in match_targets(layout, plan.lora.target_modules, plan.lora.layers)
+    }
 
 
 def local_update(

@@ -80,7 +80,7 @@ class Scope:
         spec: TensorSpec,
         probe: str,
         out: Tensor,
-        part: fk.Part,
+        part: fk.Part | None,
     ) -> Tensor:
         """``walk.perturbed`` into ``out``, for a probe that reaches the tensor."""
         moved = perturbed(weight, seed, scale, spec.tensor_id, probe, out, part)

@@ -119,7 +119,7 @@ def green_trainer(
         with_it = torch.full_like(best, -1.0)
         if cost <= BUDGET_STEPS:
             with_it[cost:] = best[: BUDGET_STEPS + 1 - cost] + gains.get(name, 0.0)
-        taken.append(with_it > best)
+        taken.append(with_it >= best)
         best = torch.maximum(best, with_it)
         room = math.floor((budget - reach[name]) / step)
         # Only a choice that has this tensor needs the pass to come so far.

@@ -169,6 +169,11 @@ class RunConfiguration(RoundKeys):
             raise ValueError(
                 "zeroth_order.clip: seeds are drawn by slopes that are cut to it; give a number"
             )
+        if self.zeroth_order.estimator == "hybrid" and self.base_dtype != "float32":
+            raise ValueError(
+                "zeroth_order.estimator 'hybrid' takes small steps in the weights themselves; set"
+                ' base_dtype = "float32"'
+            )
         self._check_formats()
         if self.lora_init == "carry" and not PRESETS[self.preset].train_a:
             raise ValueError(f"preset {self.preset!r} fixes A, so lora_init cannot be 'carry'")
@@ -184,12 +189,18 @@ class RunConfiguration(RoundKeys):
                 raise ValueError(
                     f"node {name!r}: projected nodes train whole weights; set its base_format = 'full'"
                 )
-        sparse = "zeroth-order" in strands.values() and self.zeroth_order.estimator == "sparse"
-        if quantised and sparse:
+        estimator = self.zeroth_order.estimator if "zeroth-order" in strands.values() else ""
+        if quantised and estimator == "sparse":
             raise ValueError(
                 "zeroth_order.estimator 'sparse' moves single elements, which no adapter holds beside"
                 f" the quantised base of node {quantised[0]!r}; use base_format = 'full'"
             )
+        for name in quantised:
+            if estimator == "hybrid" and strands[name] == "zeroth-order":
+                raise ValueError(
+                    f"node {name!r}: zeroth_order.estimator 'hybrid' moves the weights themselves; set"
+                    " its base_format = 'full'"
+                )
         probes = {
             "zeroth_order.probe": (self.zeroth_order.probe, "zeroth-order"),
             "projected.probe": (self.projected.probe, "projected"),

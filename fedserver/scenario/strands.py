@@ -19,15 +19,23 @@ class ZerothOrderConfiguration(Table):
     learning_rate: float = Field(default=1e-6, gt=0)
     probe: Probe = "rank1"
     pool_size: int = Field(default=4096, ge=1, le=1 << 24, description="seeds of the pool")
-    estimator: Estimator = "spsa"
+    estimator: Estimator | Literal["hybrid"] = "spsa"
     objective: Objective = "loss"
     epsilon: float = Field(default=1e-3, gt=0, le=1, description="how far weights are perturbed")
     clip: float | None = Field(default=1000.0, gt=0, description="largest slope that counts whole")
     directions: int = Field(default=1, ge=1, le=64, description="probes of one step")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of the estimator momentum")
-    target_modules: tuple[str, ...] = Field(default=(), description="empty: all weights")
+    trains: Literal["weights", "lora"] = Field(
+        default="weights", description="lora: B of rank lora_r, beside an A that a seed stands for"
+    )
+    target_modules: tuple[str, ...] = Field(
+        default=(), description="empty: all weights; with lora all-linear"
+    )
     layers: tuple[int, int] | None = Field(
         default=None, description="[first, past]: these layers alone, counted from 0"
+    )
+    cut: int | None = Field(
+        default=None, ge=1, description="first layer of backpropagation, of the estimator hybrid"
     )
     blocks: int = Field(
         default=4, ge=2, le=MOST_BLOCKS, description="of layers, of the estimator block-wise"
@@ -45,6 +53,13 @@ class ZerothOrderConfiguration(Table):
     def _possible(self) -> ZerothOrderConfiguration:
         if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
             raise ValueError(f"layers {list(self.layers)} are none; [first, past] counts from 0")
+        if self.estimator == "hybrid" and (self.trains != "weights" or self.layers is not None):
+            raise ValueError(
+                "estimator 'hybrid' trains the weights below cut and LoRA above it; leave trains and"
+                " layers out"
+            )
+        if self.cut is not None and self.estimator != "hybrid":
+            raise ValueError("cut is of the estimator 'hybrid'; leave it out")
         if self.estimator == "block-wise" and self.pool_size < self.blocks:
             raise ValueError(
                 f"pool_size {self.pool_size} has no seed for some of the {self.blocks} blocks"

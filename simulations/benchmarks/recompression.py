@@ -8,23 +8,20 @@ in a fresh process, so that one's memory is not in another's figure.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import fedkernels as fk
+from fedclient.memory import PeakMemory
 
 # The ranks of FLoRA's ten unlike clients.
 REFERENCE_RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
@@ -88,12 +85,11 @@ def measure(case: Case, method: str, repeats: int, threads: int) -> Measurement:
     # loads the code of the linear algebra libraries and makes the workspaces of their threads
     run(draw(replace(case, size=min(case.size, 512))), case.rank)
     factors = draw(case)
-    before = _reset_peak()
+    memory = PeakMemory(collect=True)
     started = time.perf_counter()
     result = run(factors, case.rank)
     times = [time.perf_counter() - started]
-    peak = _memory("VmHWM")
-    extra = peak - before if peak is not None and before is not None else None
+    extra = memory.read().grown
     for _ in range(repeats - 1):
         started = time.perf_counter()
         run(factors, case.rank)
@@ -185,25 +181,6 @@ def _runner(method: str) -> Callable[[Factors, int], Decomposition]:
 
 def _stack_svd(factors: Factors, rank: int, method: str) -> Decomposition:
     return fk.stack_svd(factors, rank=rank, method=method)
-
-
-def _reset_peak() -> int | None:
-    """Start a new peak of resident memory and return what is resident now; Linux only."""
-    if sys.platform != "linux":
-        return None
-    with suppress(AttributeError, OSError):  # freed memory that is kept would hide a new need
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
-
-
-def _memory(field: str) -> int | None:
-    if sys.platform != "linux":
-        return None
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _duration(seconds: float) -> str:

@@ -12,8 +12,6 @@ algorithm 1). Memory is the peak of resident memory after loading.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import statistics
@@ -21,9 +19,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +32,7 @@ import fedkernels as fk
 from aggregators import Layout, SeedScalars, encode
 from aggregators.codec import pack
 from fedclient.local.perturbation import Perturbable, perturbable
+from fedclient.memory import PeakMemory
 
 BATCH, LENGTH = 4, 128
 WARM_UP = 2
@@ -214,11 +212,12 @@ def _work(variant: Variant, threads: int, reference: str) -> None:
     torch.set_num_threads(threads)
     model, layout = _model(variant, reference)
     batch = random_batch(model.config.vocab_size)
-    loaded = reset_peak()
+    memory = PeakMemory(collect=True)
     with torch.no_grad(), _stepper(variant, model, layout, batch) as step:
         for request in sys.stdin:
             if request.strip() == "end":
-                print(json.dumps({"peak_bytes": resident("VmHWM"), "loaded_bytes": loaded}))
+                peak = memory.read()
+                print(json.dumps({"peak_bytes": peak.most, "loaded_bytes": peak.before}))
                 return
             start, processor_start = time.perf_counter(), time.process_time()
             step()
@@ -271,25 +270,6 @@ def _model(variant: Variant, reference: str) -> tuple[Any, Layout]:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model, layout
-
-
-def reset_peak() -> int:
-    """Start a new peak of resident memory and return what is resident now, in bytes; 0 elsewhere."""
-    gc.collect()
-    with suppress(AttributeError, OSError):  # freed memory that is kept would hide a new need
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def resident(field_name: str) -> int:
-    """A field of /proc/self/status in bytes; 0 on systems that have none."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field_name + ":"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def _rows(

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fedkernels as fk
-from aggregators import Layout
+from aggregators import Layout, SeedScalars
 from aggregators.methods import ZerothOrderMethod
 from aggregators.seed_sampling import drawn_indices
 from fedclient.local.zeroth_order import train
@@ -94,6 +94,7 @@ def ours(model: Any, steps: int, method: ZerothOrderMethod, learning_rate: float
         seed=DRAW_SEED, learning_rate=learning_rate, steps=steps,
         progress=lambda step, of, loss: losses.append(loss),
     )  # fmt: skip
+    assert isinstance(update, SeedScalars)
     totals = dict(zip(update.indices.tolist(), update.scalars.tolist(), strict=True))
     scalars = [totals[k] for k in sorted(totals)]
     return Run(losses, scalars, {name: p.clone() for name, p in model.named_parameters()})

@@ -26,7 +26,7 @@ from aggregators import (
     match_targets,
 )
 from aggregators.codec import METADATA_KEY, pack, unpack
-from aggregators.messages import shared_a
+from aggregators.shared_factors import shared_a
 
 Q, UP, DOWN = (f"model.layers.0.{part}.weight" for part in ("q_proj", "up_proj", "down_proj"))
 EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"

@@ -21,9 +21,9 @@ from aggregators.messages import (
     decode_plan,
     encode_plan,
     open_reply,
-    shared_a,
 )
 from aggregators.probe_sum import ProbeSum
+from aggregators.shared_factors import shared_a
 from aggregators.view import View
 
 Q = "model.layers.0.q_proj.weight"

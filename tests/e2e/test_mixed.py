@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,20 @@ import torch
 
 from aggregators import LowRank, ProjectedGradient, SeedScalars, Sketch
 from aggregators.gate import GateContext, admit
-from aggregators.messages import Plan
+from aggregators.messages import Capabilities, Plan, encode_plan
+from aggregators.presets import PRESETS
 from aggregators.projected import shrinkage
 from fedclient import state
-from fedserver.configuration import RunConfiguration, parse, to_toml
+from fedclient.node import NodeSettings
+from fedclient.worker import Worker
+from fedserver.configuration import ConfigurationError, RunConfiguration, parse, to_toml
 from fedserver.events import Event, NodeStarted
 from fedserver.export import export_merged, final_change
 from fedserver.global_model import GlobalModel, first_basis
-from fedserver.ledger import Ledger
+from fedserver.ledger import Ledger, LedgerError
+from fedserver.planner import make_plan
 from fedserver.replay import replay, states
-from fedserver.run_folder import read_layout
+from fedserver.run_folder import read_layout, recorded_configuration
 from simulations.run import ledger_head, simulate
 
 NODES = (
@@ -263,3 +268,79 @@ def test_a_mixed_model_is_exported_whole(
         assert torch.equal(merged[name], view.moved(name, weight))
         assert not torch.equal(merged[name], weight)
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_nodes_choose_by_their_limits_and_a_resumed_run_chooses_the_same(
+    configuration: Any, tmp_path: Path
+) -> None:
+    nodes = (
+        {"name": "server", "strand": "auto"},
+        {"name": "modem", "strand": "auto", "upload_limit_kb": 12},
+        {"name": "phone", "strand": "auto", "backpropagates": False, "base_format": "nf4"},
+        {"name": "laptop", "strand": "projected"},
+    )
+    whole = configuration(rounds=2, nodes=nodes, evaluate=False)
+    run(whole, tmp_path / "whole")
+    run(whole.model_copy(update={"rounds": 1}), tmp_path / "parts")
+    run(whole, tmp_path / "parts", resume=True)
+    assert ledger_head(tmp_path / "parts") == ledger_head(tmp_path / "whole")
+    ledger = Ledger(tmp_path / "whole")
+    rows = {n["node"]: n for n in list(ledger.entries("round"))[-1].content["nodes"]}
+    chosen = {name: (n["family"], n["base_format"]) for name, n in rows.items()}
+    assert chosen == {
+        "server": ("low_rank", "full"), "modem": ("low_rank", "full"),
+        "phone": ("seed_scalars", "nf4"), "laptop": ("sketch", "full"),
+    }  # fmt: skip
+    ranks = [rows[name]["plan"]["method"]["rank"] for name in ("server", "modem")]
+    assert ranks[1] < ranks[0]
+    assert rows["modem"]["bytes_up"] <= 12_000
+    assert [bool(rows[name]["choice"]) for name in ("server", "laptop")] == [True, False]
+    # Replay needs no choice: the genesis entry has what was chosen.
+    assert all(one.equal for one in replay(ledger, recorded_configuration(ledger)))
+    ledger.close()
+    other = whole.nodes[1].model_copy(update={"link_mbps": 1e-6})
+    limits = whole.model_copy(
+        update={"rounds": 3, "nodes": (whole.nodes[0], other, *whole.nodes[2:])}
+    )
+    with pytest.raises((LedgerError, ConfigurationError)):
+        run(limits, tmp_path / "whole", resume=True)
+
+
+@pytest.mark.parametrize("node", ["cafe", "school", "phone"])
+def test_a_node_alone_in_its_process_answers_as_one_of_many(
+    node: str, configuration: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone it trains the rebuilt weights themselves, and has to make them again for the next plan."""
+    asked = configuration(nodes=FORMATS)
+    run(asked.model_copy(update={"rounds": 1}), tmp_path / "run")
+    ledger = Ledger(tmp_path / "run")
+    layout = read_layout(ledger)
+    ((_, model),) = states(ledger, asked)
+    content = next(iter(ledger.entries("genesis"))).content
+    ledger.close()
+    device = Capabilities(
+        node=node, examples=1, held_out=1, rank_limit=64, base_digest=content["base_digest"],
+        layout_json=layout.to_json(), threads=1, memory_bytes=1, device="cpu", versions={},
+    )  # fmt: skip
+    plan = make_plan(
+        asked, device, round_number=2, layout=layout, base_digest=content["base_digest"]
+    )
+    view = model.common_view(PRESETS["mixed"], asked.view_rank, None)
+    payload = encode_plan(plan, replace(view, basis=model.basis), asked.view_dtype)
+    answers = []
+    for others in (set(), {"another"}, set(), set()):
+        monkeypatch.setattr(state, "_seen", set(others))
+        answers.append(Worker().work(payload, NodeSettings(index=2)))
+    assert answers[1:] == answers[:1] * 3
+
+
+def test_what_a_node_measured_stands_beside_the_ledger(configuration: Any, tmp_path: Path) -> None:
+    run(configuration(rounds=1, nodes=FORMATS), tmp_path / "run")
+    ledger = Ledger(tmp_path / "run")
+    (entry,) = ledger.entries("round")
+    assert set(entry.wall["memory"]) == {node["name"] for node in FORMATS}
+    for told in entry.wall["memory"].values():
+        assert 0 <= told["grown"] <= told["resident"]
+        assert told["resident"] > 0
+    assert all(node["memory_bytes"] > 0 for node in entry.content["nodes"])
+    ledger.close()

@@ -111,6 +111,18 @@ def test_logits_are_those_of_the_dense_change(
     assert float(said.loss) == pytest.approx(exact_loss / labels.numel(), rel=1e-5)
 
 
+def test_a_base_in_half_precision(folder: str) -> None:
+    base = quantised_base.load(folder, "bfloat16", "nf4")
+    whole = base_in(folder, "full").model
+    view, batch = view_of(base.layout, 9, 33, 1), batch_of(2)
+    wanted = oracle(base, whole, view)(batch["input_ids"]).logits
+    made = standing(base, view)
+    with torch.no_grad(), standing_on(base.model, base.layout, made):
+        found = base.model(batch["input_ids"]).logits.double()
+    assert float((found - wanted).norm() / wanted.norm()) < 3e-2
+    assert made.digest != standing(base_in(folder, "nf4"), view).digest
+
+
 def test_gradients_pass_through_what_stands_beside(folder: str) -> None:
     """The loss's gradient at the embedding's output, against the dense oracle's."""
     base, whole = base_in(folder, "nf4"), base_in(folder, "full").model

@@ -9,7 +9,7 @@ import pytest
 
 from aggregators import Layout
 from aggregators.messages import Plan
-from aggregators.methods import SketchMethod, ZerothOrderMethod
+from aggregators.methods import HybridMethod, SketchMethod, ZerothOrderMethod
 from fedserver.configuration import NodeConfiguration, parse
 from fedserver.device_cost import device_seconds, memory_of, upload_bytes
 
@@ -57,6 +57,28 @@ def test_forward_passes_need_least_and_whole_weights_most(plan: Callable[..., Pl
     assert costs == sorted(costs)
     assert 2 * weights < costs[0] < 2.3 * weights
     assert costs[3] - costs[2] == 2 * weights
+
+
+def test_a_hybrid_node_keeps_less_the_higher_it_cuts(plan: Callable[..., Plan]) -> None:
+    layout = Layout({f"layers.{n}.q_proj.weight": (512, 64) for n in range(4)})
+    lora = plan()
+
+    def bytes_of(cut: int) -> int:
+        method = HybridMethod(
+            lower=FORWARD.model_copy(update={"layers": (0, cut)}),
+            upper=lora.lora.model_copy(update={"layers": (cut, 4)}),
+            upper_learning_rate=1e-3,
+        )
+        return memory_of(lora.model_copy(update={"method": method}), layout, pool_size=8).total
+
+    costs = [bytes_of(cut) for cut in (3, 2, 1)]
+    assert (
+        4 * layout.elements
+        < costs[0]
+        < costs[1]
+        < costs[2]
+        < memory_of(lora, layout, pool_size=8).total
+    )
 
 
 def test_what_grows_with_rank_batch_and_type(plan: Callable[..., Plan]) -> None:

@@ -88,7 +88,7 @@ def grown_and_modelled(values: dict[str, Any], cache: str) -> dict[str, tuple[in
         payload = encode_plan(plan, View(basis=basis), None)
         # The first time modules are imported, and the base is quantised.
         Worker().work(payload, NodeSettings())
-        memory = PeakMemory()
+        memory = PeakMemory(collect=True)
         Worker().work(payload, NodeSettings())
         modelled = memory_of(plan, base.layout)
         # There is no view yet, so whole weights are copied from the base instead of rebuilt from it.

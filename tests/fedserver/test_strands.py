@@ -108,6 +108,7 @@ def test_projections_of_no_tensor_are_refused_before_the_run(
         ({"target_modules": ["nothing"]}, "match no weight"),
         ({"layers": [3, 9]}, "match no weight"),
         ({"estimator": "block-wise", "blocks": 9}, "9 blocks of 3 layers"),
+        ({"estimator": "hybrid", "cut": 4}, "no layer on one side"),
     ],
 )
 def test_zeroth_order_training_of_nothing_is_refused_before_the_run(
@@ -124,6 +125,10 @@ def test_zeroth_order_training_of_nothing_is_refused_before_the_run(
         ({"estimator": "block-wise", "blocks": 4, "pool_size": 3}, "no seed for some"),
         ({"estimator": "sparse", "density": 0.0}, "density"),
         ({"sampling": "magnitude", "clip": None}, "clip"),
+        ({"cut": 3}, "leave it out"),
+        ({"estimator": "hybrid", "trains": "lora"}, "leave trains"),
+        ({"estimator": "hybrid", "layers": [0, 1]}, "leave trains"),
+        ({"trains": "prefix"}, "'weights' or 'lora'"),
     ],
 )
 def test_zeroth_order_settings_that_cannot_work_are_refused(

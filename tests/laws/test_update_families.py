@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import fedkernels as fk
 from aggregators import (
     Dense,
+    FactorScalars,
     Layout,
     LowRank,
     ProjectedGradient,
@@ -127,6 +128,33 @@ def projection_oracle(update):
     return total
 
 
+FACTORS = ["embed", "second"]
+RANK, SCALE, SHARED = 3, 1.75, 77
+
+
+@st.composite
+def factor_scalars(draw):
+    """Draw scalars along probes of the B of two matrices, beside the A of one seed."""
+    indices = sorted(draw(st.sets(st.integers(0, POOL - 1), max_size=6)))
+    scalars = _random(draw, (len(indices),), torch.float64)
+    own = Layout({name: (LAYOUT.shape(name)[0], RANK) for name in FACTORS})
+    of_factors = SeedScalars(own, MASTER_SEED, POOL, indices, scalars)
+    return FactorScalars(LAYOUT, FACTORS, RANK, SCALE, SHARED, of_factors)
+
+
+def factor_scalars_oracle(update):
+    total = {}
+    chosen = zip(update.scalars.indices.tolist(), update.scalars.scalars.tolist(), strict=True)
+    for index, scalar in chosen:
+        for place, name in enumerate(FACTORS):
+            rows, columns = LAYOUT.shape(name)
+            z = fk.noise(fk.derive_seed(MASTER_SEED, index), place, (rows, RANK)).double()
+            signs = fk.noise(SHARED, LAYOUT.tensor_id(name), (RANK, columns)).double()
+            a = (signs.float() / math.sqrt(3 * columns)).double()
+            total[name] = total.get(name, 0) + SCALE * scalar * z @ a
+    return total
+
+
 BASIS = hashlib.sha256(b"a basis").hexdigest()
 WIDTHS = {"embed": (1, 2), "first": (2, 3), "second": (1, 1)}
 
@@ -154,6 +182,7 @@ def sketch_oracle(update):
 FAMILIES = {
     "sketch": Family(sketches(), sketch_oracle, of_weights=False),
     "seed_scalars": Family(seed_scalars(), seed_scalars_oracle),
+    "factor_scalars": Family(factor_scalars(), factor_scalars_oracle),
     "projected_gradient": Family(projections(), projection_oracle),
     "low_rank": Family(low_rank_updates(), low_rank_oracle),
     "dense": Family(dense_updates(), dense_oracle),

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from fedserver.intervals import estimate
 from simulations.comparison_page import COSTS, comparison, cost_points, final_loss, group
-from simulations.intervals import estimate
 from simulations.run_directory import RunDirectoryError, read_run
 
 MakeRun = Callable[..., Path]

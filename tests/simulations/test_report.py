@@ -66,7 +66,7 @@ def test_what_each_family_cost_and_is_worth_is_on_the_page(
     folder = fake_run(tmp_path / "run")
     path = folder / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8"))
-    work = {"updates": 6, "bytes_up": 1234, "bytes_down": 5678, "seconds": 91.5}
+    work = {"updates": 6, "bytes_up": 1234, "bytes_down": 5678, "seconds": 91.5, "weight": 0.875}
     for families in (
         {"low_rank": work | {"nodes": 2, "contribution": 0.31415}},
         {
@@ -78,7 +78,7 @@ def test_what_each_family_cost_and_is_worth_is_on_the_page(
         page = outline(report_html(read_run(folder)))
         shown = {value for tag, key, value in page.attributes if (tag, key) == ("data", "value")}
         # A single family is the run itself, and needs no table.
-        assert ("0.31415" in shown) == (len(families) > 1)
+        assert ({"0.31415", "0.875"} <= shown) == (len(families) > 1)
         assert ("seed-scalars" in page.text) == (len(families) > 1)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 
 import fedkernels as fk
+from fedclient.memory import PeakMemory
 from simulations.benchmarks.kernels.row import Row
 
 BATCH, LENGTH, RANK = 4, 256, 8
@@ -134,6 +134,7 @@ def _ask(worker: subprocess.Popen[str], request: str) -> dict[str, Any]:
 def _work(variant: str, threads: int) -> None:
     """One variant's process: a step for every line that comes in."""
     torch.set_num_threads(threads)
+    memory = PeakMemory(collect=True)
     model, weight_bytes = _model(variant)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=1e-3, fused=variant != "plain")
@@ -141,7 +142,7 @@ def _work(variant: str, threads: int) -> None:
     frequencies = 1 / torch.arange(1, model.config.vocab_size + 1)
     for request in sys.stdin:
         if request.strip() == "end":
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = memory.read().most
             print(json.dumps({"peak_bytes": peak, "weight_bytes": weight_bytes}), flush=True)
             return
         ids = torch.multinomial(frequencies, BATCH * LENGTH, True, generator=random)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from aggregators import Layout, LowRank, match_targets
-from aggregators.messages import Plan, shared_a
+from aggregators.messages import Plan
+from aggregators.shared_factors import shared_a
 from fedclient import base_model
 from fedclient.base_model import LoadedModel
 from fedclient.data import Tokens, batches

@@ -109,24 +109,6 @@ def test_a_quantised_base_is_not_moved_and_the_update_is_that_of_its_values(
     torch.testing.assert_close(updates[0].scalars, updates[1].scalars, rtol=0, atol=2e-3 * largest)
 
 
-def test_a_start_is_a_walk_before_and_no_part_of_the_update(
-    make_model: Callable[[str], Any],
-) -> None:
-    one = make_model("tied")
-    two, three = copy.deepcopy(one), copy.deepcopy(one)
-    layout, asked, stream = Layout.from_model(one), method(), list(batches(12))
-    rest: dict[str, Any] = {"learning_rate": 1e-3, "steps": 6}
-    first, _ = train(one, layout, stream[:6], asked, seed=4, **rest)
-    before = dict(zip(first.indices.tolist(), first.scalars.tolist(), strict=True))
-    walked, expected = train(one, layout, stream[6:], asked, seed=5, **rest)
-    started, found = train(two, layout, stream[6:], asked, seed=5, **rest, start=before)
-    _, without = train(three, layout, stream[6:], asked, seed=5, **rest)
-    assert found.first_loss == pytest.approx(expected.first_loss, rel=1e-6)
-    assert found.first_loss != pytest.approx(without.first_loss, rel=1e-4)
-    assert torch.equal(started.indices, walked.indices)
-    torch.testing.assert_close(started.scalars, walked.scalars, rtol=1e-2, atol=1e-5)
-
-
 @pytest.mark.parametrize("probe", ["rank1", "rademacher"])
 def test_a_walk_is_a_function_of_its_seed(probe: str, make_model: Callable[[str], Any]) -> None:
     start = make_model("tied")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulations.intervals import estimate, t_quantile
+from fedserver.intervals import estimate, t_quantile
 
 TABLE_95 = {
     1: 12.7062,

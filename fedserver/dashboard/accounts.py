@@ -1,0 +1,247 @@
+"""Who may look and who may act: local accounts with scrypt hashes, sessions, and tokens for programs.
+
+Accounts stand in ``.dashboard/accounts.db`` below the served folder, readable by its owner alone.
+Sessions live in memory: a restart ends them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+VIEWER, OPERATOR = "viewer", "operator"
+ROLES = (VIEWER, OPERATOR)
+FOLDER = ".dashboard"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+
+# RFC 7914: N, r, p; 32 MiB and about a tenth of a second for every guess.
+SCRYPT_N, SCRYPT_R, SCRYPT_P = 1 << 15, 8, 1
+SCRYPT_MEMORY = 64 << 20
+SHORTEST_PASSWORD = 10
+FAILURES_ALLOWED = 5
+LOCKED_SECONDS = 900.0
+SESSION_SECONDS = 12 * 3600.0
+IDLE_SECONDS = 2 * 3600.0
+MOST_SESSIONS = 10_000
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS accounts (
+    name TEXT PRIMARY KEY, role TEXT NOT NULL, salt BLOB NOT NULL, hash BLOB NOT NULL,
+    failures INTEGER NOT NULL DEFAULT 0, locked_until REAL NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE IF NOT EXISTS tokens (
+    digest TEXT PRIMARY KEY, name TEXT NOT NULL, role TEXT NOT NULL, issued REAL NOT NULL
+) STRICT;
+"""
+
+
+class AccountError(Exception):
+    """An account cannot be made or used; the message says why and what to do."""
+
+
+@dataclass
+class Session:
+    """Somebody who has signed in. ``csrf`` must come back with every action."""
+
+    name: str
+    role: str
+    csrf: str = field(default_factory=lambda: secrets.token_urlsafe(32))
+    began: float = 0.0
+    seen: float = 0.0
+
+    @property
+    def may_act(self) -> bool:
+        """Whether this is an operator."""
+        return self.role == OPERATOR
+
+
+class Accounts:
+    """The accounts of one served folder."""
+
+    def __init__(self, root: Path, *, now: Callable[[], float] = time.time) -> None:
+        self._folder = root / FOLDER
+        self._now = now
+        self._lock = threading.RLock()
+        # Hashing takes a tenth of a second, in which the sessions of others go on.
+        self._guessing = threading.Lock()
+        self._sessions: dict[str, Session] = {}
+        self._invitation = ""
+
+    def names(self) -> list[tuple[str, str]]:
+        """Name and role of every account."""
+        if not self._path.is_file():
+            return []
+        with self._database() as database:
+            return list(database.execute("SELECT name, role FROM accounts ORDER BY name"))
+
+    def add(self, name: str, role: str, password: str) -> None:
+        """Make an account, or give one a new password and role."""
+        if not NAME.fullmatch(name):
+            raise AccountError("a name is letters, digits and . _ @ -, at most 64 of them")
+        if role not in ROLES:
+            raise AccountError(f"role {role!r} is none of {', '.join(ROLES)}")
+        if len(password) < SHORTEST_PASSWORD:
+            raise AccountError(f"a password has at least {SHORTEST_PASSWORD} characters")
+        salt = secrets.token_bytes(16)
+        with self._database() as database:
+            database.execute(
+                "INSERT INTO accounts (name, role, salt, hash) VALUES (?, ?, ?, ?)"
+                " ON CONFLICT (name) DO UPDATE SET role = excluded.role, salt = excluded.salt,"
+                " hash = excluded.hash, failures = 0, locked_until = 0",
+                (name, role, salt, _hash(password, salt)),
+            )
+        self._forget(name)
+
+    def remove(self, name: str) -> None:
+        """Delete an account, its tokens and its sessions."""
+        with self._database() as database:
+            if not database.execute("DELETE FROM accounts WHERE name = ?", (name,)).rowcount:
+                raise AccountError(f"there is no account {name!r}")
+            database.execute("DELETE FROM tokens WHERE name = ?", (name,))
+        self._forget(name)
+
+    def issue_token(self, name: str, role: str) -> str:
+        """A token for a program, shown once; only its SHA-256 is kept."""
+        if role not in ROLES:
+            raise AccountError(f"role {role!r} is none of {', '.join(ROLES)}")
+        token = secrets.token_urlsafe(32)
+        with self._database() as database:
+            database.execute(
+                "INSERT INTO tokens VALUES (?, ?, ?, ?)", (_digest(token), name, role, self._now())
+            )
+        return token
+
+    def sign_in(self, name: str, password: str) -> str:
+        """The cookie of a new session.
+
+        Raises:
+            AccountError: name or password is wrong, or the account is locked after failures. The
+                words do not tell which names exist.
+        """
+        wrong = AccountError("name or password is wrong, or the account is locked for a while")
+        with self._guessing:
+            with self._database() as database:
+                row = database.execute(
+                    "SELECT role, salt, hash, failures, locked_until FROM accounts WHERE name = ?",
+                    (name,),
+                ).fetchone()
+            role, salt, stored, failures, locked_until = row or (VIEWER, b"", b"", 0, 0.0)
+            # An unknown name takes as long as a known one.
+            right = hmac.compare_digest(_hash(password, salt), stored)
+            if row is None or locked_until > self._now():
+                raise wrong
+            failures = 0 if right else failures + 1
+            locked = self._now() + LOCKED_SECONDS if failures >= FAILURES_ALLOWED else 0.0
+            with self._database() as database:
+                database.execute(
+                    "UPDATE accounts SET failures = ?, locked_until = ? WHERE name = ?",
+                    (0 if locked else failures, locked, name),
+                )
+            if not right:
+                raise wrong
+            return self.open_session(name, role)
+
+    def open_session(self, name: str, role: str) -> str:
+        """The cookie of a new session for somebody whose identity is established."""
+        now = self._now()
+        token = secrets.token_urlsafe(32)
+        with self._lock:
+            for key in [k for k, s in self._sessions.items() if self._over(s)]:
+                del self._sessions[key]
+            if len(self._sessions) >= MOST_SESSIONS:
+                del self._sessions[min(self._sessions, key=lambda k: self._sessions[k].seen)]
+            self._sessions[_digest(token)] = Session(name, role, began=now, seen=now)
+        return token
+
+    def session(self, cookie: str) -> Session | None:
+        """Who holds this cookie; None where it is unknown, old, or unused for long."""
+        with self._lock:
+            found = self._sessions.get(_digest(cookie)) if cookie else None
+            if found is None or self._over(found):
+                return None
+            found.seen = self._now()
+            return found
+
+    def bearer(self, token: str) -> Session | None:
+        """A program by its token. It sends no cookie, so no page can act in its name."""
+        if not token or not self._path.is_file():
+            return None
+        with self._database() as database:
+            row = database.execute(
+                "SELECT name, role FROM tokens WHERE digest = ?", (_digest(token),)
+            ).fetchone()
+        return None if row is None else Session(row[0], row[1])
+
+    def sign_out(self, cookie: str) -> None:
+        """End a session."""
+        with self._lock:
+            self._sessions.pop(_digest(cookie), None)
+
+    def invite(self) -> str:
+        """A word that signs in once as the operator of this machine, where there are no accounts."""
+        with self._lock:
+            self._invitation = secrets.token_urlsafe(24)
+            return self._invitation
+
+    def accept(self, invitation: str) -> str | None:
+        """The cookie for an invitation, which is then spent; None for any other word."""
+        with self._lock:
+            if not self._invitation or not hmac.compare_digest(
+                invitation.encode(), self._invitation.encode()
+            ):
+                return None
+            self._invitation = ""
+            return self.open_session("local", OPERATOR)
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / "accounts.db"
+
+    def _over(self, session: Session) -> bool:
+        now = self._now()
+        return now - session.began > SESSION_SECONDS or now - session.seen > IDLE_SECONDS
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            for key in [k for k, s in self._sessions.items() if s.name == name]:
+                del self._sessions[key]
+
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self._path.exists():
+            os.close(os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o600))
+        database = sqlite3.connect(self._path, timeout=10)
+        try:
+            database.executescript(_SCHEMA)
+            with database:
+                yield database
+        finally:
+            database.close()
+
+
+def _hash(password: str, salt: bytes) -> bytes:
+    return hashlib.scrypt(
+        password.encode(),
+        salt=salt,
+        n=SCRYPT_N,
+        r=SCRYPT_R,
+        p=SCRYPT_P,
+        maxmem=SCRYPT_MEMORY,
+        dklen=32,
+    )
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,192 @@
+"""What operators do, from a form to the run's queue, its ledger, or a job.
+
+A run that is under way reads its queue between rounds. What only has to be recorded in a run that has
+ended is appended here: nobody else holds its ledger then.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fedserver
+from fedserver.control import APPLIED, EXCLUDING, OPERATOR, ControlError, ControlQueue, Request
+from fedserver.dashboard.accounts import Session
+from fedserver.dashboard.jobs import Jobs
+from fedserver.dashboard.library import Library
+from fedserver.dashboard.page import Page, Question, page_of
+from fedserver.dashboard.round_views import header
+from fedserver.dashboard.run_reader import RunReader
+from fedserver.dashboard.tables import Column, make_table
+from fedserver.ledger import Ledger
+
+ALIVE = ("running", "paused")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+OVERRIDE = re.compile(r"[A-Za-z0-9_.]+=[^\x00-\x1f]{0,300}")
+REQUESTS = (
+    Column("asked", "Asked", "time"),
+    Column("action", "Action"),
+    Column("with", "With"),
+    Column("who", "Who"),
+    Column("reason", "Reason"),
+    Column("state", "State", "state"),
+    Column("note", "Note"),
+)
+OFFERED = {
+    "running": {"pause", "stop", "next_round", "rollback", "export", *EXCLUDING, "readmit"},
+    "paused": {"resume", "stop", "next_round", "rollback", "export", *EXCLUDING, "readmit"},
+    "interrupted": {"continue", "rollback", "next_round", "export", *EXCLUDING, "readmit"},
+    "stopped": {"continue", "rollback", "next_round", "export", *EXCLUDING, "readmit"},
+    "failed": {"continue", "rollback", "next_round", "export", *EXCLUDING, "readmit"},
+    "finished": {"export"},
+    "unknown": {"export"},
+}
+"""Which actions make sense in which state of a run."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where an operator's forms arrive."""
+
+    library: Library
+    jobs: Jobs
+
+    def act(self, run: RunReader, action: str, form: Mapping[str, str], who: Session) -> str:
+        """Carry out or queue an action; returns what was done, in words.
+
+        Raises:
+            ControlError: the action makes no sense for this run now, or lacks something.
+            JobError: too much is at work.
+        """
+        state = str(header(run)["state"])
+        if action not in OFFERED.get(state, set()):
+            raise ControlError(f"{action.replace('_', ' ')} is not possible: the run is {state}")
+        arguments = arguments_of(action, form)
+        queue = ControlQueue(run.folder)
+        if action == "export":
+            number = header(run)["round"]
+            if not number:
+                raise ControlError("no round is committed yet: there is nothing to export")
+            arguments = {"to": f"exports/peft-round-{number}"}
+        asked = queue.ask(
+            action, arguments, who=who.name, role=who.role, reason=form.get("reason", "")
+        )
+        if action == "export":
+            if state not in ALIVE:
+                _record(run.folder, queue, asked, number)
+            target = str(run.folder / arguments["to"])
+            command = ["export", "peft", str(run.folder), "--to", target]
+            self.jobs.start(f"export after round {number}", run.identity, command, run.folder)
+            return f"exporting to {target}"
+        if action == "continue":
+            command = ["simulate", "scenario.toml", "--output", ".", "--resume", "--json"]
+            self.jobs.start("continue the run", run.identity, command, run.folder)
+            return "continuing"
+        return "asked: it is applied before the next round begins"
+
+    def start(self, form: Mapping[str, str], who: Session) -> str:
+        """Start a simulation of a scenario below the served folder; returns the run's name.
+
+        Raises:
+            ControlError: a name that is taken or no name, or overrides that are none.
+            JobError: too much is at work.
+        """
+        scenario, name = form.get("scenario", "").strip(), form.get("name", "").strip()
+        if not RUN_NAME.fullmatch(name):
+            raise ControlError("a run's name is letters, digits and . _ -")
+        if not RUN_NAME.fullmatch(scenario):
+            raise ControlError("give the name of a scenario that comes with fedbraid")
+        overrides = [
+            line.strip() for line in form.get("overrides", "").splitlines() if line.strip()
+        ]
+        if wrong := [line for line in overrides if not OVERRIDE.fullmatch(line)]:
+            raise ControlError(f"{wrong[0]!r} is no KEY=VALUE")
+        folder = self.library.root / name
+        if folder.exists():
+            raise ControlError(f"there is a run {name} already; choose another name")
+        reason = form.get("reason", "")
+        if not reason.strip():
+            raise ControlError("say why: the reason stands in the ledger")
+        folder.mkdir()
+        arguments = {"scenario": scenario, "overrides": overrides}
+        ControlQueue(folder).ask("start", arguments, who=who.name, role=who.role, reason=reason)
+        settings = [word for line in [*overrides, f"name={name}"] for word in ("--set", line)]
+        command = ["simulate", scenario, *settings, "--output", str(folder), "--json"]
+        self.jobs.start(f"simulate {scenario}", name, command, self.library.root)
+        return name
+
+
+def control(run: RunReader, question: Question) -> Page:
+    """What operators asked of this run and what came of it, and what they may ask now."""
+    top = header(run)
+    rows = [
+        {
+            "asked": request.asked,
+            "action": request.action.replace("_", " "),
+            "with": ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in request.arguments.items()),
+            "who": f"{request.who} ({request.role})",
+            "reason": request.reason,
+            "state": request.state,
+            "note": request.note,
+        }
+        for request in ControlQueue(run.folder).requests()
+    ]
+    configuration = run.configuration()
+    names = [str(node["name"]) for node in configuration.get("nodes", ())]
+    data = {
+        **top,
+        "offered": sorted(OFFERED.get(str(top["state"]), set())),
+        "node_names": names[:1000],
+        "deadline_now": configuration.get("deadline_seconds"),
+        "quorum_now": configuration.get("quorum"),
+    }
+    table = make_table(
+        "requests",
+        "Requests",
+        REQUESTS,
+        rows,
+        question.choice,
+        empty="Nobody has asked anything of this run.",
+        searchable=False,
+    )
+    return page_of(data, table)
+
+
+def scenario_names() -> list[str]:
+    """Names of the scenarios that come with fedbraid."""
+    folder = Path(fedserver.__file__).resolve().parent.parent / "simulations" / "scenarios"
+    return sorted(path.stem for path in folder.glob("*.toml"))
+
+
+def arguments_of(action: str, form: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments of an action from a form's words.
+
+    Raises:
+        ControlError: a word that is no number where one is needed.
+    """
+    found: dict[str, Any] = {}
+    if action in EXCLUDING or action == "readmit":
+        found["node"] = form.get("node", "")
+    for key, kind in (("deadline_seconds", float), ("quorum", int), ("round", int)):
+        word = form.get(key, "").strip()
+        fits = action == ("rollback" if key == "round" else "next_round")
+        if word and fits:
+            try:
+                found[key] = kind(word)
+            except ValueError:
+                raise ControlError(f"{key.replace('_', ' ')}: {word!r} is no number") from None
+    return found
+
+
+def _record(folder: Path, queue: ControlQueue, request: Request, number: int) -> None:
+    ledger = Ledger(folder, write=True)
+    try:
+        wall = {"asked": request.asked, "applied": time.time()}
+        ledger.append(OPERATOR, number, request.content(), wall)
+    finally:
+        ledger.close()
+    queue.settle(request, APPLIED, "recorded")

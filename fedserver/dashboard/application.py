@@ -1,0 +1,407 @@
+"""The web application: addresses, and the three ways in which a view is written."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from fedserver.control import ControlError
+from fedserver.dashboard import actions, ledger_views, library_views, openapi
+from fedserver.dashboard.accounts import LOOPBACK, AccountError, Accounts
+from fedserver.dashboard.actions import Desk, scenario_names
+from fedserver.dashboard.guard import COOKIE, Guard, form_of
+from fedserver.dashboard.html import render
+from fedserver.dashboard.jobs import JobError, Jobs
+from fedserver.dashboard.library import Library
+from fedserver.dashboard.page import NotThere, Page, Question, run_address
+from fedserver.dashboard.registry import BY_NAME, ROUND, VIEWS, View
+from fedserver.dashboard.run_reader import RunReader
+from fedserver.dashboard.streams import Channels
+from fedserver.dashboard.tables import Choice, to_csv
+from fedserver.dashboard.vendor import VendorError, missing
+from fedserver.ledger import LedgerError
+
+STATIC = Path(__file__).resolve().parent / "static"
+API = "/api/v1"
+
+
+def make_application(
+    root: Path, accounts: Accounts, *, hosts: Sequence[str] | None = LOOPBACK
+) -> Starlette:
+    """The dashboard of all runs below ``root``.
+
+    Raises:
+        VendorError: the browser libraries have not been fetched.
+    """
+    if absent := missing():
+        raise VendorError(
+            f"the dashboard lacks {absent[0]}: fetch it with python -m fedserver.dashboard.vendor"
+        )
+    site = Site(Library(root), accounts)
+    return Starlette(
+        routes=site.routes(),
+        middleware=[Middleware(Guard, accounts=accounts, hosts=hosts)],
+        exception_handlers={404: _not_found, NotThere: _not_found},
+    )
+
+
+class Site:
+    """The handlers, over one library of runs."""
+
+    def __init__(self, library: Library, accounts: Accounts) -> None:
+        self.library = library
+        self.accounts = accounts
+        self.channels = Channels()
+        self.desk = Desk(library, Jobs(library.root))
+
+    def routes(self) -> list[Route | Mount]:
+        """Every address."""
+        run = "/runs/{run}"
+        return [
+            Mount("/static", StaticFiles(directory=STATIC), name="static"),
+            Route("/login", self.login, methods=["GET", "POST"]),
+            Route("/logout", self.logout, methods=["POST"]),
+            Route("/", self.runs),
+            Route("/start", self.start, methods=["GET", "POST"]),
+            Route("/compare", self.compare),
+            Route("/server", self.server),
+            Route("/stream", self.library_stream),
+            Route(f"{run}", self.run_view),
+            Route(f"{run}/stream", self.run_stream),
+            Route(f"{run}/ledger/verify", self.verify),
+            Route(f"{run}/actions/{{action}}", self.act, methods=["POST"]),
+            Route(f"{run}/rounds/{{round:int}}", self.one_round),
+            Route(f"{run}/{{view}}", self.run_view),
+            Route(f"{API}/openapi.json", self.document),
+            Route(f"{API}/runs", self.runs),
+            Route(f"{API}/runs.csv", self.runs),
+            Route(f"{API}/compare", self.compare),
+            Route(f"{API}/compare/{{table}}.csv", self.compare),
+            Route(f"{API}/server", self.server),
+            Route(f"{API}{run}/ledger/verify", self.verify),
+            Route(f"{API}{run}/rounds/{{round:int}}", self.one_round),
+            Route(f"{API}{run}/rounds/{{round:int}}/{{table}}.csv", self.one_round),
+            Route(f"{API}{run}/{{view}}", self.run_view),
+            Route(f"{API}{run}/{{view}}/{{table}}.csv", self.run_view),
+        ]
+
+    async def login(self, request: Request) -> Response:
+        """The form, what it sends, and the link that a terminal printed."""
+        wanted = request.scope.get("wanted", "")
+        if request.method == "GET":
+            cookie = self.accounts.accept(request.query_params.get("invitation", ""))
+            if cookie is not None:
+                return _signed_in(cookie, "/")
+            return self._login_page(request, "", wanted, 401 if wanted else 200)
+        try:
+            # Who signs in over an old session cannot have its token; the old one ends.
+            self.accounts.sign_out(request.scope["cookie"])
+            request.scope["session"] = None
+            form = await form_of(request)
+            cookie = await run_in_threadpool(
+                self.accounts.sign_in, form.get("name", ""), form.get("password", "")
+            )
+        except AccountError as error:
+            return self._login_page(request, str(error), form.get("wanted", ""), 401)
+        except ValueError as error:
+            return PlainTextResponse(str(error), 400)
+        return _signed_in(cookie, _own_path(form.get("wanted", "")))
+
+    async def logout(self, request: Request) -> Response:
+        """End the session."""
+        try:
+            await form_of(request)
+        except (PermissionError, ValueError) as error:
+            return PlainTextResponse(str(error), 403)
+        self.accounts.sign_out(request.scope["cookie"])
+        answer = RedirectResponse("/login", 303)
+        answer.delete_cookie(COOKIE, path="/", secure=True, httponly=True, samesite="strict")
+        return answer
+
+    def _login_page(self, request: Request, problem: str, wanted: str, status: int) -> Response:
+        html = render(
+            "login.html.jinja",
+            session=None,
+            problem=problem,
+            wanted=_own_path(wanted),
+            has_accounts=bool(self.accounts.names()),
+        )
+        return HTMLResponse(html, status)
+
+    async def runs(self, request: Request) -> Response:
+        """All runs."""
+        folders = await run_in_threadpool(self.library.folders)
+        alone = next((name for name, at in folders.items() if at == self.library.root), None)
+        if alone is not None and request.url.path == "/":
+            return RedirectResponse(run_address(alone), 303)
+        question = _question(request)
+        page = await run_in_threadpool(library_views.runs, self.library, question)
+        return self._answer(request, page, "runs.html.jinja", "runs", stream="/stream")
+
+    async def compare(self, request: Request) -> Response:
+        """Runs over each other."""
+        question = _question(request)
+        page = await run_in_threadpool(library_views.compare, self.library, question)
+        return self._answer(request, page, "compare.html.jinja")
+
+    async def server(self, request: Request) -> Response:
+        """The machine."""
+        page = await run_in_threadpool(
+            library_views.server, self.library, self.channels.viewers, self.desk.jobs.json()
+        )
+        return self._answer(request, page, "server.html.jinja", stream="/stream")
+
+    async def run_view(self, request: Request) -> Response:
+        """One view of one run."""
+        name = request.path_params.get("view", "")
+        view = BY_NAME.get("" if name == "live" else name)
+        if view is None or (name == "live" and not request.url.path.startswith(API)):
+            raise NotThere(f"there is no view {name!r}")
+        return await self._run_page(request, view)
+
+    async def one_round(self, request: Request) -> Response:
+        """One round of one run."""
+        return await self._run_page(request, ROUND)
+
+    async def _run_page(self, request: Request, view: View) -> Response:
+        run = await run_in_threadpool(self._reader, request)
+        page = await run_in_threadpool(view.make, run, _question(request))
+        kind = "?live=1" if view.name == "" else ""
+        stream = f"{_run_path(request)}/stream{kind}"
+        return self._answer(request, page, view.template, view=view, stream=stream)
+
+    async def verify(self, request: Request) -> Response:
+        """Hash everything again."""
+        run = await run_in_threadpool(self._reader, request)
+        page = await run_in_threadpool(ledger_views.verify, run, Question())
+        return self._answer(request, page, "verify.html.jinja")
+
+    async def act(self, request: Request) -> Response:
+        """An operator's action on a run."""
+        run = await run_in_threadpool(self._reader, request)
+        action = request.path_params["action"]
+        done = problem = ""
+        here = run_address(run.identity, "control")
+        try:
+            form = await form_of(request)
+            done = await run_in_threadpool(
+                self.desk.act, run, action, form, request.scope["session"]
+            )
+        except PermissionError as error:
+            return PlainTextResponse(str(error), 403)
+        except (ControlError, JobError, LedgerError, ValueError) as error:
+            problem = str(error)
+        if "application/json" in request.headers.get("accept", ""):
+            answer = {"error": problem} if problem else {"done": done}
+            return JSONResponse(answer, 409 if problem else 202)
+        if not problem:
+            return RedirectResponse(here, 303)
+        page = await run_in_threadpool(actions.control, run, Question())
+        view = BY_NAME["control"]
+        html = self._page(request, page, view.template, view=view, path=here, problem=problem)
+        return HTMLResponse(html, 409)
+
+    async def start(self, request: Request) -> Response:
+        """The form that starts a simulation, and what it sends."""
+        form: dict[str, str] = {}
+        problem = ""
+        if request.method == "POST":
+            try:
+                form = await form_of(request)
+                session = request.scope["session"]
+                name = await run_in_threadpool(self.desk.start, form, session)
+                return RedirectResponse("/server?" + urlencode({"started": name}), 303)
+            except PermissionError as error:
+                return PlainTextResponse(str(error), 403)
+            except (ControlError, JobError, ValueError) as error:
+                problem = str(error)
+        html = render(
+            "start.html.jinja",
+            session=request.scope["session"],
+            path="/start",
+            root=str(self.library.root),
+            scenarios=scenario_names(),
+            problem=problem,
+            form=form,
+        )
+        return HTMLResponse(html, 409 if problem else 200)
+
+    async def run_stream(self, request: Request) -> Response:
+        """Events of a run's pages: what the live view shows, or only that something has changed."""
+        run = await run_in_threadpool(self._reader, request)
+        live = request.query_params.get("live") == "1"
+
+        def payload() -> dict[str, Any]:
+            return live_payload(run) if live else {"changed": True}
+
+        channel = self.channels.channel(
+            "live" if live else "run", run.identity, run_stamp(run), payload
+        )
+        return self._stream(request, channel.messages)
+
+    async def library_stream(self, request: Request) -> Response:
+        """Events of the list of runs."""
+
+        def stamp() -> Any:
+            return [(row["run"], row["state"], row["changed"]) for row in self.library.rows()]
+
+        channel = self.channels.channel("library", "", stamp, lambda: {"changed": True})
+        return self._stream(request, channel.messages)
+
+    async def document(self, request: Request) -> Response:
+        """The OpenAPI document."""
+        return JSONResponse(openapi.document(VIEWS, ROUND))
+
+    def _stream(
+        self, request: Request, messages: Callable[[Callable[[], bool]], AsyncIterator[bytes]]
+    ) -> Response:
+        cookie, bearer = request.scope["cookie"], request.scope["bearer"]
+
+        def alive() -> bool:
+            return bearer or self.accounts.session(cookie) is not None
+
+        return StreamingResponse(
+            messages(alive),
+            media_type="text/event-stream",
+            headers={"x-accel-buffering": "no"},
+        )
+
+    def _reader(self, request: Request) -> RunReader:
+        run = self.library.reader(request.path_params["run"])
+        if run is None:
+            raise NotThere("there is no such run")
+        return run
+
+    def _answer(
+        self,
+        request: Request,
+        page: Page,
+        template: str,
+        table: str = "",
+        *,
+        view: View | None = None,
+        stream: str = "",
+    ) -> Response:
+        path = request.url.path
+        if path.endswith(".csv"):
+            found = page.tables.get(request.path_params.get("table", table))
+            if found is None:
+                raise NotThere("there is no such table")
+            disposition = f'attachment; filename="{found.name}.csv"'
+            return Response(
+                to_csv(found),
+                media_type="text/csv; charset=utf-8",
+                headers={"content-disposition": disposition},
+            )
+        if path.startswith(API):
+            return JSONResponse(page.json())
+        return HTMLResponse(self._page(request, page, template, view=view, stream=stream))
+
+    def _page(
+        self,
+        request: Request,
+        page: Page,
+        template: str,
+        *,
+        view: View | None = None,
+        stream: str = "",
+        problem: str = "",
+        path: str = "",
+    ) -> str:
+        path = path or request.url.path
+        run = page.data.get("run")
+        return render(
+            template,
+            page,
+            session=request.scope["session"],
+            problem=problem,
+            jobs=self.desk.jobs.json(run) if run else [],
+            path=path,
+            stream=stream,
+            view=view,
+            views=VIEWS,
+            runs_query=urlencode([("run", run) for run in request.query_params.getlist("run")]),
+            api=API
+            + ("/runs" if path == "/" else path if view is None or view.name else path + "/live"),
+        )
+
+
+def run_stamp(run: RunReader) -> Callable[[], Any]:
+    """What changes with a run; that its process has gone changes no file."""
+
+    def stamp() -> Any:
+        return run.stamp(), run.live().get("state")
+
+    return stamp
+
+
+def live_payload(run: RunReader) -> dict[str, Any]:
+    """The parts of the live view that change, as HTML by element id, and what its charts draw."""
+    page = BY_NAME[""].make(run, Question())
+    context: dict[str, Any] = {"table": page.tables["arrivals"], "data": page.data}
+    return {
+        "fragments": {
+            name: render(f"parts/{name}.html.jinja", **context)
+            for name in ("standing", "phase", "tiles", "arrivals")
+        },
+        "charts": page.data["curves"],
+        "data": {k: v for k, v in page.data.items() if k != "curves"},
+    }
+
+
+def _question(request: Request) -> Question:
+    query = request.query_params
+    page = query.get("page", "1")
+    choice = Choice(
+        page=int(page) if page.isdecimal() and len(page) < 9 else 1,
+        words=query.get("q", "")[:200],
+        sort=query.get("sort", "")[:60],
+        whole=request.url.path.endswith(".csv"),
+    )
+    return Question(
+        choice,
+        dict(query),
+        tuple(dict.fromkeys(query.getlist("run"))),
+        request.path_params.get("round", 0),
+    )
+
+
+def _signed_in(cookie: str, target: str) -> Response:
+    answer = RedirectResponse(target or "/", 303)
+    answer.set_cookie(COOKIE, cookie, path="/", secure=True, httponly=True, samesite="strict")
+    return answer
+
+
+def _own_path(wanted: str) -> str:
+    """An address of this server, "" for anything that could lead elsewhere."""
+    safe = wanted.startswith("/") and not wanted.startswith(("//", "/\\", "/login"))
+    return wanted if safe and wanted.isprintable() and "\\" not in wanted else ""
+
+
+def _run_path(request: Request) -> str:
+    return run_address(request.path_params["run"])
+
+
+def _not_found(request: Request, error: Exception) -> Response:
+    words = str(error) if isinstance(error, NotThere) else "there is nothing at this address"
+    if request.url.path.startswith(API):
+        return JSONResponse({"error": words}, 404)
+    html = render("missing.html.jinja", session=request.scope.get("session"), words=words)
+    return HTMLResponse(html, 404)

@@ -1,0 +1,178 @@
+"""``fedbraid dashboard`` and ``fedbraid accounts``."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import webbrowser
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedserver.dashboard.accounts import LOOPBACK, ROLES, VIEWER, AccountError, Accounts
+
+PORT = 8265
+Root = Annotated[Path, typer.Argument(help="A run folder, or a folder of many.")]
+accounts_app = typer.Typer(help="Who may open a dashboard, and who may act.", no_args_is_help=True)
+
+
+class DashboardError(Exception):
+    """The dashboard cannot be served as asked; the message says what to do."""
+
+
+def dashboard(
+    folder: Root = Path("runs"),
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = PORT,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than loopback need TLS and accounts.")
+    ] = "127.0.0.1",
+    certificate: Annotated[
+        Path | None, typer.Option(help="TLS certificate chain, PEM.", exists=True, dir_okay=False)
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Its private key, PEM.", exists=True, dir_okay=False)
+    ] = None,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
+) -> None:
+    """Serve the runs of a folder: live status, every round, and actions for operators."""
+    accounts = Accounts(folder)
+    check_binding(folder, host, certificate, key, accounts)
+    serve(
+        folder, accounts, host=host, port=port, certificate=certificate, key=key, show=open_browser
+    )
+
+
+@accounts_app.command()
+def add(
+    folder: Root,
+    name: Annotated[str, typer.Argument(help="Whom to let in.")],
+    role: Annotated[str, typer.Option(help=" or ".join(ROLES))] = VIEWER,
+) -> None:
+    """Make an account, or set its password and role anew; asks for the password, or reads a pipe."""
+    if sys.stdin.isatty():
+        password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    _existing(folder).add(name, role, password)
+    print(f"{name} may sign in as {role}")
+
+
+@accounts_app.command("list")
+def list_accounts(folder: Root) -> None:
+    """Names and roles."""
+    for name, role in _existing(folder).names():
+        print(f"{name}\t{role}")
+
+
+@accounts_app.command()
+def remove(folder: Root, name: str) -> None:
+    """Delete an account and its tokens."""
+    _existing(folder).remove(name)
+    print(
+        f"{name} may no longer sign in; a dashboard that runs forgets its sessions when restarted"
+    )
+
+
+@accounts_app.command()
+def token(
+    folder: Root,
+    name: Annotated[str, typer.Argument(help="What the program is called in the ledger.")],
+    role: Annotated[str, typer.Option(help=" or ".join(ROLES))] = VIEWER,
+) -> None:
+    """Print a bearer token for a program, such as Prometheus; it is shown once."""
+    print(_existing(folder).issue_token(name, role))
+
+
+def check_binding(
+    folder: Path, host: str, certificate: Path | None, key: Path | None, accounts: Accounts
+) -> None:
+    """Refuse what would show runs to a network unprotected.
+
+    Raises:
+        DashboardError: no such folder, half a key pair, or not loopback without TLS and an account.
+    """
+    if not folder.is_dir():
+        raise DashboardError(f"{folder} is no folder; give a run folder, or a folder of runs")
+    if (certificate is None) != (key is None):
+        raise DashboardError("TLS needs both --certificate and --key")
+    if is_loopback(host):
+        return
+    if certificate is None:
+        raise DashboardError(
+            f"{host} is not loopback: give --certificate and --key, or reach 127.0.0.1 through ssh -L"
+        )
+    if not accounts.names():
+        raise DashboardError(
+            f"{host} is not loopback: make an account first with fedbraid accounts add {folder} NAME"
+            " --role operator"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach that address."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def serve(
+    folder: Path,
+    accounts: Accounts,
+    *,
+    host: str,
+    port: int,
+    certificate: Path | None = None,
+    key: Path | None = None,
+    show: bool = False,
+) -> None:
+    """Serve until stopped. Without accounts the terminal shows a link that signs in once."""
+    import uvicorn
+
+    from fedserver.dashboard.application import make_application
+
+    tls = certificate is not None
+    hosts = None if tls else (*LOOPBACK, host)
+    application = make_application(folder, accounts, hosts=hosts)
+    listening = _listen(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    address = f"{'https' if tls else 'http'}://{shown}:{listening.getsockname()[1]}/"
+    if not accounts.names():
+        address += f"login?invitation={accounts.invite()}"
+    print(f"dashboard of {folder}: {address}", flush=True)
+    if show:
+        webbrowser.open(address)
+    configuration = uvicorn.Config(
+        application,
+        log_level="warning",
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+        server_header=False,
+        # Streams of viewers do not end by themselves.
+        timeout_graceful_shutdown=1,
+    )
+    asyncio.run(uvicorn.Server(configuration).serve(sockets=[listening]))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+    except OSError as error:
+        raise DashboardError(
+            f"{host}:{port} cannot be used: {error.strerror}; choose another --port"
+        ) from None
+    return found
+
+
+def _existing(folder: Path) -> Accounts:
+    if not folder.is_dir():
+        raise AccountError(f"{folder} is no folder; give the folder that the dashboard serves")
+    return Accounts(folder)

@@ -1,0 +1,121 @@
+"""The one door of the web application: who asks, may they, and what a browser may do with the answer."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+from urllib.parse import parse_qs, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request, cookie_parser
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fedserver.dashboard.accounts import Accounts, Session
+
+COOKIE = "__Host-fedbraid"
+PUBLIC = ("/login", "/static/")
+LARGEST_BODY = 1 << 16
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self';"
+    " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+}
+
+
+class Guard:
+    """ASGI middleware: host, credentials and role before any handler; headers after it."""
+
+    def __init__(self, app: ASGIApp, accounts: Accounts, hosts: Sequence[str] | None) -> None:
+        """``hosts``: names that a request may call this server by; None: any (behind TLS)."""
+        self._app = app
+        self._accounts = accounts
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or hand on with ``scope["session"]``."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        path = scope["path"]
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer = MutableHeaders(scope=message)
+                for key, value in HEADERS.items():
+                    answer[key] = value
+                if not path.startswith("/static/"):
+                    answer["cache-control"] = "no-store"
+            await send(message)
+
+        refusal = self._refusal(scope, headers, path)
+        if refusal is not None:
+            await refusal(scope, receive, send_guarded)
+            return
+        await self._app(scope, receive, send_guarded)
+
+    def _refusal(self, scope: Scope, headers: Headers, path: str) -> Response | None:
+        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        if self._hosts is not None and host not in self._hosts:
+            # A foreign name that resolves to this machine is somebody else's page at work.
+            return PlainTextResponse("this server is not known by that name", 421)
+        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
+        session = self._accounts.session(cookie)
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        scope["bearer"] = False
+        if session is None and kind.lower() == "bearer":
+            session = self._accounts.bearer(token.strip())
+            scope["bearer"] = session is not None
+        scope["session"], scope["cookie"] = session, cookie
+        public = path == PUBLIC[0] or path.startswith(PUBLIC[1])
+        if session is None and not public:
+            if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
+                scope["path"], scope["wanted"] = "/login", _address(scope)
+                return None
+            return PlainTextResponse(
+                "sign in first", 401, {"www-authenticate": 'Bearer realm="fedbraid"'}
+            )
+        acts = scope["method"] not in ("GET", "HEAD")
+        if acts and headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            return PlainTextResponse("an action comes from this server's own pages", 403)
+        everybodys = path in ("/login", "/logout")
+        if acts and not everybodys and (session is None or not session.may_act):
+            return PlainTextResponse("a viewer may look; an operator acts", 403)
+        return None
+
+
+async def form_of(request: Request) -> dict[str, str]:
+    """The fields of a form, each once; PlainTextResponse-sized bodies only.
+
+    Raises:
+        PermissionError: the form does not hold the session's CSRF token.
+        ValueError: the body is too long or not a form.
+    """
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > LARGEST_BODY:
+            raise ValueError("the form is too long")
+    fields = {k: v[-1] for k, v in parse_qs(body.decode(), keep_blank_values=True).items()}
+    session: Session | None = request.scope["session"]
+    if session is not None and not request.scope["bearer"]:
+        sent = fields.get("csrf") or request.headers.get("x-csrf-token", "")
+        if not hmac.compare_digest(sent.encode(), session.csrf.encode()):
+            raise PermissionError("the form is not of this session; open the page again")
+    return fields
+
+
+def _address(scope: Scope) -> str:
+    path: str = scope["path"]
+    query = scope["query_string"].decode("ascii", "replace")
+    return path + (f"?{query}" if query else "")

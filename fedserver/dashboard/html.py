@@ -1,0 +1,147 @@
+"""HTML of views: the templates and how values read in them. Every value is escaped."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from fedserver import quantities
+from fedserver.dashboard.page import Page, run_address
+from fedserver.dashboard.tables import Column
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+GOOD = {"accepted", "finished", "member", "applied", "info"}
+BUSY = {"running", "working", "paused", "pending"}
+QUIET = {"waiting", "silent", "unknown", "drained", "stopped"}
+# Characters that show another text than the one that is there.
+DECEPTIVE = dict.fromkeys(
+    [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFFFE, 0xFFFF], "\ufffd"
+)
+DECEPTIVE |= dict.fromkeys(
+    [*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0)], "\ufffd"
+)
+
+
+def render(template: str, page: Page | None = None, **context: Any) -> str:
+    """A template with a page's data and tables as ``data`` and ``tables``."""
+    if page is not None:
+        context |= {"data": page.data, "tables": page.tables}
+    return _environment().get_template(template).render(**context)
+
+
+def cell(row: dict[str, Any], column: Column) -> Markup:
+    """One value as its column's kind reads, with the exact value in the markup."""
+    value = row.get(column.key)
+    if value is None or value == "":
+        return Markup('<span class="missing">–</span>')
+    shown = _shown(value, column.kind)
+    address = row.get(column.link) if column.link else None
+    return Markup('<a href="{}">{}</a>').format(address, shown) if address else shown
+
+
+def _shown(value: Any, kind: str) -> Markup:
+    if isinstance(value, float) and not math.isfinite(value):
+        return escape(str(value))
+    match kind:
+        case "state":
+            return chip(str(value))
+        case "time":
+            return moment(float(value))
+        case "hash":
+            text = str(value)
+            return Markup('<code title="{}">{}</code>').format(text, text[:12])
+        case "mono":
+            return Markup("<code>{}</code>").format(clean(value))
+        case "bar":
+            return Markup("{} {}").format(proportion(float(value)), _number(value, "share"))
+        case "text":
+            return Markup("<bdi>{}</bdi>").format(clean(value))
+    return _number(value, kind)
+
+
+def _number(value: float, kind: str) -> Markup:
+    shown = {
+        "count": quantities.count_text,
+        "bytes": quantities.bytes_text,
+        "seconds": quantities.duration_text,
+        "loss": quantities.loss_text,
+        "share": quantities.share_text,
+        "number": quantities.number_text,
+    }[kind](value)
+    return Markup('<data value="{}">{}</data>').format(repr(value), shown)
+
+
+def chip(state: str) -> Markup:
+    """A state as a word with a colour: the word says it, the colour repeats it."""
+    kind = (
+        "ok" if state in GOOD else "busy" if state in BUSY else "quiet" if state in QUIET else "no"
+    )
+    return Markup('<span class="chip {}">{}</span>').format(kind, clean(state.replace("_", " ")))
+
+
+def moment(seconds: float | None) -> Markup:
+    """A time stamp, in UTC; the page's script shows it in the reader's zone."""
+    if seconds is None:
+        return Markup('<span class="missing">–</span>')
+    when = datetime.fromtimestamp(seconds, UTC)
+    return Markup('<time datetime="{}">{} UTC</time>').format(
+        when.isoformat(timespec="milliseconds"), when.strftime("%Y-%m-%d %H:%M:%S")
+    )
+
+
+def proportion(share: float) -> Markup:
+    """A bar of a share, 0 to 1; decoration beside a number."""
+    width = round(100 * min(max(share, 0.0), 1.0), 2)
+    return Markup(
+        '<svg class="proportion" viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">'
+        '<rect class="track" width="100" height="6"/><rect class="part" width="{}" height="6"/></svg>'
+    ).format(width)
+
+
+def clean(value: Any) -> str:
+    """A text of another machine without what would turn or hide its neighbours."""
+    return str(value).translate(DECEPTIVE)
+
+
+def address(path: str, **values: Any) -> str:
+    """A path with the values that are set."""
+    query = urlencode({key: value for key, value in values.items() if value not in ("", None, 1)})
+    return f"{path}{'&' if '?' in path else '?'}{query}" if query else path
+
+
+def plot(value: Any) -> str:
+    """A chart's columns as JSON, for an attribute."""
+    return json.dumps(value, allow_nan=False)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(cell=cell, chip=chip, moment=moment, address=address)
+    environment.globals.update(run_address=run_address)
+    environment.globals.update(proportion=proportion, plot=plot)
+    environment.filters.update(
+        bytes=quantities.bytes_text,
+        count=quantities.count_text,
+        duration=quantities.duration_text,
+        loss=quantities.loss_text,
+        number=quantities.number_text,
+        share=quantities.share_text,
+        plural=quantities.plural,
+        clean=clean,
+    )
+    return environment

@@ -1,0 +1,100 @@
+"""What an operator starts from the dashboard: ``fedbraid`` commands as processes of their own.
+
+They outlive the dashboard. Their output goes to a file beside the accounts; pages show its last line.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedserver.dashboard.accounts import FOLDER
+
+MOST_AT_ONCE = 4
+REMEMBERED = 50
+
+
+class JobError(Exception):
+    """A job cannot be started; the message says why."""
+
+
+@dataclass
+class Job:
+    """One command. ``title`` says what it does, ``run`` for which run."""
+
+    title: str
+    run: str
+    log: Path
+    process: subprocess.Popen[bytes]
+    began: float = field(default_factory=time.time)
+
+    def json(self) -> dict[str, Any]:
+        """As a page shows it."""
+        code = self.process.poll()
+        state = "working" if code is None else "finished" if code == 0 else "failed"
+        return {
+            "title": self.title,
+            "run": self.run,
+            "state": state,
+            "began": self.began,
+            "said": _last_line(self.log),
+        }
+
+
+class Jobs:
+    """The jobs of this dashboard, the newest first."""
+
+    def __init__(self, root: Path) -> None:
+        self._folder = root / FOLDER
+        self._jobs: list[Job] = []
+        self._lock = threading.Lock()
+
+    def start(self, title: str, run: str, arguments: Sequence[str], where: Path) -> Job:
+        """Run ``fedbraid ARGUMENTS`` in a folder.
+
+        Raises:
+            JobError: too many are at work.
+        """
+        with self._lock:
+            if sum(job.process.poll() is None for job in self._jobs) >= MOST_AT_ONCE:
+                raise JobError(f"{MOST_AT_ONCE} jobs are at work; wait for one to end")
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            log = self._folder / f"job-{time.time_ns()}.log"
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "simulations.command", *arguments],
+                    cwd=where,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            job = Job(title, run, log, process)
+            self._jobs.insert(0, job)
+            for old in [job for job in self._jobs[REMEMBERED:] if job.process.poll() is not None]:
+                self._jobs.remove(old)
+                old.log.unlink(missing_ok=True)
+            return job
+
+    def json(self, run: str | None = None) -> list[dict[str, Any]]:
+        """All jobs, or those of one run."""
+        with self._lock:
+            return [job.json() for job in self._jobs if run is None or job.run == run]
+
+
+def _last_line(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = [
+                line for line in file.read().decode(errors="replace").splitlines() if line.strip()
+            ]
+    except OSError:
+        return ""
+    return lines[-1].strip()[:300] if lines else ""

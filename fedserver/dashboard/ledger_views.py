@@ -1,0 +1,149 @@
+"""Views of what was recorded: the chain, operators' actions, the log."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from fedserver.dashboard.page import Page, Question, page_of
+from fedserver.dashboard.round_views import header
+from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.tables import Column, Table, make_table
+from fedserver.ledger import GENESIS_PREVIOUS, Ledger, LedgerError
+
+ENTRIES = (
+    Column("height", "Height", "count"),
+    Column("kind", "Kind"),
+    Column("round", "Round", "count"),
+    Column("time", "Written", "time"),
+    Column("content_bytes", "Content", "bytes"),
+    Column("hash", "Hash", "hash"),
+    Column("previous", "Follows", "hash"),
+)
+OPERATOR = (
+    Column("height", "Height", "count"),
+    Column("round", "Before round", "count"),
+    Column("action", "Action"),
+    Column("arguments", "With"),
+    Column("who", "Who"),
+    Column("role", "Role"),
+    Column("reason", "Reason"),
+    Column("time", "Applied", "time"),
+)
+LOG = (
+    Column("time", "Time", "time"),
+    Column("level", "Level", "state"),
+    Column("event", "Event"),
+    Column("round", "Round", "count"),
+    Column("node", "Node"),
+    Column("text", "What"),
+)
+LOG_LINES = 200
+QUIET = {"time", "event", "round", "node", "level", "text"}
+
+
+def ledger(run: RunReader, question: Question) -> Page:
+    """The chain of entries, and the actions that operators took."""
+    entries = run.entries()
+    last = next((e["round"] for e in entries if e["kind"] == "round"), None)
+    entry = run.entry("round", last) if last is not None else None
+    nodes = entry["content"].get("nodes", ()) if entry else ()
+    genesis = run.genesis()
+    links = all(newer["previous"] == older["hash"] for newer, older in pairwise(entries))
+    data = {
+        **header(run),
+        "height": len(entries),
+        "ledger_head": entries[0]["hash"] if entries else None,
+        "linked": links and (not entries or entries[-1]["previous"] == GENESIS_PREVIOUS),
+        "signed": sum(1 for node in nodes if node.get("signature")),
+        "updates": sum(1 for node in nodes if node.get("update")),
+        "base_digest": genesis.get("base_digest"),
+        "layout": genesis.get("layout"),
+        "run_id": genesis.get("run"),
+    }
+    actions = [
+        {
+            **entry,
+            **{k: entry["content"].get(k) for k in ("action", "who", "role", "reason")},
+            "arguments": words_of(entry["content"].get("arguments") or {}),
+            "time": entry["wall"].get("applied"),
+        }
+        for entry in reversed(run.operator_entries())
+    ]
+    return page_of(
+        data,
+        make_table("entries", "Entries", ENTRIES, entries, question.choice, searchable=False),
+        make_table(
+            "actions",
+            "Operators' actions",
+            OPERATOR,
+            actions,
+            question.choice,
+            empty="No operator has acted on this run.",
+            searchable=False,
+        ),
+    )
+
+
+def verify(run: RunReader, question: Question) -> Page:
+    """Hash every entry and blob again."""
+    try:
+        found = Ledger(run.folder)
+    except LedgerError as error:
+        return Page({"run": run.identity, "problems": [str(error)], "height": 0, "head": ""})
+    try:
+        return Page(
+            {
+                "run": run.identity,
+                "problems": found.verify(),
+                "height": found.height,
+                "head": found.head,
+            }
+        )
+    finally:
+        found.close()
+
+
+def log(run: RunReader, question: Question) -> Page:
+    """The run's events, the newest first; every word asked for must stand in a line."""
+    limit = 100_000 if question.choice.whole else LOG_LINES
+    found, more = run.log(question.choice.words, limit)
+    table = Table(
+        "log",
+        "Log",
+        LOG,
+        [_line(event) for event in found],
+        "No line holds these words." if question.choice.words else "Nothing was logged yet.",
+        words=question.choice.words,
+        searchable=True,
+        size=limit,
+        total=len(found),
+    )
+    return page_of({**header(run), "more": more}, table)
+
+
+def words_of(values: Row) -> str:
+    """ "node cafe, round 3"."""
+    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in values.items() if v is not None)
+
+
+def _line(event: Row) -> Row:
+    """One event as a line: what it is, whom it is about, and the rest in words."""
+    level = event.get("level") or "info"
+    if event.get("event") == "node_replied":
+        level = "info" if event.get("verdict") == "accepted" else "warning"
+    text = event.get("text")
+    if text is None:
+        rest = {
+            key: f"{value:.4g}" if isinstance(value, float) else value
+            for key, value in event.items()
+            if key not in QUIET and not isinstance(value, (list, dict)) and value not in (None, "")
+        }
+        text = words_of(rest)
+    return {
+        "time": event.get("time"),
+        "level": level,
+        "event": str(event.get("event", "")).replace("_", " "),
+        "round": event.get("round"),
+        "node": event.get("node"),
+        "text": text,
+    }

@@ -1,0 +1,123 @@
+"""The runs below one folder, thousands of them: found by a scan, described from small files by stamp.
+
+A listing opens no database and no log: ``live.json`` says what a run is, ``summary.json`` how it ended.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from fedserver.dashboard.run_reader import (
+    LEDGER,
+    METRICS,
+    SUMMARY,
+    Row,
+    RunReader,
+    file_stamp,
+    read_json,
+)
+from fedserver.live_log import LIVE, state_of
+
+DEPTH = 2
+"""``compare`` writes its runs into a folder of their own, one level further down."""
+OPEN_READERS = 64
+SCAN_SECONDS = 2.0
+
+
+class Library:
+    """All runs below ``root``, or the one run that ``root`` is."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._lock = threading.RLock()
+        self._rows: dict[str, tuple[Any, Row]] = {}
+        self._folders: dict[str, Path] = {}
+        self._scanned = -SCAN_SECONDS
+        self._readers: OrderedDict[str, RunReader] = OrderedDict()
+
+    def rows(self) -> list[Row]:
+        """One row a run, the newest first. What ended differently from what was said is said."""
+        with self._lock:
+            found = [self._row(name, folder) for name, folder in self.folders().items()]
+        for row in found:
+            row["state"] = state_of(row["live"]) or row["state"]
+        return sorted(found, key=lambda row: (row["changed"], row["run"]), reverse=True)
+
+    def reader(self, name: str) -> RunReader | None:
+        """The run of that name, None where there is none. Only folders that a scan found are opened."""
+        with self._lock:
+            folder = self.folders().get(name)
+            if folder is None:
+                # It may have begun since the last scan.
+                folder = self.folders(anew=True).get(name)
+            if folder is None:
+                return None
+            reader = self._readers.pop(name, None) or RunReader(folder, name)
+            self._readers[name] = reader
+            while len(self._readers) > OPEN_READERS:
+                self._readers.popitem(last=False)
+            return reader
+
+    def folders(self, *, anew: bool = False) -> dict[str, Path]:
+        """Name -> folder of every run."""
+        with self._lock:
+            now = time.monotonic()
+            if anew or now - self._scanned >= SCAN_SECONDS:
+                found: dict[str, Path] = {}
+                self._scan(self.root, "", DEPTH, found)
+                self._folders, self._scanned = found, now
+                self._rows = {name: row for name, row in self._rows.items() if name in found}
+            return self._folders
+
+    def _scan(self, folder: Path, prefix: str, depth: int, found: dict[str, Path]) -> None:
+        try:
+            with os.scandir(folder) as listing:
+                entries = {entry.name: entry for entry in listing}
+        except OSError:
+            return
+        if LEDGER in entries or METRICS in entries or LIVE in entries:
+            found[prefix or identity(folder.name)] = folder
+            return
+        if depth:
+            for name in sorted(entries):
+                if not name.startswith(".") and entries[name].is_dir(follow_symlinks=False):
+                    below = f"{prefix}:{identity(name)}" if prefix else identity(name)
+                    self._scan(folder / name, below, depth - 1, found)
+
+    def _row(self, name: str, folder: Path) -> Row:
+        stamps = tuple(file_stamp(folder / file) for file in (LIVE, SUMMARY, METRICS))
+        held = self._rows.get(name)
+        if held is not None and held[0] == stamps:
+            return dict(held[1])
+        live, summary = read_json(folder / LIVE), read_json(folder / SUMMARY)
+        before, after = summary.get("before") or {}, summary.get("after") or {}
+        row = {
+            "run": name,
+            "name": live.get("name") or summary.get("name") or folder.name,
+            "state": live.get("state") or ("finished" if summary else "unknown"),
+            "preset": live.get("preset") or summary.get("preset"),
+            "base_model": live.get("base_model") or summary.get("base_model"),
+            "round": live.get("committed", summary.get("rounds")),
+            "rounds": live.get("rounds", summary.get("rounds")),
+            "nodes": live.get("nodes", summary.get("nodes")),
+            "loss_before": before.get("loss"),
+            "loss_after": after.get("loss"),
+            "bytes_up": summary.get("bytes_up"),
+            "bytes_down": summary.get("bytes_down"),
+            "seconds": summary.get("seconds"),
+            "started": live.get("started"),
+            "changed": max((stamp[0] for stamp in stamps if stamp), default=0) / 1e9,
+            "live": live,
+        }
+        self._rows[name] = (stamps, row)
+        return dict(row)
+
+
+def identity(name: str) -> str:
+    """A folder's name as one part of a run's name; ":" stands between the parts."""
+    return name.replace("~", "~0").replace(":", "~1").replace("/", "~2")

@@ -1,0 +1,238 @@
+"""Views over many runs: the list, a comparison, and what the server itself uses."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psutil
+
+from fedserver.dashboard.library import Library
+from fedserver.dashboard.page import Page, Question, page_of, run_address
+from fedserver.dashboard.round_views import header, totals
+from fedserver.dashboard.run_reader import RunReader
+from fedserver.dashboard.tables import Column, make_table
+from fedserver.intervals import estimate
+
+RUNS = (
+    Column("name", "Run", link="address"),
+    Column("state", "State", "state"),
+    Column("round", "Round", "count"),
+    Column("rounds", "of", "count"),
+    Column("nodes", "Nodes", "count"),
+    Column("preset", "Preset"),
+    Column("base_model", "Base model"),
+    Column("loss_before", "Loss before", "loss"),
+    Column("loss_after", "after", "loss"),
+    Column("bytes_up", "Sent", "bytes"),
+    Column("bytes_down", "Received", "bytes"),
+    Column("seconds", "Took", "seconds"),
+    Column("changed", "Changed", "time"),
+)
+COMPARED = (
+    Column("name", "Run", link="address"),
+    Column("group", "Group"),
+    Column("seed", "Seed", "count"),
+    Column("round", "Rounds", "count"),
+    Column("loss", "Evaluation loss", "loss"),
+    Column("accuracy", "Accuracy", "share"),
+    Column("bytes_up", "Sent", "bytes"),
+    Column("bytes_down", "Received", "bytes"),
+    Column("seconds", "Took", "seconds"),
+    Column("head", "Ledger head", "hash"),
+)
+SETTINGS = (Column("key", "Setting"),)
+PROCESSES = (
+    Column("run", "Run"),
+    Column("pid", "Process", "text"),
+    Column("cpu_share", "Processor", "share"),
+    Column("memory_bytes", "Memory", "bytes"),
+)
+MOST_COMPARED = 24
+STARTED = time.time()
+
+
+def runs(library: Library, question: Question) -> Page:
+    """All runs below the folder, the newest first."""
+    rows = library.rows()
+    wanted = question.values.get("state", "")
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["state"]] = counts.get(row["state"], 0) + 1
+        row["address"] = run_address(row["run"])
+    shown = [row for row in rows if not wanted or row["state"] == wanted]
+    data = {"folder": str(library.root), "counts": counts, "state": wanted, "runs": len(rows)}
+    return page_of(
+        data,
+        make_table(
+            "runs",
+            "Runs",
+            RUNS,
+            shown,
+            question.choice,
+            empty="No run here yet: fedbraid simulate quickstart makes one.",
+        ),
+    )
+
+
+def compare(library: Library, question: Question) -> Page:
+    """Chosen runs over each other. Runs that differ in nothing but the seed are one group."""
+    chosen = [r for r in map(library.reader, question.runs[:MOST_COMPARED]) if r is not None]
+    flat = {run.identity: flatten(run.configuration()) for run in chosen}
+    groups: dict[str, list[RunReader]] = {}
+    for run in chosen:
+        key = str(sorted((k, v) for k, v in flat[run.identity].items() if k != "seed"))
+        groups.setdefault(key, []).append(run)
+    names = _group_names(groups)
+    rows, bands = [], []
+    for members, name in zip(groups.values(), names, strict=True):
+        bands.append({"group": name, **_band(members), "runs": [run.identity for run in members]})
+        for run in members:
+            top, sums = header(run), totals(run)
+            rows.append(
+                {
+                    "name": top["name"],
+                    "address": run_address(run.identity),
+                    "group": name,
+                    "seed": flat[run.identity].get("seed"),
+                    "round": top["round"],
+                    "loss": sums["eval_loss"],
+                    "accuracy": sums["eval_accuracy"],
+                    **{k: sums[k] for k in ("bytes_up", "bytes_down", "seconds")},
+                    "head": top["head"],
+                }
+            )
+    differing = sorted(
+        {
+            key
+            for settings in flat.values()
+            for key in settings
+            if len({str(other.get(key)) for other in flat.values()}) > 1
+        }
+    )
+    settings_rows = [
+        {"key": key, **{run.identity: _shown(flat[run.identity].get(key)) for run in chosen}}
+        for key in differing
+    ]
+    columns = [*SETTINGS, *(Column(run.identity, header(run)["name"], "mono") for run in chosen)]
+    recent = [{"run": row["run"], "name": row["name"]} for row in library.rows()[:100]]
+    data = {
+        "chosen": [run.identity for run in chosen],
+        "unknown": [n for n in question.runs if n not in {run.identity for run in chosen}],
+        "groups": bands,
+        "choices": recent,
+    }
+    return page_of(
+        data,
+        make_table(
+            "compared", "Runs", COMPARED, rows, question.choice, searchable=False,
+            empty="Choose runs to compare.",
+        ),
+        make_table(
+            "settings", "Settings that differ", columns, settings_rows, question.choice,
+            searchable=False, empty="These runs have the same settings.",
+        ),
+    )  # fmt: skip
+
+
+def server(library: Library, viewers: int, jobs: Sequence[Mapping[str, Any]]) -> Page:
+    """This machine, this process, and the processes of the runs that are under way."""
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(library.root)
+    own = psutil.Process()
+    rows = []
+    for row in library.rows():
+        if row["state"] not in ("running", "paused"):
+            continue
+        pid = str(row["live"].get("process", "")).partition("@")[0]
+        used: dict[str, float | None]
+        try:
+            process = psutil.Process(int(pid))
+            used = {
+                "cpu_share": process.cpu_percent(0.0) / 100,
+                "memory_bytes": process.memory_info().rss,
+            }
+        except (psutil.Error, ValueError):
+            used = {"cpu_share": None, "memory_bytes": None}
+        rows.append({"run": row["name"], "pid": pid, **used})
+    data = {
+        "folder": str(library.root),
+        "cores": os.cpu_count(),
+        "load": [round(value, 2) for value in os.getloadavg()],
+        "cpu_share": psutil.cpu_percent(0.0) / 100,
+        "memory_bytes": memory.total,
+        "memory_free_bytes": memory.available,
+        "disk_bytes": disk.total,
+        "disk_free_bytes": disk.free,
+        "dashboard_memory_bytes": own.memory_info().rss,
+        "dashboard_seconds": time.time() - STARTED,
+        "viewers": viewers,
+        "runs": len(library.folders()),
+        "jobs": [dict(job) for job in jobs],
+    }
+    table = make_table(
+        "processes",
+        "Runs under way",
+        PROCESSES,
+        rows,
+        Question().choice,
+        searchable=False,
+        empty="No run is under way on this machine.",
+    )
+    return page_of(data, table)
+
+
+def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted keys; nodes by their names."""
+    if isinstance(settings, dict):
+        found: dict[str, Any] = {}
+        for key, value in settings.items():
+            found |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        return found
+    if isinstance(settings, list) and settings and all(isinstance(s, dict) for s in settings):
+        found = {}
+        for place, value in enumerate(settings):
+            name = value.get("name", place)
+            rest = {k: v for k, v in value.items() if k != "name" and v is not None}
+            found |= flatten(rest, f"{prefix}.{name}")
+            found[f"{prefix}.{name}"] = "present"
+        return found
+    return {prefix: settings}
+
+
+def _band(members: Sequence[RunReader]) -> dict[str, Any]:
+    """Mean evaluation loss by round with a 95 % t interval over the runs that reached it."""
+    by_round: dict[int, list[float]] = {}
+    for run in members:
+        for row in run.rounds():
+            if row.get("eval_loss") is not None:
+                by_round.setdefault(row["round"], []).append(row["eval_loss"])
+    found = [(number, estimate(by_round[number])) for number in sorted(by_round)]
+    known = [(number, one) for number, one in found if one is not None]
+    return {
+        "round": [number for number, _ in known],
+        "mean": [one.mean for _, one in known],
+        "low": [one.low if one.half_width is not None else None for _, one in known],
+        "high": [one.high if one.half_width is not None else None for _, one in known],
+        "count": [one.count for _, one in known],
+    }
+
+
+def _group_names(groups: Mapping[str, Sequence[RunReader]]) -> list[str]:
+    found: list[str] = []
+    for members in groups.values():
+        name = header(members[0])["name"]
+        if len(members) > 1:
+            name = re.sub(r"[-_. ]*(seed)?[-_. ]*\d+$", "", name) or name
+        number = sum(other == name or other.startswith(f"{name} (") for other in found)
+        found.append(f"{name} ({number + 1})" if number else name)
+    return found
+
+
+def _shown(value: Any) -> str | None:
+    if value is None:
+        return None
+    return value if isinstance(value, str) else str(value)

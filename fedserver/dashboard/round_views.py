@@ -1,0 +1,253 @@
+"""Views of a run's progress: live, all rounds, one round."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from fedserver.dashboard.page import NotThere, Page, Question, page_of, run_address
+from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.tables import Column, make_table
+
+PHASES = ("plan", "train", "aggregate", "commit")
+PACE_ROUNDS = 5
+ORDER_OF_STATUS = {"working": 0, "waiting": 2, "accepted": 3}
+LIVE_NODES = 60
+
+ARRIVALS = (
+    Column("node", "Node"),
+    Column("sends", "Sends"),
+    Column("status", "State", "state"),
+    Column("step", "Step", "count"),
+    Column("steps", "of", "count"),
+    Column("loss", "Training loss", "loss"),
+    Column("bytes_up", "Sent", "bytes"),
+    Column("bytes_down", "Received", "bytes"),
+    Column("seconds", "Took", "seconds"),
+    Column("reason", "Reason"),
+)
+ROUNDS = (
+    Column("round", "Round", "count", link="address"),
+    Column("loss", "Training loss", "loss"),
+    Column("eval_loss", "Evaluation loss", "loss"),
+    Column("eval_accuracy", "Accuracy", "share"),
+    Column("accepted", "Accepted", "count"),
+    Column("rejected", "Refused", "count"),
+    Column("families", "Families"),
+    Column("bytes_up", "Sent", "bytes"),
+    Column("bytes_down", "Received", "bytes"),
+    Column("seconds", "Took", "seconds"),
+    Column("carry_rank", "Carry rank", "count"),
+    Column("tail_energy", "Left out of the view", "share"),
+    Column("epsilon", "ε", "number"),
+    Column("head", "Ledger head", "hash"),
+)
+NODES = (
+    Column("node", "Node"),
+    Column("family", "Family"),
+    Column("size", "Rank or K", "count"),
+    Column("share", "Share", "share"),
+    Column("examples", "Examples", "count"),
+    Column("train_loss_first", "Loss, first step", "loss"),
+    Column("train_loss", "Loss, last step", "loss"),
+    Column("norm", "Norm", "number"),
+    Column("staleness", "Rounds late", "count"),
+    Column("bytes_up", "Sent", "bytes"),
+    Column("bytes_down", "Received", "bytes"),
+    Column("seconds", "Took", "seconds"),
+    Column("verdict", "Verdict", "state"),
+    Column("reason", "Reason"),
+)
+
+
+def live(run: RunReader, question: Question) -> Page:
+    """The round that is running: phase, arrivals, deadline; curves and bytes of the rounds so far."""
+    activity, told = run.activity(), run.live()
+    state = told.get("state", "finished" if run.summary() else "unknown")
+    rounds = run.rounds()
+    nodes = list(activity.nodes.values())
+    nodes.sort(key=lambda node: (ORDER_OF_STATUS.get(node["status"], 1), node["node"]))
+    phase = str(told.get("phase") or "")
+    counts = activity.counts()
+    data = {
+        **header(run),
+        "phase": phase if state in ("running", "paused") else "",
+        "phases": list(PHASES),
+        "asked": told.get("asked") if state == "running" else None,
+        "quorum": told.get("quorum") if state == "running" else None,
+        "deadline_seconds": told.get("deadline_seconds") if state == "running" else None,
+        "deadline": _deadline(told) if state == "running" else None,
+        "real_time": bool(told.get("real_time")),
+        "round_started": told.get("round_started"),
+        "arrivals": counts,
+        "totals": totals(run),
+        "curves": curves(rounds),
+        "current_round": activity.round,
+    }
+    table = make_table(
+        "arrivals",
+        f"Nodes in round {activity.round}" if activity.round else "Nodes",
+        ARRIVALS,
+        nodes,
+        question.choice,
+        empty="No round has begun.",
+        size=LIVE_NODES,
+    )
+    return page_of(data, table)
+
+
+def header(run: RunReader) -> dict[str, Any]:
+    """What stands above every view of a run."""
+    told, summary, rounds = run.live(), run.summary(), run.rounds()
+    done = rounds[-1]["round"] if rounds else 0
+    planned = told.get("rounds") or summary.get("rounds")
+    state = told.get("state", "finished" if summary else "unknown")
+    recent = [row["seconds"] for row in rounds[-PACE_ROUNDS:] if row.get("seconds") is not None]
+    left = max((planned or done) - done, 0)
+    pace = statistics.median(recent) if recent else None
+    return {
+        "run": run.identity,
+        "name": told.get("name") or summary.get("name") or run.folder.name,
+        "state": state,
+        "reason": told.get("reason") or "",
+        "preset": told.get("preset") or summary.get("preset"),
+        "base_model": told.get("base_model") or summary.get("base_model"),
+        "nodes": told.get("nodes") or summary.get("nodes"),
+        "round": done,
+        "rounds": planned,
+        "seconds_left": pace * left if pace is not None and state == "running" else None,
+        "started": told.get("started"),
+        "head": rounds[-1]["head"] if rounds else None,
+    }
+
+
+def totals(run: RunReader) -> dict[str, Any]:
+    """Sums over the committed rounds, beside what full exchanges of as many rounds would take."""
+    rounds, told = run.rounds(), run.live()
+    latest = next((r for r in reversed(rounds) if r.get("eval_loss") is not None), None)
+    before = (run.summary().get("before") or {}).get("loss")
+    return {
+        "bytes_up": sum(row["bytes_up"] for row in rounds),
+        "bytes_down": sum(row["bytes_down"] for row in rounds),
+        "bytes_full_model": told.get("full_model_bytes", 0) * len(rounds) or None,
+        "bytes_full_lora": told.get("full_lora_bytes", 0) * len(rounds) or None,
+        "seconds": sum(row["seconds"] for row in rounds),
+        "accepted": sum(row["accepted"] for row in rounds),
+        "rejected": sum(row["rejected"] for row in rounds),
+        "loss": rounds[-1]["loss"] if rounds else None,
+        "eval_loss": latest["eval_loss"] if latest else None,
+        "eval_accuracy": latest["eval_accuracy"] if latest else None,
+        "eval_round": latest["round"] if latest else None,
+        "loss_before": before,
+        "epsilon": rounds[-1].get("epsilon") if rounds else None,
+    }
+
+
+def curves(rounds: Sequence[Row]) -> dict[str, list[Any]]:
+    """Columns by round: what the charts draw."""
+    keys = (
+        "round",
+        "loss",
+        "eval_loss",
+        "bytes_up",
+        "bytes_down",
+        "accepted",
+        "rejected",
+        "seconds",
+    )
+    return {key: [row.get(key) for row in rounds] for key in keys}
+
+
+def rounds(run: RunReader, question: Question) -> Page:
+    """Every committed round."""
+    rows = [
+        row
+        | {
+            "families": words_of_families(row.get("families")),
+            "address": run_address(run.identity, "rounds", row["round"]),
+        }
+        for row in reversed(run.rounds())
+    ]
+    table = make_table(
+        "rounds", "Rounds", ROUNDS, rows, question.choice, empty="No round was committed yet."
+    )
+    return page_of({**header(run), "curves": curves(run.rounds())}, table)
+
+
+def one_round(run: RunReader, question: Question) -> Page:
+    """One round: every node's update, its size, and the gate's verdict."""
+    entry = run.entry("round", question.round)
+    if entry is None:
+        raise NotThere(f"round {question.round} was not committed")
+    content, wall = entry["content"], entry["wall"]
+    rows = [node_row(node, entry) for node in content.get("nodes", ())]
+    row = next((row for row in run.rounds() if row["round"] == question.round), {})
+    last = run.rounds()[-1]["round"] if run.rounds() else question.round
+    data = {
+        **header(run),
+        "shown": question.round,
+        "previous": question.round - 1 if question.round > 1 else None,
+        "next": question.round + 1 if question.round < last else None,
+        "quorum_met": content.get("quorum"),
+        "row": {key: value for key, value in row.items() if key != "nodes"},
+        "state_digest": content.get("state"),
+        "view_rank": content.get("view_rank"),
+        "seeds": content.get("seeds"),
+        "hash": entry["hash"],
+        "previous_hash": entry["previous"],
+        "height": entry["height"],
+        "began": wall.get("started"),
+    }
+    title = f"Replies in round {question.round}"
+    return page_of(data, make_table("nodes", title, NODES, rows, question.choice))
+
+
+def node_row(node: Row, entry: Row) -> Row:
+    """One node's part of a ledger entry, flat."""
+    method = (node.get("plan") or {}).get("method") or {}
+    report = node.get("report") or {}
+    return {
+        "node": node.get("node"),
+        "family": words(method.get("family")),
+        "size": size_of(method),
+        "share": node.get("share"),
+        "examples": report.get("examples"),
+        "train_loss_first": report.get("train_loss_first"),
+        "train_loss": report.get("train_loss"),
+        "norm": node.get("norm"),
+        "staleness": entry["round"] - node.get("round", entry["round"]),
+        "bytes_up": node.get("bytes_up"),
+        "bytes_down": node.get("bytes_down"),
+        "seconds": (entry["wall"].get("nodes") or {}).get(node.get("node")),
+        "verdict": node.get("verdict"),
+        "reason": node.get("reason"),
+    }
+
+
+def size_of(method: Row) -> int | None:
+    """A LoRA's or a basis's rank, a pool's seeds, or the number of coordinates."""
+    coordinates = method.get("coordinates")
+    if isinstance(coordinates, dict):
+        return sum(coordinates.values())
+    return method.get("rank") or method.get("pool_size") or coordinates
+
+
+def words(family: object) -> str:
+    """ "low_rank" as it reads."""
+    return str(family or "").replace("_", " ")
+
+
+def words_of_families(families: object) -> str:
+    """ "2 low rank, 1 sketch"."""
+    if not isinstance(families, dict):
+        return ""
+    return ", ".join(f"{count} {words(name)}" for name, count in sorted(families.items()))
+
+
+def _deadline(told: Row) -> float | None:
+    """When the phase's time is up, in seconds since 1970; None where time is simulated."""
+    seconds, began = told.get("deadline_seconds"), told.get("phase_started")
+    if not told.get("real_time") or seconds is None or began is None:
+        return None
+    return float(began) + float(seconds)

@@ -1,0 +1,285 @@
+"""One run folder as the dashboard reads it: ledger, metrics and live files, each cached by its stamp.
+
+The ledger is opened read-only and never locked, so a reader cannot hold up a run. Rows of rounds come
+from ``metrics.jsonl`` without their nodes; a round's nodes are read from its ledger entry when asked
+for. Files are other processes' and may be half there: what cannot be read is absent, not an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedserver.dashboard.activity import Activity
+from fedserver.live_log import EVENTS, LIVE, state_of
+
+LEDGER, METRICS, SUMMARY, CONTROL = "ledger.db", "metrics.jsonl", "summary.json", "control.db"
+WATCHED = (LEDGER, f"{LEDGER}-wal", METRICS, SUMMARY, LIVE, EVENTS, CONTROL, f"{CONTROL}-wal")
+NODES = b', "nodes": ['
+ROUNDS_OF_NODES = 8
+"""Of this many of the last rounds a node's part is remembered, however long the run."""
+
+Row = dict[str, Any]
+Found = TypeVar("Found")
+Stamp = tuple[int, int, int]
+
+
+class RunReader:
+    """A run folder; ``identity`` is its name in addresses."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder = folder
+        self.identity = identity
+        self._lock = threading.RLock()
+        self._cache: dict[str, tuple[Any, Any]] = {}
+        self._activity: Activity | None = None
+
+    def stamp(self) -> tuple[Stamp | None, ...]:
+        """Changes whenever anything that is shown may have changed."""
+        return tuple(file_stamp(self.folder / name) for name in WATCHED)
+
+    def live(self) -> Row:
+        """``live.json``, with the state that it is in now."""
+        found: Row = dict(self._json(LIVE))
+        return found | {"state": state_of(found)} if found else found
+
+    def summary(self) -> Row:
+        """``summary.json``, empty until the run has finished."""
+        return self._json(SUMMARY)
+
+    def rounds(self) -> list[Row]:
+        """The rounds in order, without their nodes."""
+        return self._cached("rounds", file_stamp(self.folder / METRICS), self._read_rounds)
+
+    def recent_nodes(self) -> dict[int, list[Row]]:
+        """Round -> rows of its nodes, of the last rounds."""
+        return self._cached("nodes", file_stamp(self.folder / METRICS), self._read_nodes)
+
+    def genesis(self) -> Row:
+        """Content of the first entry: configuration, base digest, layout. Empty where there is none."""
+        found = self._cached("genesis", self._exists(LEDGER), self._read_genesis)
+        if not found:
+            self._cache.pop("genesis", None)
+        return found
+
+    def configuration(self) -> Row:
+        """What decides the run's numbers, as the ledger has it."""
+        found = self.genesis().get("configuration")
+        return found if isinstance(found, dict) else {}
+
+    def entry(self, kind: str, number: int) -> Row | None:
+        """The newest ledger entry of a kind and round: its columns, content and wall parsed."""
+        with self._ledger() as database:
+            row = database.execute(
+                "SELECT height, kind, round, content, previous, hash, wall FROM entries"
+                " WHERE kind = ? AND round = ? ORDER BY height DESC LIMIT 1",
+                (kind, number),
+            ).fetchone()
+        return None if row is None else _entry(row)
+
+    def entries(self) -> list[Row]:
+        """Height, kind, round, hash, previous hash and size of all entries, newest first."""
+        stamp = (file_stamp(self.folder / LEDGER), file_stamp(self.folder / f"{LEDGER}-wal"))
+        return self._cached("entries", stamp, self._read_entries)
+
+    def operator_entries(self) -> list[Row]:
+        """Recorded actions of operators, oldest first."""
+        stamp = (file_stamp(self.folder / LEDGER), file_stamp(self.folder / f"{LEDGER}-wal"))
+        return self._cached("operator", stamp, self._read_operator)
+
+    def height(self) -> int:
+        """Number of ledger entries."""
+        with self._ledger() as database:
+            return int(database.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
+
+    def activity(self) -> Activity:
+        """The round that is running, up to the last event."""
+        with self._lock:
+            live = self.live()
+            key = (live.get("process"), live.get("started"))
+            if self._activity is None or self._activity.key != key:
+                self._activity = Activity(self.folder / EVENTS, live, key)
+            self._activity.advance(live)
+            return self._activity
+
+    def log(self, words: str, limit: int, span: int = 1 << 26) -> tuple[list[Row], bool]:
+        """The newest events that hold all of the words, newest first; whether there may be more.
+
+        At most the last ``span`` bytes are searched.
+        """
+        wanted = [word.casefold().encode() for word in words.split()]
+        found: list[Row] = []
+        path = self.folder / EVENTS
+        for line in _lines_from_the_end(path, span):
+            folded = line.lower() if wanted else line
+            if not all(word in folded for word in wanted):
+                continue
+            value = _parsed(line)
+            if not value or value.get("event") == "node_progress":
+                continue
+            if len(found) == limit:
+                return found, True
+            found.append(value)
+        return found, (file_stamp(path) or (0, 0, 0))[1] > span
+
+    def _read_rounds(self) -> list[Row]:
+        found: dict[int, Row] = {}
+        try:
+            with (self.folder / METRICS).open("rb") as file:
+                for line in file:
+                    place = line.find(NODES)
+                    row = _parsed(line[:place] + b"}" if place > 0 else line)
+                    if isinstance(row.get("round"), int):
+                        found[row["round"]] = row
+        except OSError:
+            return []
+        return [found[number] for number in sorted(found)]
+
+    def _read_nodes(self) -> dict[int, list[Row]]:
+        found: dict[int, list[Row]] = {}
+        for line in _lines_from_the_end(self.folder / METRICS, 1 << 27):
+            row = _parsed(line)
+            if isinstance(row.get("nodes"), list) and isinstance(row.get("round"), int):
+                found.setdefault(row["round"], row["nodes"])
+            # Ten thousand nodes: what a page shows is of the last rounds.
+            if len(found) >= ROUNDS_OF_NODES or sum(map(len, found.values())) >= 10_000:
+                break
+        return found
+
+    def _read_genesis(self) -> Row:
+        with self._ledger() as database:
+            row = database.execute(
+                "SELECT content FROM entries WHERE kind = 'genesis' LIMIT 1"
+            ).fetchone()
+        return _parsed(row[0].encode()) if row else {}
+
+    def _read_entries(self) -> list[Row]:
+        with self._ledger() as database:
+            rows = database.execute(
+                "SELECT height, kind, round, hash, previous, length(content), wall FROM entries"
+                " ORDER BY height DESC"
+            ).fetchall()
+        keys = ("height", "kind", "round", "hash", "previous", "content_bytes")
+        found = []
+        for *columns, wall in rows:
+            times = _parsed(wall.encode())
+            began = times.get("started", times.get("applied"))
+            found.append(dict(zip(keys, columns, strict=True)) | {"time": began})
+        return found
+
+    def _read_operator(self) -> list[Row]:
+        with self._ledger() as database:
+            rows = database.execute(
+                "SELECT height, kind, round, content, previous, hash, wall FROM entries"
+                " WHERE kind = 'operator' ORDER BY height"
+            ).fetchall()
+        return [_entry(row) for row in rows]
+
+    @contextmanager
+    def _ledger(self) -> Iterator[sqlite3.Connection]:
+        """The ledger, read-only; an empty one where there is none."""
+        path = self.folder / LEDGER
+        address = f"{path.resolve().as_uri()}?mode=ro"
+        if not path.is_file():
+            address = ":memory:"
+        elif not os.access(self.folder, os.W_OK):
+            # Without a shared-memory file SQLite refuses a WAL database that it may not write to.
+            address += "&immutable=1"
+        with closing(sqlite3.connect(address, uri=address != ":memory:", timeout=10)) as database:
+            try:
+                if not database.execute(
+                    "SELECT 1 FROM sqlite_schema WHERE name = 'entries'"
+                ).fetchone():
+                    raise sqlite3.DatabaseError
+            except sqlite3.DatabaseError:
+                database.close()
+                with closing(sqlite3.connect(":memory:")) as empty:
+                    empty.execute(
+                        "CREATE TABLE entries (height, kind, round, content, previous, hash, wall)"
+                    )
+                    yield empty
+                return
+            yield database
+
+    def _json(self, name: str) -> Row:
+        path = self.folder / name
+        return self._cached(name, file_stamp(path), lambda: read_json(path))
+
+    def _exists(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+    def _cached(self, name: str, stamp: Any, read: Callable[[], Found]) -> Found:
+        with self._lock:
+            held = self._cache.get(name)
+            if held is None or held[0] != stamp:
+                held = (stamp, read())
+                self._cache[name] = held
+            found: Found = held[1]
+            return found
+
+
+def file_stamp(path: Path) -> Stamp | None:
+    """What changes when a file does; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def read_json(path: Path) -> Row:
+    """A JSON object of a file, empty where there is none."""
+    try:
+        return _parsed(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def _entry(row: tuple[Any, ...]) -> Row:
+    height, kind, number, content, previous, digest, wall = row
+    return {
+        "height": height,
+        "kind": kind,
+        "round": number,
+        "content": _parsed(content.encode()),
+        "previous": previous,
+        "hash": digest,
+        "wall": _parsed(wall.encode()),
+    }
+
+
+def _parsed(line: bytes) -> Row:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _lines_from_the_end(path: Path, span: int, block: int = 1 << 20) -> Iterator[bytes]:
+    """Whole lines of the last ``span`` bytes, the last first."""
+    try:
+        file = path.open("rb")
+    except OSError:
+        return
+    with file:
+        end = file.seek(0, os.SEEK_END)
+        stop = max(0, end - span)
+        rest: list[bytes] = []
+        while end > stop:
+            start = max(stop, end - block)
+            file.seek(start)
+            first, *others = file.read(end - start).split(b"\n")
+            end = start
+            if others:
+                yield from filter(None, [b"".join([others.pop(), *rest]), *reversed(others)])
+                rest = []
+            rest.insert(0, first)
+        if stop == 0 and any(rest):
+            yield b"".join(rest)

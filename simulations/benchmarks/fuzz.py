@@ -1,0 +1,223 @@
+"""Random damage to honest updates of every family, on codec and gate: how many uncaught exceptions?
+
+    python -m simulations.benchmarks.fuzz --examples 100000
+
+Half of the examples are Hypothesis's: well-formed containers of ill-chosen headers, types, shapes and
+values. Half are mutations of honest bytes: bits, bytes, cuts, repeats and numbers, in the reply, or in
+the update under a digest that fits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import struct
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import typer
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.table import Table
+
+from aggregators import UpdateRejected, admit, decode, encode
+from aggregators.codec import METADATA_KEY
+from aggregators.messages import open_body
+from simulations.benchmarks.specimens import LAYOUT, Specimen, specimens, with_body
+
+TYPES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
+    "F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8, "F4": 1, "X": 4,
+}  # fmt: skip
+PARTS = ("numbers", "largest", "indices", "tensors", "ids", "counts", "widths", "whole")
+FILLS = (b"\0", b"\1", b"\x7f", b"\xff", b"\x3c", b"\x80")
+# What structure is made of: a flip that lands on these reaches further than most.
+TELLING = b'\0\xff09-"{}[]:,.e#BAsD'
+
+
+@dataclass
+class Found:
+    """What came of the examples: verdicts, and whatever escaped, by where it was raised."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    escaped: dict[str, str] = field(default_factory=dict)
+    failures: int = 0
+
+    def judge(self, read: Callable[[], Any]) -> None:
+        """Count one example."""
+        try:
+            read()
+        except UpdateRejected as rejection:
+            self.outcomes[rejection.verdict.value] += 1
+        except Exception as error:
+            self.failures += 1
+            frames = traceback.extract_tb(error.__traceback__)
+            place = f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}"
+            self.escaped.setdefault(f"{type(error).__name__} at {place}", str(error)[:200])
+        else:
+            self.outcomes["passed"] += 1
+
+
+def fuzz(examples: int, seed_number: int) -> Found:
+    """Try so many examples, the same for the same seed."""
+    found = Found()
+    families = list(specimens().values())
+    replies = {one.family: one.reply() for one in families}
+    _try_structures(found, families, replies, examples // 2, seed_number)
+    chance = random.Random(seed_number)
+    for number in range(examples - examples // 2):
+        specimen = families[number % len(families)]
+        reply = replies[specimen.family]
+        if chance.random() < 0.5:
+            found.judge(_reader(specimen, damaged(reply, chance), whole=True))
+        else:
+            body = damaged(open_body(reply), chance)
+            found.judge(_reader(specimen, body, whole=chance.random() < 0.7, reply=reply))
+    return found
+
+
+def damaged(data: bytes, chance: random.Random) -> bytes:
+    """Some bytes after one to four mutations."""
+    found = bytearray(data)
+    for _ in range(chance.randint(1, 4)):
+        header = min(len(found), 8 + int.from_bytes(found[:8], "little"))
+        # Half of the damage goes where the structure is.
+        at = chance.randrange(max(1, chance.choice([header, len(found)])))
+        kind = chance.choice(["flip", "flip", "set", "cut", "insert", "remove", "repeat", "number"])
+        if kind == "flip" and at < len(found):
+            found[at] ^= 1 << chance.randrange(8)
+        elif kind == "set" and at < len(found):
+            found[at] = chance.choice(TELLING)
+        elif kind == "cut":
+            del found[at:]
+        elif kind == "insert":
+            found[at:at] = chance.randbytes(chance.randint(1, 8))
+        elif kind == "remove":
+            del found[at : at + chance.randint(1, 16)]
+        elif kind == "repeat":
+            found[at:at] = found[at : at + chance.randint(1, 64)]
+        else:
+            width = chance.choice([1, 2, 4, 8])
+            value = chance.choice([0, 1, 2**31 - 1, 2**63 - 1, 2**64 - 1, chance.getrandbits(64)])
+            found[at : at + width] = (value % 256**width).to_bytes(width, "little")
+    return bytes(found)
+
+
+def _reader(
+    specimen: Specimen, data: bytes, *, whole: bool, reply: bytes = b""
+) -> Callable[[], None]:
+    """How an example is read: as a reply at the gate, as the body of one, or as an update alone."""
+
+    def read() -> None:
+        if whole:
+            payload = with_body(reply, data) if reply else data
+            update = admit(payload, specimen.context).update
+        else:
+            update = decode(data, LAYOUT, max_bytes=specimen.context.max_bytes)
+        if update is not None:
+            # What passes is an update: it can be sent on, and its norm is a number.
+            encode(update)
+            assert not whole or math.isfinite(update.squared_norm() ** 0.5)
+
+    return read
+
+
+def _try_structures(
+    found: Found, families: list[Specimen], replies: dict[str, bytes], examples: int, number: int
+) -> None:
+    @seed(number)
+    @settings(
+        max_examples=max(1, examples),
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(example=structures(), place=st.integers(0, len(families) - 1), whole=st.booleans())
+    def attempt(example: bytes, place: int, whole: bool) -> None:
+        specimen = families[place]
+        reply = replies[specimen.family]
+        found.judge(_reader(specimen, example, whole=whole, reply=reply))
+
+    attempt()
+
+
+@st.composite
+def structures(draw: st.DrawFn) -> bytes:
+    """A well-formed container whose header and tensors are chosen from what families know, and badly."""
+    names = [spec.name for spec in LAYOUT]
+    keys = st.one_of(
+        st.sampled_from(PARTS),
+        st.builds(
+            "{}#{}".format,
+            st.sampled_from([*names, "other", ""]),
+            st.sampled_from(["B", "A", "scale", "B.s", "A.s", "D", "D.s", "", "X"]),
+        ),
+        st.text(max_size=4),
+    )  # fmt: skip
+    family = st.sampled_from(
+        ["low_rank", "dense", "seed_scalars", "projected_gradient", "sketch", "x"]
+    )
+    numbers = st.sampled_from([0, 1, -1, 9, 64, 2**24, 2**31, 2**63, 1e300, 0.5, -0.0])
+    odd = st.one_of(
+        numbers, st.none(), st.booleans(), st.text(max_size=3), st.just([1]), st.just({})
+    )
+    header = {"schema": 1, "family": draw(family), "layout": LAYOUT.fingerprint}
+    header |= draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "seed": st.one_of(st.just(9), odd),
+                "pool": st.one_of(st.just(64), odd),
+                "probe": st.one_of(st.sampled_from(["rank1", "rademacher", "gaussian"]), odd),
+                "basis": st.one_of(st.just("0" * 64), odd),
+                "largest": odd,
+                "a": odd,
+                "schema": odd,
+                "layout": odd,
+            },
+        )
+    )
+    outer: dict[str, Any] = {"__metadata__": {METADATA_KEY: json.dumps(header)}}
+    content = b""
+    for key in draw(st.lists(keys, max_size=5, unique=True)):
+        kind = draw(st.sampled_from(list(TYPES)))
+        shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 6, 10, 12, 14]), max_size=3))
+        size = TYPES[kind] * math.prod(shape)
+        fill = draw(st.one_of(st.sampled_from(FILLS), st.binary(min_size=1, max_size=8)))
+        outer[key] = {
+            "dtype": kind, "shape": shape, "data_offsets": [len(content), len(content) + size],
+        }  # fmt: skip
+        content += (fill * (size // len(fill) + 1))[:size]
+    text = json.dumps(outer).encode()
+    return struct.pack("<Q", len(text)) + text + content
+
+
+def main(
+    examples: Annotated[int, typer.Option(min=2)] = 100_000,
+    seed_number: Annotated[int, typer.Option("--seed")] = 0,
+) -> None:
+    """Damage updates at random and count what escapes codec and gate."""
+    console = Console()
+    started = time.perf_counter()
+    found = fuzz(examples, seed_number)
+    table = Table("outcome", "examples")
+    for outcome, count in found.outcomes.most_common():
+        table.add_row(outcome, f"{count:,}")
+    table.add_row("uncaught exceptions", f"{found.failures:,}")
+    table.add_row("all", f"{found.outcomes.total() + found.failures:,}")
+    console.print(table)
+    for place, words in found.escaped.items():
+        console.print(f"{place}: {words}", markup=False)
+    console.print(f"{time.perf_counter() - started:.0f} s, seed {seed_number}")
+    raise typer.Exit(1 if found.failures else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,224 @@
+"""Operators' actions on real runs: applied between rounds, recorded, replayed, kept on resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedserver import events, metrics
+from fedserver.configuration import RunConfiguration, load
+from fedserver.control import OPERATOR, ControlQueue
+from fedserver.dashboard.run_reader import read_json
+from fedserver.ledger import Entry, Ledger
+from fedserver.live_log import LIVE, state_of
+from fedserver.replay import replay, restore
+from simulations.engines import run_local
+
+
+@pytest.fixture
+def configuration(tiny_scenario: Path) -> RunConfiguration:
+    return load(str(tiny_scenario), ["rounds=4", "local_steps=1", "quorum=1"])
+
+
+def run(
+    configuration: RunConfiguration,
+    folder: Path,
+    asked: dict[int, list[tuple[str, dict[str, Any]]]] | None = None,
+    *,
+    resume: bool = False,
+    emit: events.Listener = lambda event: None,
+) -> None:
+    """Run, asking what stands under a round's number when that round has been committed."""
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.RoundCommitted):
+            ask(folder, *(asked or {}).get(event.round, []))
+        emit(event)
+
+    run_local(configuration, folder, listen, resume=resume)
+
+
+class Killed(Exception):
+    """The end of a process, as far as a run can tell."""
+
+
+def dying(number: int) -> events.Listener:
+    """A listener in which the run dies at the beginning of a round."""
+
+    def listen(event: events.Event) -> None:
+        if event == events.RoundStarted(number):
+            raise Killed
+
+    return listen
+
+
+def ask(folder: Path, *wanted: tuple[str, dict[str, Any]]) -> None:
+    for action, arguments in wanted:
+        ControlQueue(folder).ask(action, arguments, who="eve", role="operator", reason="a test")
+
+
+def entries(folder: Path, kind: str) -> list[Entry]:
+    ledger = Ledger(folder)
+    found = list(ledger.entries(kind))
+    ledger.close()
+    return found
+
+
+def head(folder: Path) -> str:
+    ledger = Ledger(folder)
+    try:
+        return ledger.head
+    finally:
+        ledger.close()
+
+
+def participants(entry: Entry) -> set[str]:
+    return {node["node"] for node in entry.content["nodes"]}
+
+
+def test_what_is_asked_holds_from_the_next_round_and_is_in_the_ledger(
+    configuration: RunConfiguration, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    wanted = {
+        1: [("next_round", {"deadline_seconds": 7.5, "quorum": 2}), ("drain", {"node": "weak"})],
+        2: [
+            ("readmit", {"node": "weak"}),
+            ("revoke", {"node": "strong"}),
+            ("pause", {}),
+            ("resume", {}),
+        ],
+        3: [("readmit", {"node": "strong"}), ("export", {"to": "somewhere"})],
+    }  # fmt: skip
+    run(configuration, folder, wanted)
+    rounds = entries(folder, "round")
+    assert [participants(entry) for entry in rounds] == [
+        {"strong", "weak"}, {"strong"}, {"weak"}, {"weak"},
+    ]  # fmt: skip
+    deadlines = [{node["plan"]["deadline_seconds"] for node in e.content["nodes"]} for e in rounds]
+    assert deadlines == [{60.0}, {7.5}, {60.0}, {60.0}]
+    assert [entry.content["quorum"] for entry in rounds] == [True, False, True, True]
+    recorded = [(e.round, e.content["action"], e.content["who"]) for e in entries(folder, OPERATOR)]
+    assert recorded == [
+        (2, "next_round", "eve"), (2, "drain", "eve"), (3, "readmit", "eve"), (3, "revoke", "eve"),
+        (3, "pause", "eve"), (3, "resume", "eve"), (4, "export", "eve"),
+    ]  # fmt: skip
+    refused = [r.action for r in ControlQueue(folder).requests() if r.state == "refused"]
+    assert refused == ["readmit"]  # a revoked node does not come back
+    ledger = Ledger(folder)
+    assert ledger.verify() == []
+    assert all(one.equal for one in replay(ledger, configuration))
+    ledger.close()
+
+
+def test_a_roll_back_brings_the_model_back_and_replays(
+    configuration: RunConfiguration, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    told: list[events.EvaluationDone] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.EvaluationDone):
+            told.append(event)
+
+    run(configuration, folder, {3: [("rollback", {"round": 1})]}, emit=listen)
+    ledger = Ledger(folder)
+    rounds = list(ledger.entries("round"))
+    (rolled,) = ledger.entries(OPERATOR)
+    assert rolled.content["state"] == rounds[0].content["state"]
+    # The nodes of round 4 received, and evaluated, the model of round 1.
+    assert rounds[3].content["entering"] == rounds[1].content["entering"]
+    assert [event.round for event in told] == [0, 1, 2, 1, 4]
+    scores = metrics.evaluations(ledger)
+    assert 3 not in scores
+    assert scores[1] == metrics.scores(rounds[1].content["entering"])
+    found = replay(ledger, configuration)
+    assert [one.rolled_back_to for one in found] == [None, None, None, 1, None]
+    assert all(one.equal for one in found)
+    model, _ = restore(ledger, configuration)
+    ledger.close()
+    # A process that dies directly after the roll-back, whose state is then lost.
+    lost = tmp_path / "lost"
+    with pytest.raises(Killed):
+        run(configuration, lost, {3: [("rollback", {"round": 1})]}, emit=dying(4))
+    ledger = Ledger(lost, write=True)
+    assert ledger.last(OPERATOR).content["state"] == rolled.content["state"]
+    ledger.forget(rolled.content["state"])
+    assert restore(ledger, configuration)[0].digest() == rolled.content["state"]
+    ledger.close()
+    run(configuration, lost, resume=True)
+    ledger = Ledger(lost)
+    assert restore(ledger, configuration)[0].digest() == model.digest()
+    ledger.close()
+
+
+def test_a_stopped_run_goes_on_where_it_was_asked_to(
+    configuration: RunConfiguration, tmp_path: Path
+) -> None:
+    """Who was put out stays out; without actions the head is that of a run that nobody watched."""
+    folder = tmp_path / "run"
+    run(configuration, folder, {1: [("quarantine", {"node": "strong"})], 2: [("stop", {})]})
+    assert len(entries(folder, "round")) == 2
+    assert state_of(read_json(folder / LIVE)) == "stopped"
+    assert not entries(folder, "evaluation")
+    run(configuration, folder, resume=True)
+    assert [participants(entry) for entry in entries(folder, "round")] == [
+        {"strong", "weak"}, {"weak"}, {"weak"}, {"weak"},
+    ]  # fmt: skip
+    assert len(entries(folder, "evaluation")) == 1
+    run(configuration, tmp_path / "one")
+    with pytest.raises(Killed):
+        run(configuration, tmp_path / "two", emit=dying(3))
+    run(configuration, tmp_path / "two", resume=True)
+    assert head(tmp_path / "one") == head(tmp_path / "two")
+
+
+def test_a_paused_run_waits_and_is_still_paused_when_resumed(
+    configuration: RunConfiguration, tmp_path: Path
+) -> None:
+    """A process that dies while it is paused leaves a pause, and a request is applied once only."""
+    folder = tmp_path / "run"
+
+    def die(event: events.Event) -> None:
+        if isinstance(event, events.PhaseStarted) and event.phase == "paused":
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(configuration, folder, {2: [("pause", {})]}, emit=die)
+    # As if it had died between the ledger and the queue.
+    queue = ControlQueue(folder)
+    (request,) = queue.requests()
+    queue.settle(request, "pending")
+    waited: list[int] = []
+
+    def resume(event: events.Event) -> None:
+        if isinstance(event, events.PhaseStarted) and event.phase == "paused":
+            waited.append(event.round)
+            ask(folder, ("resume", {}))
+
+    run(configuration, folder, resume=True, emit=resume)
+    assert waited == [3]
+    assert [e.content["action"] for e in entries(folder, OPERATOR)] == ["pause", "resume"]
+    assert [r.state for r in queue.requests()] == ["applied", "applied"]
+    assert len(entries(folder, "round")) == 4
+
+
+def test_requests_that_make_no_sense_are_refused_with_the_reason(
+    configuration: RunConfiguration, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    wanted: list[tuple[str, dict[str, Any]]] = [
+        ("resume", {}),
+        ("drain", {"node": "nobody"}),
+        ("rollback", {"round": 9}),
+        ("rollback", {"round": 1}),
+        ("readmit", {"node": "weak"}),
+        ("next_round", {"quorum": 5}),
+    ]
+    run(configuration, folder, {1: wanted, 4: [("pause", {})]})
+    assert {request.state for request in ControlQueue(folder).requests()} == {"refused"}
+    assert not entries(folder, OPERATOR)
+    run(configuration, tmp_path / "unasked")
+    assert head(folder) == head(tmp_path / "unasked")
