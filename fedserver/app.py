@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedserver import events
 from fedserver.configuration import RunConfiguration, load
+from fedserver.deployment.registry import EnrolledKeys
 from fedserver.exchange import Clock, Exchange, MachineClock
 from fedserver.live_log import LiveLog
 from fedserver.rounds import Coordinator
@@ -60,20 +61,10 @@ def deployed(grid: Grid, context: Context) -> None:
         emit=LiveLog(folder, _print_event),
         resume=bool(settings.get("resume", False)),
         key_file=Path(sealing_key) if sealing_key else None,
-        enrolled=_enrolled(Path(registry)) if registry else None,
+        enrolled=EnrolledKeys(Path(registry)) if registry else None,
     )
     summary = coordinator.run()
     print(f"finished: ledger head {summary['head']}, run folder {folder.resolve()}", flush=True)
-
-
-def _enrolled(path: Path) -> dict[str, str]:
-    from fedserver.deployment.registry import Registry
-
-    registry = Registry(path)
-    try:
-        return registry.update_keys()
-    finally:
-        registry.close()
 
 
 def _print_event(event: events.Event) -> None:
