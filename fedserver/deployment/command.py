@@ -123,9 +123,10 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run.")] = False,
 ) -> None:
     """Run a scenario on the devices that have joined, and wait for its end."""
+    from fedhost.supervision import status_of
     from fedserver.configuration import load
     from fedserver.deployment.application import bundle
-    from fedserver.deployment.flower_control import ControlError, FlowerControl
+    from fedserver.deployment.flower_control import ControlError, FlowerControl, Unreachable
     from fedserver.deployment.folder import open_folder
 
     folder = open_folder(directory)
@@ -145,10 +146,15 @@ def run(
         },
     )
     print(f"run {run_id} has started; run folder {target}", flush=True)
-    status = control.run_status(run_id)
-    while not status.finished:
+    status = None
+    while status is None or not status.finished:
         time.sleep(POLL_SECONDS)
-        status = control.run_status(run_id)
+        try:
+            status = control.run_status(run_id)
+        except Unreachable:
+            # A SuperLink that died is started again, and the run goes on meanwhile.
+            if status_of(folder.path) is None:
+                raise
     if status.outcome != "completed":
         raise ControlError(
             f"run {run_id} {status.outcome or 'failed'}: {status.details or 'no details'};"

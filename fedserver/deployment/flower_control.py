@@ -37,6 +37,10 @@ class ControlError(Exception):
     """Flower did not do what was asked, and what to do."""
 
 
+class Unreachable(ControlError):
+    """The SuperLink does not answer now; it may be about to be started again."""
+
+
 @dataclass(frozen=True)
 class RunStatus:
     """How far Flower says that a run is: pending, starting, running, or finished with an outcome."""
@@ -114,6 +118,6 @@ class FlowerControl:
             reason = error.response.text[:200]
             raise ControlError(f"Flower refused ({error.response.status_code}): {reason}") from None
         except httpx.TransportError as error:
-            raise ControlError(f"the SuperLink does not answer: {error}") from None
+            raise Unreachable(f"the SuperLink does not answer: {error}") from None
         finally:
             client.close()
