@@ -18,7 +18,7 @@ from fedhost.supervision import Child, SupervisionError, Supervisor
 
 
 def children(folder: NodeFolder, runtime_port: int, health_port: int) -> list[Child]:
-    """Resident worker, SuperNode, SuperExec; each goes on while another is restarted.
+    """Resident worker, SuperNode, SuperExec; each is restarted by itself.
 
     Raises SettingsError for limits of the worker that cannot work.
     """
@@ -43,7 +43,7 @@ def children(folder: NodeFolder, runtime_port: int, health_port: int) -> list[Ch
                     " 'fedbraid client leave' and 'join'"},
         ),
         Child(
-            "superexec", superexec, own, lambda: accepts(health_port), descendants_survive=True
+            "superexec", superexec, own, lambda: accepts(health_port)
         ),
     ]  # fmt: skip
 

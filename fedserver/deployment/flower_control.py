@@ -54,6 +54,11 @@ class RunStatus:
         """Whether nothing more will happen."""
         return self.status == "finished"
 
+    @property
+    def explained(self) -> bool:
+        """Whether the app itself said why it failed; a killed one says nothing."""
+        return "with exception" in self.details
+
 
 class FlowerControl:
     """Commands to the SuperLink on this host."""
