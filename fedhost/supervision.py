@@ -38,8 +38,7 @@ class SupervisionError(Exception):
 class Child:
     """One process. ``ready`` says whether it serves yet; later children wait for it.
 
-    ``descendants_survive``: what the process itself started is left alone when it dies and is
-    restarted. A SuperExec's running app goes on that way; nginx's workers would hold the port.
+    What the process itself started ends with it: nginx's workers would hold the port.
     ``finish``: exit codes that end the whole supervision instead of a restart, and what they mean.
     """
 
@@ -47,7 +46,6 @@ class Child:
     command: Sequence[str]
     environment: Mapping[str, str]
     ready: Callable[[], bool] = lambda: True
-    descendants_survive: bool = False
     finish: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -134,9 +132,8 @@ class Supervisor:
 
     def _died(self, one: _Running, code: int, now: float) -> None:
         assert one.process is not None
-        if not one.child.descendants_survive:
-            _signal_group(one.process.pid, signal.SIGKILL)
-            one.groups.clear()
+        _signal_group(one.process.pid, signal.SIGKILL)
+        one.groups.clear()
         one.process, one.last_exit = None, code
         if code in one.child.finish:
             self._failure = one.child.finish[code]

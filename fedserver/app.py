@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedserver import events
 from fedserver.configuration import RunConfiguration, load
+from fedserver.deployment.registry import EnrolledKeys
 from fedserver.exchange import Clock, Exchange, MachineClock
 from fedserver.live_log import LiveLog
 from fedserver.rounds import Coordinator
@@ -43,7 +44,8 @@ def deployed(grid: Grid, context: Context) -> None:
     """Entry point of ``flwr run``: the run configuration names the scenario and the run folder.
 
     Keys: ``scenario`` (name or file), ``output`` (folder), ``set`` (overrides, separated by ``;``),
-    ``resume``, ``server-key`` (file of the key that seals the ledger; by default one in the run folder).
+    ``resume``, ``server-key`` (file of the key that seals the ledger; by default one in the run folder),
+    ``enrolment`` (registry of a deployed server, whose nodes take part with their enrolled keys alone).
     """
     settings = context.run_config
     overrides: Sequence[str] = [o for o in str(settings.get("set", "")).split(";") if o.strip()]
@@ -51,6 +53,7 @@ def deployed(grid: Grid, context: Context) -> None:
     output = str(settings.get("output", "") or configuration.output_dir or "")
     folder = Path(output or Path("runs") / configuration.name).expanduser()
     sealing_key = str(settings.get("server-key", ""))
+    registry = str(settings.get("enrolment", ""))
     coordinator = Coordinator(
         configuration,
         Exchange(grid, MachineClock()),
@@ -58,6 +61,7 @@ def deployed(grid: Grid, context: Context) -> None:
         emit=LiveLog(folder, _print_event),
         resume=bool(settings.get("resume", False)),
         key_file=Path(sealing_key) if sealing_key else None,
+        enrolled=EnrolledKeys(Path(registry)) if registry else None,
     )
     summary = coordinator.run()
     print(f"finished: ledger head {summary['head']}, run folder {folder.resolve()}", flush=True)

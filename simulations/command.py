@@ -252,6 +252,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
         ("fedserver.deployment.folder", "FolderError"),
         ("fedserver.deployment.front_door", "FrontDoorError"),
         ("fedclient.deployment.settings", "NodeFolderError"),
+        ("fedclient.resident.settings", "SettingsError"),
     ):
         if module in sys.modules:
             found.append(getattr(sys.modules[module], name))

@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import ValidationError
 
 from fedclient.deployment.settings import NodeFile, NodeFolder, NodeFolderError
-from fedclient.keys import load_or_create, public_hex, sign
 from fedhost.enrolment import (
     AUTHORITY_ROUTE,
     JOIN_ROUTE,
@@ -49,6 +48,9 @@ def join(url: str, token_text: str, folder: NodeFolder, own: Mapping[str, Any]) 
 
     May be repeated with the same token if it was cut off. Raises EnrolmentRefused or NodeFolderError.
     """
+    # Torch comes with it, and the processes that only ask how a node stands must stay small.
+    from fedclient.keys import load_or_create, public_hex, sign
+
     token = Token.parse(token_text.strip())
     server = address_of(url)
     if folder.file.exists():

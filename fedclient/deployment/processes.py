@@ -5,20 +5,26 @@ python -m fedclient.deployment.processes FOLDER
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
-from fedclient.deployment.settings import NodeFolder, NodeFolderError, open_folder
-from fedclient.deployment.supernode import SHUT_OUT
-from fedhost.flower import environment, program
+from fedclient.deployment.settings import SHUT_OUT, NodeFolder, NodeFolderError, open_folder
+from fedclient.resident.flower import node_environment
+from fedclient.resident.settings import SettingsError
+from fedhost.flower import program
 from fedhost.ports import LOOPBACK, accepts, free_ports
-from fedhost.private_files import make_private_folder
 from fedhost.supervision import Child, SupervisionError, Supervisor
 
 
 def children(folder: NodeFolder, runtime_port: int, health_port: int) -> list[Child]:
-    """SuperNode, SuperExec. The app of a message goes on while either is restarted."""
-    own = environment(folder.flower)
+    """Resident worker, SuperNode, SuperExec; each is restarted by itself.
+
+    Raises SettingsError for limits of the worker that cannot work.
+    """
+    own = node_environment(folder.path)
+    resident = folder.resident()
+    resident.check()
     supernode = [
         sys.executable, "-m", "fedclient.deployment.supernode", str(folder.path), str(runtime_port),
     ]  # fmt: skip
@@ -30,30 +36,35 @@ def children(folder: NodeFolder, runtime_port: int, health_port: int) -> list[Ch
         "--health-server-address", f"{LOOPBACK}:{health_port}",
     ]  # fmt: skip
     return [
+        Child("worker", resident.command(), own, lambda: _answers(resident.socket)),
         Child(
             "supernode", supernode, own, lambda: accepts(runtime_port),
             finish={SHUT_OUT: "the server has shut this node out: ask for a new token, then"
                     " 'fedbraid client leave' and 'join'"},
         ),
         Child(
-            "superexec", superexec, own, lambda: accepts(health_port), descendants_survive=True
+            "superexec", superexec, own, lambda: accepts(health_port)
         ),
     ]  # fmt: skip
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def supervise(path: Path) -> None:
     """Run the node in the foreground until it is told to stop.
 
-    Raises NodeFolderError or SupervisionError.
+    Raises NodeFolderError, SettingsError or SupervisionError.
     """
     folder = open_folder(path)
     folder.read()
-    make_private_folder(folder.flower)
     Supervisor(folder.path, children(folder, *free_ports(2))).run()
 
 
 if __name__ == "__main__":
     try:
         supervise(Path(sys.argv[1]))
-    except (NodeFolderError, SupervisionError) as error:
+    except (NodeFolderError, SettingsError, SupervisionError) as error:
         sys.exit(f"error: {error}")

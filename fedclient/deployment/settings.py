@@ -4,7 +4,8 @@ node.toml              what joining settled, and the node's own settings
 authority.crt          the only authority whose server this device talks to
 keys/transport         EC P-256 (OpenSSH form): Flower's node authentication
 keys/update.pem        Ed25519: signs updates
-flower/                Flower's home of this node
+flower/, bin/          Flower's home of this node, and the lean app stub
+worker/                the resident worker's socket and last replies
 logs/, status.json     of the supervised processes
 """
 
@@ -19,9 +20,11 @@ import tomli_w
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedclient.resident.settings import ResidentSettings
 from fedhost.private_files import make_private_folder, write_private
 
-DEFAULT_FOLDER = Path("~/.local/share/fedbraid/node")
+# The SuperNode's exit code that says: the server has shut this node out, and starting again is no use.
+SHUT_OUT = 77
 
 
 class NodeFolderError(Exception):
@@ -33,12 +36,14 @@ class NodeFile:
     """``node.toml``. ``application``: SHA-256 of the only app bundle that this device runs.
 
     ``node`` is handed to Flower as the node's configuration: ``data``, ``partition-id``, ``rank-limit``.
+    ``worker`` limits the resident worker: the fields of ``ResidentSettings`` but its folder.
     """
 
     server: str
     name: str
     application: str
     node: dict[str, Any] = field(default_factory=dict)
+    worker: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,13 @@ class NodeFolder:
     def flower(self) -> Path:
         """Flower's home of this node."""
         return self.path / "flower"
+
+    def resident(self) -> ResidentSettings:
+        """The resident worker of this device. Raises NodeFolderError for settings that it has not."""
+        try:
+            return ResidentSettings(self.path / "worker", **self.read().worker)
+        except TypeError as error:
+            raise NodeFolderError(f"{self.file}: [worker]: {error}") from None
 
     def read(self) -> NodeFile:
         """The configuration. Raises NodeFolderError if this device has not joined."""

@@ -21,12 +21,10 @@ from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
 
 from fedclient.deployment.joining import inquire
-from fedclient.deployment.settings import NodeFolder, open_folder
+from fedclient.deployment.settings import SHUT_OUT, NodeFolder, open_folder
+from fedclient.resident.supernode import shorten_waits
 from fedhost.enrolment import EnrolmentRefused
 from fedhost.ports import LOOPBACK
-
-# The exit code that says: there is no use in starting again.
-SHUT_OUT = 77
 
 
 def pin(application: str) -> None:
@@ -53,7 +51,12 @@ def pin(application: str) -> None:
 def arguments(folder: NodeFolder, runtime_port: int) -> list[str]:
     """The SuperNode's command line."""
     joined = folder.read()
-    own = {"name": joined.name, "key": str(folder.update_key_file), **joined.node}
+    own = {
+        "name": joined.name,
+        "key": str(folder.update_key_file),
+        "worker": str(folder.resident().socket),
+        **joined.node,
+    }
     return [
         "--superlink", joined.server,
         "--root-certificates", str(folder.authority),
@@ -78,6 +81,7 @@ def main(path: Path, runtime_port: int) -> None:
         # A server that is away, or a clock that is wrong, is tried again with a growing pause.
         sys.exit(1)
     pin(folder.read().application)
+    shorten_waits()
     sys.argv = ["flower-supernode", *arguments(folder, runtime_port)]
     flower_supernode()
 

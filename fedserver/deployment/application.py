@@ -34,7 +34,14 @@ def bundle() -> bytes:
                     "publisher": "fedbraid",
                     "components": COMPONENTS,
                     # A run can only override keys that its bundle has.
-                    "config": {"scenario": "", "output": "", "set": "", "resume": False},
+                    "config": {
+                        "scenario": "",
+                        "output": "",
+                        "set": "",
+                        "resume": False,
+                        "server-key": "",
+                        "enrolment": "",
+                    },
                 }
             }
         },

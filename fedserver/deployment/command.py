@@ -19,6 +19,7 @@ server_app = typer.Typer(help="Run a server that devices join.", no_args_is_help
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 POLL_SECONDS = 1.0
+RESUMPTIONS = 20
 
 
 @server_app.command()
@@ -123,9 +124,10 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run.")] = False,
 ) -> None:
     """Run a scenario on the devices that have joined, and wait for its end."""
+    from fedhost.supervision import status_of
     from fedserver.configuration import load
     from fedserver.deployment.application import bundle
-    from fedserver.deployment.flower_control import ControlError, FlowerControl
+    from fedserver.deployment.flower_control import ControlError, FlowerControl, Unreachable
     from fedserver.deployment.folder import open_folder
 
     folder = open_folder(directory)
@@ -133,25 +135,35 @@ def run(
     target = (output or folder.path / "runs" / configuration.name).expanduser().resolve()
     file = Path(scenario).expanduser()
     control = FlowerControl(folder.ports().superlink, folder.loopback_identity.authority)
-    run_id = control.start_run(
-        bundle(),
-        {
-            "scenario": str(file.resolve()) if file.is_file() else scenario,
-            "output": str(target),
-            "set": ";".join(override or ()),
-            "resume": resume,
-        },
-    )
-    print(f"run {run_id} has started; run folder {target}", flush=True)
-    status = control.run_status(run_id)
-    while not status.finished:
-        time.sleep(POLL_SECONDS)
-        status = control.run_status(run_id)
-    if status.outcome != "completed":
-        raise ControlError(
-            f"run {run_id} {status.outcome or 'failed'}: {status.details or 'no details'};"
-            f" see {folder.path / 'logs' / 'superexec.log'}"
-        )
+    settings: dict[str, str | bool] = {
+        "scenario": str(file.resolve()) if file.is_file() else scenario,
+        "output": str(target),
+        "set": ";".join(override or ()),
+        "resume": resume,
+        "server-key": str(folder.sealing_key),
+        "enrolment": str(folder.registry),
+    }
+    for attempt in range(1 + RESUMPTIONS):
+        run_id = control.start_run(bundle(), settings)
+        print(f"run {run_id} has {'been resumed' if attempt else 'started'}: {target}", flush=True)
+        status = None
+        while status is None or not status.finished:
+            time.sleep(POLL_SECONDS)
+            try:
+                status = control.run_status(run_id)
+            except Unreachable:
+                # A SuperLink that died is started again, and the run goes on meanwhile.
+                if status_of(folder.path) is None:
+                    raise
+        if status.outcome == "completed":
+            break
+        if status.outcome != "failed" or status.explained or attempt == RESUMPTIONS:
+            raise ControlError(
+                f"run {run_id} {status.outcome or 'failed'}: {status.details or 'no details'};"
+                f" see {folder.path / 'logs' / 'superexec.log'}"
+            )
+        # Its process was killed, perhaps with its SuperExec: the ledger knows how far it was.
+        settings["resume"] = (target / "ledger.db").exists()
     summary = json.loads((target / "summary.json").read_text())
     print(f"finished: ledger head {summary['head']}")
 

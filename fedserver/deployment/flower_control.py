@@ -37,6 +37,10 @@ class ControlError(Exception):
     """Flower did not do what was asked, and what to do."""
 
 
+class Unreachable(ControlError):
+    """The SuperLink does not answer now; it may be about to be started again."""
+
+
 @dataclass(frozen=True)
 class RunStatus:
     """How far Flower says that a run is: pending, starting, running, or finished with an outcome."""
@@ -49,6 +53,11 @@ class RunStatus:
     def finished(self) -> bool:
         """Whether nothing more will happen."""
         return self.status == "finished"
+
+    @property
+    def explained(self) -> bool:
+        """Whether the app itself said why it failed; a killed one says nothing."""
+        return "with exception" in self.details
 
 
 class FlowerControl:
@@ -114,6 +123,6 @@ class FlowerControl:
             reason = error.response.text[:200]
             raise ControlError(f"Flower refused ({error.response.status_code}): {reason}") from None
         except httpx.TransportError as error:
-            raise ControlError(f"the SuperLink does not answer: {error}") from None
+            raise Unreachable(f"the SuperLink does not answer: {error}") from None
         finally:
             client.close()

@@ -4,6 +4,7 @@ server.toml            what the operator chose
 authority/             the authority that devices pin (ca.crt, ca.key)
 certificates/          the server's certificate, for the front door and for the hop behind it
 enrolment.db           invitations and nodes
+ledger.pem             the key that seals the ledgers of its runs
 flower/                Flower's home; superlink.db
 nginx/                 the generated configuration
 runs/                  run folders with their ledgers
@@ -119,6 +120,11 @@ class ServerFolder:
     def superexec_secret(self) -> Path:
         """What the SuperExec proves itself by to the SuperLink."""
         return self.path / "superexec.secret"
+
+    @property
+    def sealing_key(self) -> Path:
+        """The key that seals the ledgers of all runs; made by the first."""
+        return self.path / "ledger.pem"
 
     @property
     def loopback_identity(self) -> Identity:

@@ -78,8 +78,7 @@ def children(folder: ServerFolder, settings: Settings, ports: Ports) -> list[Chi
     return [
         Child("superlink", superlink, own, lambda: superlink_serves(folder, ports)),
         Child(
-            "superexec", superexec, own, lambda: accepts(ports.superexec_health),
-            descendants_survive=True,
+            "superexec", superexec, own, lambda: accepts(ports.superexec_health)
         ),
         Child("gatekeeper", gatekeeper, own, lambda: accepts(ports.gatekeeper)),
         Child(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,29 @@ class Node:
     update_key: str
     joined: float
     revoked: float | None
+
+
+class EnrolledKeys(Mapping[str, str]):
+    """The keys (hex) by which the nodes enrolled now sign updates, by name; read anew at every look.
+
+    A run takes hours: nodes that join meanwhile belong to it, and revoked ones no longer do.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._registry = Registry(path)
+
+    def __getitem__(self, name: str) -> str:
+        return self._now()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._now())
+
+    def __len__(self) -> int:
+        return len(self._now())
+
+    def _now(self) -> dict[str, str]:
+        nodes = self._registry.nodes()
+        return {node.name: node.update_key for node in nodes if node.revoked is None}
 
 
 class Registry:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,7 @@ from fedserver.deployment.flower_control import FlowerControl
 from fedserver.deployment.folder import ServerFolder
 from simulations.run import ledger_head, simulate
 
-# Every message imports torch anew until a resident worker answers, so one round is what time allows.
-ROUNDS = 1
+ROUNDS = 5
 PATIENCE_SECONDS = 240.0
 SCENARIO = """
 name = "joined"
@@ -31,6 +32,7 @@ preset = "mixed"
 base_model = "{model}"
 rounds = {rounds}
 seed = 3
+signatures = "required"
 threads = 1
 local_steps = 2
 max_length = 48
@@ -121,7 +123,12 @@ def test_devices_join_train_and_are_shut_out(
     )
     assert not (tmp_path / "proof").exists()
 
-    told = fedbraid("server", "run", server, scenario)
+    with ThreadPoolExecutor(1) as other:
+        run = other.submit(fedbraid, "server", "run", server, scenario)
+        # In the midst of the run its SuperLink is killed, and started again.
+        _until(lambda: (server / "runs" / "joined" / "ledger.db").exists() or run.done())
+        _kill(server, "superlink")
+        told = run.result()
     simulate(load(str(scenario), []), tmp_path / "simulated", lambda event: None, samples=0)
     head = ledger_head(tmp_path / "simulated")
     assert re.search(rf"ledger head {head}", told), told
@@ -166,6 +173,12 @@ def _foreign_replies(server: ServerFolder, folder: Path) -> list[str]:
     _until(lambda: control.run_status(run).finished)
     assert control.run_status(run).outcome == "completed", control.run_status(run)
     return (folder / "replies").read_text().splitlines()
+
+
+def _kill(folder: Path, name: str) -> None:
+    told = status_of(folder)
+    assert told is not None
+    os.kill(told["children"][name]["pid"], signal.SIGKILL)
 
 
 def _until(condition: Callable[[], bool]) -> None:

@@ -33,7 +33,6 @@ folder = Path(sys.argv[1])
 children = [
     Child(one["name"], [sys.executable, "-c", *one["code"]], dict(os.environ),
           ready=lambda one=one: not one.get("needs") or (folder / one["needs"]).exists(),
-          descendants_survive=one.get("survive", False),
           finish={int(k): v for k, v in one.get("finish", {}).items()})
     for one in json.loads(sys.argv[2])
 ]
@@ -108,16 +107,13 @@ def test_a_child_waits_for_those_before_it(tmp_path: Path, start: Start) -> None
     until(ready(tmp_path, "two"))
 
 
-@pytest.mark.parametrize("survive", [True, False])
-def test_descendants_of_a_killed_child(tmp_path: Path, start: Start, survive: bool) -> None:
+def test_descendants_end_with_a_killed_child(tmp_path: Path, start: Start) -> None:
     note = tmp_path / "descendant"
-    start([{"name": "one", "code": [PARENT, str(note)], "survive": survive}])
+    start([{"name": "one", "code": [PARENT, str(note)]}])
     descendant = int(until(lambda: note.exists() and note.read_text()))
     os.kill(until(ready(tmp_path))["pid"], signal.SIGKILL)
     until(ready(tmp_path, restarts=1))
-    assert _alive(descendant) is survive
-    stop(tmp_path)
-    assert not _alive(descendant)
+    until(lambda: not _alive(descendant))
 
 
 def test_what_a_killed_supervisor_left_is_ended_by_the_next(tmp_path: Path, start: Start) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fedhost.enrolment import EnrolmentRefused, JoinRequest, RefusalKind, Token
 from fedhost.node_signature import Signed
-from fedserver.deployment.registry import SWEEP_EVERY, Registry
+from fedserver.deployment.registry import SWEEP_EVERY, EnrolledKeys, Registry
 
 NOW, LATER = 1e9, 1e9 + 3600
 
@@ -91,6 +91,17 @@ def test_a_revoked_node_stays_out_and_its_name_is_free(registry: Registry) -> No
     refused("key-taken", registry.redeem, asked(invited(registry)), NOW)
     registry.redeem(asked(invited(registry), "b"), NOW)
     assert registry.admit(signed(3.0, "b")).name == "clinic"
+
+
+def test_a_run_sees_who_is_enrolled_now(tmp_path: Path) -> None:
+    path = tmp_path / "enrolment.db"
+    registry, keys = Registry(path), EnrolledKeys(path)
+    assert dict(keys) == {}
+    node = registry.redeem(asked(invited(registry)), NOW)
+    assert dict(keys) == {"clinic": node.update_key}
+    registry.revoke("clinic", NOW)
+    assert "clinic" not in keys
+    registry.close()
 
 
 def test_revoking_voids_an_open_invitation(registry: Registry) -> None:
