@@ -95,7 +95,7 @@ class Guard:
 
 
 async def form_of(request: Request) -> dict[str, str]:
-    """The fields of a form, each once; PlainTextResponse-sized bodies only.
+    """The fields of a form, each once, of at most ``LARGEST_BODY`` bytes.
 
     Raises:
         PermissionError: the form does not hold the session's CSRF token.
