@@ -22,7 +22,7 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 
 from fedclient.deployment.joining import inquire
 from fedclient.deployment.settings import SHUT_OUT, NodeFolder, open_folder
-from fedclient.resident.supernode import shorten_waits
+from fedclient.resident.supernode import mend
 from fedhost.enrolment import EnrolmentRefused
 from fedhost.ports import LOOPBACK
 
@@ -81,7 +81,7 @@ def main(path: Path, runtime_port: int) -> None:
         # A server that is away, or a clock that is wrong, is tried again with a growing pause.
         sys.exit(1)
     pin(folder.read().application)
-    shorten_waits()
+    mend()
     sys.argv = ["flower-supernode", *arguments(folder, runtime_port)]
     flower_supernode()
 
