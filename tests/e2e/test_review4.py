@@ -105,6 +105,16 @@ def test_an_asynchronous_round_may_ask_nobody(verdicts: Any) -> None:
     assert set(found) <= {"missing"}
 
 
+def test_late_pairs_count_as_late_factors_and_scalars_do(verdicts: Any) -> None:
+    late = {"name": "c", "strand": "zeroth-order", "fault": "late"}
+    found, _ = verdicts(
+        [{"name": "a"}, {"name": "b"}, late],
+        rounds=3, late="discount", deadline_seconds=5, quorum=2,
+        zeroth_order={"estimator": "hybrid"},
+    )  # fmt: skip
+    assert "late" not in found
+
+
 def test_factors_are_measured_with_the_change_beside_the_head(tiny_model_folder: Path) -> None:
     base = quantised_base.load(str(tiny_model_folder), "float32", "nf4")
     layout, name = base.layout, "model.embed_tokens.weight"
