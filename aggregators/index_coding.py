@@ -32,10 +32,12 @@ def encode_indices(indices: Sequence[int]) -> bytes:
 def decode_indices(data: bytes, count: int, end: int) -> list[int]:
     """The ``count`` indices, all below ``end``. ValueError for bytes that are not such a code.
 
-    The work is bounded by the length of ``data``, whatever it claims.
+    The work is bounded by ``count``, however long ``data`` is.
     """
     if not data:
         raise ValueError("coded indices are empty")
+    if count > end or len(data) > _longest(count, end):
+        raise ValueError(f"coded indices: {len(data)} bytes are no code of {count} below {end}")
     parameter = data[0]
     if parameter > LARGEST_PARAMETER:
         raise ValueError(f"coded indices: the parameter {parameter} is out of range")
@@ -55,3 +57,9 @@ def decode_indices(data: bytes, count: int, end: int) -> list[int]:
     if len(bits) - place >= 8 or "0" in bits[place:]:
         raise ValueError("coded indices: bytes are left over")
     return found
+
+
+def _longest(count: int, end: int) -> int:
+    """Bytes that ``encode_indices`` takes at most: with the largest parameter, and it takes the best."""
+    bits = count * (1 + LARGEST_PARAMETER) + (end >> LARGEST_PARAMETER)
+    return 2 + bits // 8

@@ -106,7 +106,11 @@ def check_coordinates(update: ProjectedGradient, method: Any) -> None:
                 Verdict.SHAPE, f"layer {name!r}: {len(values)} coordinates, not {wanted}"
             )
         _check_numbers(values, f"layer {name!r}: coordinate")
-    if missing := sorted(method.coordinates.keys() - update.coordinates.keys()):
+    if not update.coordinates:
+        raise UpdateRejected(Verdict.EMPTY, "there are no coordinates: there is no change")
+    # A node that trains a subset has no change of the other tensors, and which they are it decides.
+    missing = sorted(method.coordinates.keys() - update.coordinates.keys())
+    if missing and method.subset == "all":
         raise UpdateRejected(Verdict.SHAPE, f"layer {missing[0]!r} has no coordinates")
 
 

@@ -248,7 +248,7 @@ def _as_tensor(data: bytes) -> Tensor:
 def _bytes(coded: Tensor) -> bytes:
     if coded.dtype != torch.uint8 or coded.ndim != 1:
         raise ValueError("coded indices are not a string of bytes")
-    return bytes(coded.tolist())
+    return bytes(coded.numpy().tobytes())
 
 
 def only_parts(tensors: dict[str, Tensor], known: set[str]) -> None:

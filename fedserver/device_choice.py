@@ -56,7 +56,14 @@ def with_choices(
         if not node.trains or (node.strand != AUTO and not _limited(node)):
             nodes.append(_settled(node))
             continue
-        ways = list(_ways(configuration, node, layout, pool))
+        rest = configuration.nodes[len(nodes) + 1 :]
+        so_far = configuration.model_copy(update={"nodes": (*nodes, node, *rest)})
+        ways = list(_ways(so_far, node, layout, pool))
+        if not ways:
+            raise ConfigurationError(
+                f"node {node.name!r}: nothing that the scenario asks for can be done on the base as"
+                f" {node.base_format or 'full'!r}; use base_format = 'full', or leave it out"
+            )
         chosen = next((w for w in ways if w.fits(node, configuration.deadline_seconds)), None)
         if chosen is None:
             raise ConfigurationError(_impossible(node, ways, configuration.deadline_seconds))
@@ -92,6 +99,8 @@ def _ways(
             ({"strand": "zeroth-order", "base_format": name}, "zeroth-order") for name in formats
         ]
     for entry, words in entries:
+        if not _allowed(configuration, node, entry):
+            continue
         asked = _with(configuration, node.model_copy(update=entry))
         plan = make_plan(
             asked, _device(node.name, layout), round_number=1, layout=layout, base_digest="0" * 64
@@ -100,6 +109,19 @@ def _ways(
         memory = memory_of(plan, layout, configuration.view_rank or 0, seeds)
         where = "" if entry["base_format"] == "full" else f" on {entry['base_format']}"
         yield Choice(entry, words + where, memory.total, upload_bytes(plan, layout))
+
+
+def _allowed(
+    configuration: RunConfiguration, node: NodeConfiguration, entry: Mapping[str, Any]
+) -> bool:
+    """Whether the scenario would be valid with this entry, so that its ledger can be read again."""
+    chosen = node.model_copy(update=dict(entry))
+    nodes = tuple(chosen if n.name == node.name else n for n in configuration.nodes)
+    try:
+        configuration.model_copy(update={"nodes": nodes}).check_formats()
+    except ValueError:
+        return False
+    return True
 
 
 def _may_be(configuration: RunConfiguration, node: NodeConfiguration, strand: str) -> bool:

@@ -41,8 +41,8 @@ def rows(ledger: Ledger, configuration: RunConfiguration) -> list[dict[str, Any]
             node["device_seconds"] = device_seconds(
                 asked, node["seconds"] or 0.0, node["bytes_up"] + node["bytes_down"]
             )
-        # The round is over when the last device has answered.
-        line["device_seconds"] = max(node["device_seconds"] for node in line["nodes"])
+        # The round is over when the last device has answered; an asynchronous one may ask nobody.
+        line["device_seconds"] = max((n["device_seconds"] for n in line["nodes"]), default=0.0)
     return lines
 
 

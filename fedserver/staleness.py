@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from aggregators import Update
 from aggregators.messages import Plan
-from aggregators.methods import LoraMethod, ZerothOrderMethod
+from aggregators.methods import HybridMethod, LoraMethod, ZerothOrderMethod
 from fedserver.ledger import Ledger
 from fedserver.scenario.rounds import RoundKeys
 
@@ -23,7 +23,7 @@ def still_counts(plan: Plan, round_number: int, rules: RoundKeys) -> bool:
         rules.late == "discount"
         and plan.action == "train"
         and 0 < round_number - plan.round <= rules.staleness_limit
-        and isinstance(plan.method, (LoraMethod, ZerothOrderMethod))
+        and isinstance(plan.method, (LoraMethod, ZerothOrderMethod, HybridMethod))
     )
 
 

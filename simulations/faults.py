@@ -81,13 +81,24 @@ def _in_body(change: Callable[[Header, Tensors], None]) -> Callable[[Header, Ten
 
 
 def _nan(header: Header, tensors: Tensors) -> None:
-    name = next(name for name in tensors if name.endswith("#B"))
-    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    name = _numbers(tensors)
+    kind = tensors[name].dtype
+    if not kind.is_floating_point or "largest" in header | tensors:
+        # Numbers relative to a unit would need one that JSON cannot write: these are absolute.
+        kind = torch.float32
+        header.pop("largest", None)
+        tensors.pop("largest", None)
+    tensors[name] = torch.full_like(tensors[name], float("nan"), dtype=kind)
 
 
 def _wrong_shape(header: Header, tensors: Tensors) -> None:
-    name = next(name for name in tensors if name.endswith("#B"))
+    name = _numbers(tensors)
     tensors[name] = tensors[name][:-1]
+
+
+def _numbers(tensors: Tensors) -> str:
+    """A tensor that holds an update's numbers: a factor B, or all of what is no stack of factors."""
+    return next(n for n in sorted(tensors) if n.endswith("#B") or n == "numbers")
 
 
 def _other_layout(header: Header, tensors: Tensors) -> None:

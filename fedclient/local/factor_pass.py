@@ -16,6 +16,7 @@ import fedkernels as fk
 from aggregators import Layout
 from aggregators.methods import FactorMethod
 from aggregators.shared_factors import shared_a
+from fedclient.beside import beside_of
 from fedclient.local.forward import Batch, is_conv1d, predictions, rows_of, streaming_head
 from fedclient.local.objectives import Predictions
 from fedclient.local.placement import Placed, PlacementError, place
@@ -43,6 +44,8 @@ class FactorPass:
             for placed in place(model, layout, [spec.name for spec in factors])
         ]
         self._head = streaming_head(model)
+        if self._head is not None and beside_of(self._head) is not None:
+            self._head = None  # its weight is not all that it multiplies with
         self._forwards: dict[nn.Module, Forward] = {}
         for factor in self._factors:
             for module in factor.holders:

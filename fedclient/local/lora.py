@@ -74,14 +74,17 @@ def trainer(plan: Plan, base: LoadedModel, layout: Layout, view: View) -> Iterat
         fresh = method.model_copy(update={"start": "fresh"})
         plan = plan.model_copy(update={"method": fresh})
     model, factors, weights = base.model, view.factors(), None
+    # Other families may have changed matrices that this node's adapter does not stand beside.
+    adapted_names = match_targets(layout, method.target_modules, method.layers)
+    beyond = view.full_rank or not (factors or {}).keys() <= set(adapted_names)
     with ExitStack() as stack:
         if base.format != "full":
             made = standing(base, view)
             weights = made.digest
-            if view.full_rank:
+            if beyond:
                 factors = None
                 stack.enter_context(standing_on(model, layout, made))
-        elif view.full_rank:
+        elif beyond:
             rebuilt = weights_of(base, layout, view)
             model, factors, weights = rebuilt.model, None, rebuilt.digest
         wrapped = stack.enter_context(adapted(model, layout, plan, factors))

@@ -174,12 +174,12 @@ class RunConfiguration(RoundKeys):
                 "zeroth_order.estimator 'hybrid' takes small steps in the weights themselves; set"
                 ' base_dtype = "float32"'
             )
-        self._check_formats()
+        self.check_formats()
         if self.lora_init == "carry" and not PRESETS[self.preset].train_a:
             raise ValueError(f"preset {self.preset!r} fixes A, so lora_init cannot be 'carry'")
         return self
 
-    def _check_formats(self) -> None:
+    def check_formats(self) -> None:
         """A quantised base holds no trained weights, and beside it only rank-1 probes are exact."""
         # What a node that chooses for itself may hold is found when it chooses.
         strands = {n.name: self.strand(n.name) for n in self.nodes if n.strand != "auto"}
