@@ -10,8 +10,10 @@ import http.client
 import secrets
 import shutil
 import ssl
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -39,6 +41,8 @@ from fedhost.private_files import make_private_folder, write_private
 
 TIMEOUT_SECONDS = 30.0
 ANSWER_BYTES = 1 << 16
+# The front door lets two requests a second through, for an address.
+BUSY_SECONDS, BUSY_ATTEMPTS = 1.0, 10
 
 Answer = TypeVar("Answer", JoinAnswer, NodeAnswer)
 
@@ -161,12 +165,40 @@ def _ask(
     headers: Mapping[str, str] | None = None,
     body: bytes | None = None,
 ) -> bytes:
-    """One request; its answer's bytes. Raises EnrolmentRefused for everything but success."""
+    """One request; its answer's bytes. Raises EnrolmentRefused for everything but success.
+
+    A front door that is busy has not looked at the request, so it is asked again.
+    """
+    for _ in range(BUSY_ATTEMPTS):
+        status, content = _once(server, method, route, context, headers, body)
+        if status != HTTPStatus.SERVICE_UNAVAILABLE:
+            break
+        time.sleep(BUSY_SECONDS)
+    if status < 300:
+        return content
+    try:
+        told = RefusalAnswer.model_validate_json(content)
+    except ValidationError:
+        if status in (401, 403):
+            raise EnrolmentRefused("bad-signature", f"{server} refuses ({status})") from None
+        raise EnrolmentRefused("unreachable", f"{server} answers {status}: try again") from None
+    raise EnrolmentRefused(told.kind, told.text)
+
+
+def _once(
+    server: str,
+    method: str,
+    route: str,
+    context: ssl.SSLContext,
+    headers: Mapping[str, str] | None,
+    body: bytes | None,
+) -> tuple[int, bytes]:
+    """Status and body of one answer. Raises EnrolmentRefused where there is none."""
     connection = http.client.HTTPSConnection(server, timeout=TIMEOUT_SECONDS, context=context)
     try:
         connection.request(method, route, body, dict(headers or {}))
         answer = connection.getresponse()
-        content, status = answer.read(ANSWER_BYTES), answer.status
+        status, content = answer.status, answer.read(ANSWER_BYTES)
     except ssl.SSLCertVerificationError as error:
         raise EnrolmentRefused(
             "wrong-authority",
@@ -177,15 +209,7 @@ def _ask(
         raise EnrolmentRefused("unreachable", f"{server} does not answer: {error}") from None
     finally:
         connection.close()
-    if status < 300:
-        return content
-    try:
-        told = RefusalAnswer.model_validate_json(content)
-    except ValidationError:
-        if status in (401, 403):
-            raise EnrolmentRefused("bad-signature", f"{server} refuses ({status})") from None
-        raise EnrolmentRefused("unreachable", f"{server} answers {status}: try again") from None
-    raise EnrolmentRefused(told.kind, told.text)
+    return status, content
 
 
 def _read(content: bytes, kind: type[Answer]) -> Answer:

@@ -133,7 +133,9 @@ def test_a_roll_back_brings_the_model_back_and_replays(
     assert [event.round for event in told] == [0, 1, 2, 1, 4]
     scores = metrics.evaluations(ledger)
     assert 3 not in scores
-    assert scores[1] == metrics.scores(rounds[1].content["entering"])
+    again = metrics.scores(rounds[1].content["entering"])
+    assert again is not None
+    assert again.items() <= (scores[1] or {}).items()
     found = replay(ledger, configuration)
     assert [one.rolled_back_to for one in found] == [None, None, None, 1, None]
     assert all(one.equal for one in found)

@@ -153,8 +153,8 @@ def test_the_weight_of_the_strand_is_that_of_what_it_trains(
     changes = []
     for weight in (1.0, 0.5):
         configuration = make(way, mixing={"weights": {"zeroth-order": weight}})
-        model, shares = next_model(GlobalModel.empty(layout), [(update, 7)], configuration)
-        assert shares == [weight]
+        model, mixed = next_model(GlobalModel.empty(layout), [(update, 7)], configuration)
+        assert mixed.shares == [weight]
         held = model.carry.dense() if part == "carry" else model.sums[0].dense()
         changes.append(held[names[0]])
     assert float(changes[0].norm()) > 0

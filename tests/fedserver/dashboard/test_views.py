@@ -66,7 +66,7 @@ def rounds(draw: st.DrawFn) -> list[dict[str, Any]]:
                     **({"norm": draw(st.floats(0, 10)), "family": "low_rank"} if accepted else {}),
                 }
             )
-        found.append({"nodes": nodes, "entering": draw(EVALUATIONS)})
+        found.append({"nodes": nodes, "entering": draw(EVALUATIONS), "entering_by_format": {}})
     return found
 
 
