@@ -52,6 +52,8 @@ def rounds(draw: st.DrawFn) -> list[dict[str, Any]]:
                     "node": name,
                     "round": 1,
                     "plan": {"action": "train", "method": {"family": "low_rank", "rank": 3}},
+                    "base_format": "full",
+                    "choice": "",
                     "sends": "rank 3",
                     "verdict": "accepted"
                     if accepted
@@ -83,7 +85,12 @@ def test_the_live_view_says_what_ledger_and_metrics_say(content: list[dict[str, 
                 "round",
                 number,
                 {"quorum": True, "state": "", "carry_rank": 3, "tail_energy": 0.25} | one,
-                {"started": 5.0, "seconds": number / 7, "nodes": dict.fromkeys(NAMES, 1.5)},
+                {
+                    "started": 5.0,
+                    "seconds": number / 7,
+                    "nodes": dict.fromkeys(NAMES, 1.5),
+                    "memory": {},
+                },
             )
         metrics.write(ledger, configuration, folder / "metrics.jsonl")
         ledger.close()

@@ -1,5 +1,5 @@
 # A fedbraid device. Not built by this project's checks; kept to what docs/deployment.md does by hand.
-#   docker build -f deployment/docker/client.Dockerfile -t fedbraid-client .
+#   docker build -f fedserver/deployment/files/docker/client.Dockerfile -t fedbraid-client .
 #   docker run -v node:/state -v DATA:/data fedbraid-client \
 #     client join https://HOST:8443 --token TOKEN --folder /state/node --data /data/FILE
 #   docker run -v node:/state -v DATA:/data fedbraid-client

@@ -1,5 +1,5 @@
 # A fedbraid server. Not built by this project's checks; kept to what docs/deployment.md does by hand.
-#   docker build -f deployment/docker/server.Dockerfile -t fedbraid-server .
+#   docker build -f fedserver/deployment/files/docker/server.Dockerfile -t fedbraid-server .
 #   docker run -p 8443:8443 -v fedbraid:/state fedbraid-server --name HOST
 #   docker exec CONTAINER fedbraid server invite /state/server NAME
 FROM python:3.12-slim
