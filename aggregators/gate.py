@@ -161,7 +161,7 @@ def _check_identity(envelope: Envelope, context: GateContext) -> None:
 def _read_update(body: bytes, context: GateContext) -> Update:
     header, tensors = unpack(body)
     update = _read(header, tensors, context.plan.method, context)
-    _check_norm(update, context.plan)
+    _check_norm(update, context)
     return update
 
 
@@ -250,8 +250,13 @@ def _with_shared_a(
     return complete
 
 
-def _check_norm(update: Update, plan: Plan) -> None:
-    norm = norm_of(update)
+def _check_norm(update: Update, context: GateContext) -> None:
+    plan, norm = context.plan, norm_of(update)
+    if isinstance(update, Sketch) and context.basis is not None:
+        # What a sketch is read as may be far longer than its coordinates.
+        read = update.reconstruct(context.basis).squared_norm()
+        whole = update.whole_change().squared_norm() if update.whole else 0.0
+        norm = max(norm, math.sqrt(read + whole))
     if not math.isfinite(norm):
         raise UpdateRejected(Verdict.NOT_FINITE, "the change's norm is not finite")
     limit = min(LARGEST_NORM, math.inf if plan.max_norm is None else plan.max_norm)

@@ -32,6 +32,8 @@ Optimiser = Literal["sgd", "adamw"]
 BaseFormat = Literal["full", "int8", "int4", "nf4"]
 Subset = Literal["all", "owlore", "hft", "green-trainer"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# Of one tensor's random probes.
+MOST_COORDINATES = 1 << 20
 Modules = tuple[str, ...]
 
 
@@ -203,7 +205,7 @@ class ProjectedMethod(FirstOrderMethod):
 
     family: Literal["projected_gradient"] = "projected_gradient"
     probe: Probe
-    coordinates: dict[str, Annotated[int, Field(ge=1, le=1 << 20)]]
+    coordinates: dict[str, Annotated[int, Field(ge=1, le=MOST_COORDINATES)]]
     scale: Literal["unbiased", "mmse"] = "mmse"
 
     @model_validator(mode="after")

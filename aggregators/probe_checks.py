@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from aggregators.basis import Basis
@@ -136,7 +136,7 @@ def _check_numbers(values: Tensor, what: str) -> None:
     sizes = values.abs()
     if not bool((sizes > 0).any()):
         raise UpdateRejected(Verdict.EMPTY, f"every {what} is zero: there is no change")
-    if bool(((sizes > 0) & (sizes < sys.float_info.min)).any()):
+    if bool(((sizes > 0) & (sizes < torch.finfo(torch.float32).tiny)).any()):
         raise UpdateRejected(Verdict.NOT_FINITE, f"a {what} is denormal")
     largest = float(sizes.max())
     if largest > LARGEST_NUMBER:

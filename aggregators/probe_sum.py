@@ -90,22 +90,26 @@ class ProbeSum:
         values = {n: vector.double() / len(vector) for n, vector in update.coordinates.items()}
         largest = max((float(v.abs().max()) for v in values.values()), default=0.0)
         exponent = _clamp(math.frexp(largest)[1] - PROJECTION_BITS) if largest > 0 else 0
-        vectors = [torch.round(torch.ldexp(v, torch.tensor(-exponent))) for v in values.values()]
+        vectors = [torch.round(v * math.ldexp(1.0, -exponent)) for v in values.values()]
         places = {name: place for place, name in enumerate(values)}
         return cls(update.layout, update.master_seed, update.probe, exponent, vectors, places)
 
     def add(self, update: SeedScalars) -> ProbeSum:
         """The sum with scalars of the same pool, each rounded once to the sum's steps.
 
-        Steps are doubled where a total would leave 32 bits. Raises ValueError for another pool.
+        Steps are doubled until every scalar and every total is within 32 bits. Raises ValueError for
+        another pool.
         """
         require_layout(update.layout, self.layout)
         if not self.is_of(update):
             raise ValueError(f"the pool {update.pool} is not this sum's")
-        steps = torch.round(torch.ldexp(update.scalars, torch.tensor(-self.exponent)))
-        if len(steps) and float(steps.abs().max()) > 2**62:
-            raise ValueError("a scalar is too large for the sum's steps")
         totals, exponent = self.vectors[0].clone(), self.exponent
+        largest = float(update.scalars.abs().max()) if len(update.scalars) else 0.0
+        coarser = math.frexp(largest)[1] - LARGEST_TOTAL.bit_length() - exponent
+        if coarser > 0:
+            totals = torch.round(totals.double() * math.ldexp(1.0, -coarser)).to(torch.int64)
+            exponent += coarser
+        steps = torch.round(update.scalars * math.ldexp(1.0, -exponent))
         totals[update.indices] += steps.to(torch.int64)
         while int(totals.abs().max()) > LARGEST_TOTAL:
             totals, exponent = torch.round(totals.double() / 2).to(torch.int64), exponent + 1

@@ -112,34 +112,38 @@ def export_merged(folder: Path, target: Path, base_folder: Path, *, exact: bool 
     absent = sorted(touched - merged)
     if absent:
         raise LedgerError(f"{base_folder} stores no tensor named {absent[0]!r}; use export peft")
-    card = model_card(
-        folder, configuration, max((f.B.shape[1] for f in adapter.values()), default=0)
-    )
+    card = model_card(folder, configuration)
     (target / "README.md").write_text(card, encoding="utf-8")
     return target
 
 
-def model_card(folder: Path, configuration: RunConfiguration, rank: int) -> str:
-    """A model card in Markdown: where the adapter comes from and what was measured."""
+def model_card(folder: Path, configuration: RunConfiguration, rank: int | None = None) -> str:
+    """A model card in Markdown: where the model comes from and what was measured.
+
+    rank: of an adapter; None for merged weights.
+    """
     summary = _read_summary(folder)
     lines = [
         "---",
         f"base_model: {json.dumps(configuration.base_model)}",
-        "library_name: peft",
-        "tags: [fedbraid, federated-learning, lora]",
+        f"library_name: {'transformers' if rank is None else 'peft'}",
+        f"tags: [fedbraid, federated-learning{'' if rank is None else ', lora'}]",
         "---",
         "",
         f"# {configuration.name}",
         "",
         f"Fine-tuned by {len(configuration.nodes)} nodes that share no data, with fedbraid"
-        f" (preset `{configuration.preset}`), then exported at rank {rank}.",
+        f" (preset `{configuration.preset}`), then "
+        + ("merged into the base's weights." if rank is None else f"exported at rank {rank}."),
         "",
-        "| node | rank | data |",
+        "| node | trains | data |",
         "|---|---|---|",
     ]
     for node in configuration.nodes:
         held = ", ".join(node.categories or ()) or configuration.data.source
-        lines.append(f"| {node.name} | {node.lora_r or configuration.lora_r} | {held} |")
+        strand = configuration.strand(node.name)
+        way = f"LoRA, rank {node.lora_r or configuration.lora_r}" if strand == "lora" else strand
+        lines.append(f"| {node.name} | {way} | {held} |")
     lines += ["", "| | before | after |", "|---|---|---|"]
     before, after = summary.get("before"), summary.get("after")
     for key, label in (

@@ -13,6 +13,7 @@ from aggregators import Layout, match_targets
 from aggregators.factor_scalars import lora_scale
 from aggregators.messages import Capabilities, Plan
 from aggregators.methods import (
+    MOST_COORDINATES,
     FactorMethod,
     HybridMethod,
     LoraMethod,
@@ -282,7 +283,10 @@ def _projected(
         master_seed=_projection_seed(configuration, round_number, node),
         probe=settings.probe,
         scale=settings.scale,
-        coordinates=allocation(norms, settings.coordinates),
+        coordinates={
+            name: min(count, MOST_COORDINATES)
+            for name, count in allocation(norms, settings.coordinates).items()
+        },
         **shared,
     )
 
