@@ -70,10 +70,11 @@ chromium: venv
 screenshots: venv chromium
 	$(BIN)/python -m pytest --quiet tests/fedserver/dashboard/screenshots.py
 
+# Processes of a deployment and whole benchmarks run outside of what coverage sees.
 test: nginx lint chromium
 	$(BIN)/python -m fedclient.base_model fetch
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
-		--cov --cov-report=term --cov-fail-under=85
+		--cov --cov-report=term --cov-fail-under=80
 
 bench: venv
 	$(BIN)/python -m simulations.benchmarks.recompression
