@@ -23,8 +23,6 @@ OPERATOR = "operator"
 
 PENDING, APPLIED, REFUSED = "pending", "applied", "refused"
 EXCLUDING = {"drain": "drained", "quarantine": "quarantined", "revoke": "revoked"}
-RECORDED = ("start", "continue", "export")
-"""Actions that somebody else carries out; the run only records them."""
 ARGUMENTS: dict[str, frozenset[str]] = {
     "pause": frozenset(),
     "resume": frozenset(),
