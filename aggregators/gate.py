@@ -108,6 +108,10 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
             f"worked on the base as {envelope.report.base_format!r}, the plan asks for"
             f" {context.plan.base_format!r}",
         )
+    if (named := envelope.report.residual) and named not in context.plan.history[1:]:
+        raise UpdateRejected(
+            Verdict.DIVERGED, f"began with a residual {named[:12]!r} that the plan does not name"
+        )
     update = None
     if context.plan.action == "train":
         update = _read_update(body, context)

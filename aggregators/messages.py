@@ -21,6 +21,7 @@ from aggregators.view import SealedView, View, view_parts
 
 SCHEMA = 1
 MAX_EXAMPLES = 10**7
+MOST_HISTORY = 9
 ENVELOPE_LIMIT = 1 << 16  # bytes; an honest one takes about 1,500
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -37,7 +38,12 @@ class _Message(BaseModel):
 
 
 class Plan(_Message):
-    """What one node is asked to do in one round."""
+    """What one node is asked to do in one round.
+
+    ``history``: where the method has error feedback, the name under which the node files what its
+    message leaves out, then the names of earlier rounds whose it may begin with, the newest first. Each
+    is the digest of the ledger entry that the round's model came from.
+    """
 
     run: str
     round: int = Field(ge=1)
@@ -62,6 +68,7 @@ class Plan(_Message):
     evaluate: bool
     deadline_seconds: float = Field(gt=0)
     max_norm: float | None = Field(gt=0)
+    history: tuple[Digest, ...] = Field(default=(), max_length=MOST_HISTORY)
     data: dict[str, Any] | None = None
 
     @property
@@ -115,7 +122,9 @@ class Report(_Message):
 
     ``view``: digest of the view that it worked from. ``weights``: digest of the weights that it made
     of it, where it made some, or of what stands beside a quantised base, and that base. Both are of the
-    round's start. ``base_format``: what it held of the base, so what its evaluation is of.
+    round's start. ``base_format``: what it held of the base, so what its evaluation is of. ``residual``:
+    of the plan's history the name under which it found what its earlier messages left out; "" where it
+    began without.
     """
 
     examples: int = Field(ge=1, le=MAX_EXAMPLES)
@@ -127,6 +136,7 @@ class Report(_Message):
     view: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     weights: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     base_format: BaseFormat = "full"
+    residual: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
 
 
 class Envelope(_Message):

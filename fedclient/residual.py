@@ -1,7 +1,9 @@
 """What a node's messages did not carry: kept between rounds, on the node's own disk.
 
-A node that is killed and asked again finds what it had at the start of the round, so that a resumed run
-is the run that was not interrupted.
+A residual belongs to the history that it was made in, so it is filed under the name that the plan has
+for that (``Plan.history``), never under a round's number: another run of the same scenario, a copy of it
+or one that was rolled back finds its own, or none. A node that is asked the same again finds what it
+found first, so that a resumed run is the run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,9 @@ from fedclient.resident.replies import synchronise
 
 FORGOTTEN_AFTER = 7 * 24 * 3600.0  # seconds without a round of the run
 SUFFIX = ".safetensors"
+# The last round's, and the one that it began from, should it be asked again, are always kept. What is
+# older is for runs that another copy of their scenario overtook, as far as there is room.
+ALWAYS, MOST, ROOM = 2, 32, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -33,26 +38,24 @@ class Residuals:
     run: str
     node: str
 
-    def before(self, round_number: int) -> dict[str, Tensor]:
-        """What was left before a round: float32 by tensor name, {} in the first and after a loss."""
-        files = self._files()
-        if self._folder.is_dir():
-            for left in self._folder.glob("*.part"):
-                # Of a process that was killed while it wrote.
-                left.unlink(missing_ok=True)
-        # A later round's are of an earlier run of the same scenario, or of an interrupted try.
-        for number in [n for n in files if n >= round_number]:
-            files.pop(number).unlink(missing_ok=True)
-        if not files:
-            return {}
-        try:
-            found = load_file(files[max(files)])
-        except (OSError, SafetensorError):
-            return {}
-        return {name: tensor.float() for name, tensor in found.items()}
+    def find(self, names: Sequence[str]) -> tuple[dict[str, Tensor], str]:
+        """What is filed under the first of ``names`` that there is, float32 by tensor name; that name.
 
-    def keep(self, round_number: int, residual: Mapping[str, Tensor]) -> None:
-        """Write what a round left; the one before it stays, should the round be asked again.
+        ({}, "") where there is none, or only a damaged one: then the node begins without.
+        """
+        for name in names:
+            path = self._path(name)
+            try:
+                found = load_file(path)
+                # What a run goes on from is as young as what it will leave.
+                os.utime(path)
+            except (OSError, SafetensorError):
+                continue
+            return {tensor: left.float() for tensor, left in found.items()}, name
+        return {}, ""
+
+    def keep(self, name: str, residual: Mapping[str, Tensor]) -> None:
+        """File what a round left, and forget what is too old.
 
         In bfloat16: a residual is a correction, and takes half the room of the weights.
         """
@@ -60,27 +63,36 @@ class Residuals:
             return
         _forget_old_runs()
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"{round_number}{SUFFIX}"
+        for left in self._folder.glob("*.part"):
+            # Of a process that was killed while it wrote.
+            left.unlink(missing_ok=True)
+        path = self._path(name)
         part = path.with_suffix(f".{os.getpid()}.part")
         save_file({n: t.to(torch.bfloat16).contiguous() for n, t in residual.items()}, part)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
         synchronise(self._folder)
-        earlier = sorted(number for number in self._files() if number < round_number)
-        for number in earlier[:-1]:
-            (self._folder / f"{number}{SUFFIX}").unlink(missing_ok=True)
+        self._make_room()
 
     @property
     def _folder(self) -> Path:
         # A node's name may be anything; its digest is a folder's name everywhere.
         return _root() / self.run / hashlib.sha256(self.node.encode()).hexdigest()[:16]
 
-    def _files(self) -> dict[int, Path]:
-        if not self._folder.is_dir():
-            return {}
-        found = self._folder.glob(f"*{SUFFIX}")
-        return {int(path.stem): path for path in found if path.stem.isdigit()}
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}{SUFFIX}"
+
+    def _make_room(self) -> None:
+        files = [(path, path.stat()) for path in self._folder.glob(f"*{SUFFIX}")]
+        room = ROOM
+        newest_first = sorted(files, key=lambda file: file[1].st_mtime_ns, reverse=True)
+        for place, (path, found) in enumerate(newest_first):
+            if place < ALWAYS:
+                continue
+            room -= found.st_size
+            if place >= MOST or room < 0:
+                path.unlink(missing_ok=True)
 
 
 def _root() -> Path:

@@ -132,6 +132,7 @@ class Worker:
             view=view.digest(),
             weights=trainer.weights,
             base_format=plan.base_format,
+            residual=result.residual if result else "",
         )
         return _answer(plan, base.digest, report, update)
 

@@ -108,9 +108,10 @@ class Ledger:
         rows = self._read("SELECT hash FROM entries ORDER BY height DESC LIMIT 1")
         return str(rows[0][0]) if rows else GENESIS_PREVIOUS
 
-    def entries(self, kind: str | None = None) -> Iterator[Entry]:
-        """All entries in order, or those of one kind."""
-        yield from self._entries("WHERE ?1 IS NULL OR kind = ?1 ORDER BY height", kind)
+    def entries(self, kind: str | None = None, start: int = 0) -> Iterator[Entry]:
+        """All entries in order, or those of one kind, from a height on."""
+        where = "WHERE height >= ?2 AND (?1 IS NULL OR kind = ?1) ORDER BY height"
+        yield from self._entries(where, kind, start)
 
     def last(self, kind: str) -> Entry | None:
         """The newest entry of a kind."""

@@ -7,7 +7,13 @@ from typing import Any
 
 from aggregators import Basis
 from aggregators.messages import Plan, encode_plan
-from aggregators.methods import HybridMethod, LoraMethod, SketchMethod, ZerothOrderMethod
+from aggregators.methods import (
+    HybridMethod,
+    LoraMethod,
+    ProjectedMethod,
+    SketchMethod,
+    ZerothOrderMethod,
+)
 from aggregators.presets import PRESETS
 from aggregators.view import View
 from fedserver.configuration import RunConfiguration
@@ -35,8 +41,12 @@ def question(
     round_number: int,
     action: str,
     deadline_seconds: float,
+    history: tuple[str, ...] = (),
 ) -> Question:
-    """What one member is asked in a round that begins with ``model``: the same whenever it is made."""
+    """What one member is asked in a round that begins with ``model``: the same whenever it is made.
+
+    ``history``: the round's names for what the node's messages leave out (``Lineage``).
+    """
     plan = make_plan(
         configuration,
         member.capabilities,
@@ -45,7 +55,12 @@ def question(
         base_digest=roster.base_digest,
         action=action,
         sums=model.sums,
-    ).model_copy(update={"deadline_seconds": deadline_seconds})
+    )
+    feedback = (
+        isinstance(plan.method, ProjectedMethod | SketchMethod) and plan.method.error_feedback
+    )
+    named = history if feedback and plan.action == "train" else ()
+    plan = plan.model_copy(update={"deadline_seconds": deadline_seconds, "history": named})
     basis = model.basis or first_basis(configuration, roster.layout)
     view = _view(configuration, model, plan, basis)
     return Question(

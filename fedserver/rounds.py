@@ -20,6 +20,7 @@ from fedserver.device_choice import with_choices
 from fedserver.exchange import Exchange
 from fedserver.global_model import GlobalModel, Mixed, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
+from fedserver.lineage import Lineage
 from fedserver.newcomers import Churn
 from fedserver.open_round import committed_before
 from fedserver.operations import Operations
@@ -59,6 +60,7 @@ class Coordinator:
         """
         self._asked = self._configuration = configuration
         self._choices: dict[str, str] = {}
+        self._lineage = Lineage()
         self._preset = PRESETS[configuration.preset]
         self._exchange = exchange
         self._folder = folder
@@ -231,6 +233,7 @@ class Coordinator:
                 number,
                 "train",
                 self._configuration.deadline_seconds,
+                Lineage.before(ledger, number).history(name),
             )
             collector.reopen(asked)
 
@@ -251,10 +254,13 @@ class Coordinator:
         if configuration.asynchronous:
             needed = configuration.minimum_updates()
         needed = self._operations.quorum(number, needed)
+        self._lineage.catch_up(ledger)
         questions = self._questions(asked, roster, model, number, "train")
         deadline = self._operations.deadline_seconds(number)
         self._emit(events.PhaseStarted(number, "train", len(questions), needed, deadline))
         outcomes = collector.collect(number, "train", questions, needed, deadline, churn)
+        for told in filter(None, map(self._lineage.lost, outcomes)):
+            self._emit(events.Notice("warning", f"round {number}: {told}"))
         accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
         updates = [o for o in accepted if o.admitted is not None and o.admitted.update is not None]
         self._emit(events.PhaseStarted(number, "aggregate"))
@@ -380,7 +386,16 @@ class Coordinator:
     ) -> list[Question]:
         deadline = self._operations.deadline_seconds(number)
         return [
-            question(self._configuration, roster, member, model, number, action, deadline)
+            question(
+                self._configuration,
+                roster,
+                member,
+                model,
+                number,
+                action,
+                deadline,
+                self._lineage.history(member.capabilities.node),
+            )
             for member in members
         ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,15 +71,16 @@ class FullWeightsTrainer:
         assert isinstance(method, (ProjectedMethod, SketchMethod))
         change, result = first_order.train(own, self.layout, batches, method, **walk)
         del own  # the projection needs its room
-        return self._seen(method, change), result
+        update, residual = self._seen(method, change)
+        return update, replace(result, residual=residual)
 
     def _seen(
         self, method: ProjectedMethod | SketchMethod, change: dict[str, Tensor]
-    ) -> ProjectedGradient | Sketch:
-        """The change, and what earlier messages left out, as the method sends it."""
+    ) -> tuple[ProjectedGradient | Sketch, str]:
+        """The change, and what earlier messages left out, as the method sends it; the latter's name."""
         plan = self.plan
         kept = Residuals(plan.run, plan.node)
-        before = kept.before(plan.round) if method.error_feedback else {}
+        before, found = kept.find(plan.history[1:])
         update: ProjectedGradient | Sketch
         if isinstance(method, ProjectedMethod):
             update, left = projection.project(self.layout, method, change, before, plan.wire_dtype)
@@ -91,8 +92,9 @@ class FullWeightsTrainer:
             update, left = projection.sketch(
                 self.layout, method, self.basis, change, before, plan.wire_dtype
             )
-        kept.keep(plan.round, left)
-        return update
+        if plan.history:
+            kept.keep(plan.history[0], left)
+        return update, found
 
 
 @contextmanager

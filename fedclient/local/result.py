@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class TrainingResult:
     """Losses are means over labelled tokens of the first and of the last optimiser step.
 
-    ``skipped``: measurements without a finite result, from which nothing was learnt.
+    ``skipped``: measurements without a finite result, from which nothing was learnt. ``residual``: the
+    name of what earlier messages left out and this one begins with, "" for none.
     """
 
     first_loss: float
@@ -17,3 +18,4 @@ class TrainingResult:
     tokens: int
     steps: int
     skipped: int = 0
+    residual: str = ""

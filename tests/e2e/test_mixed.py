@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -22,7 +23,7 @@ from fedclient import state
 from fedclient.node import NodeSettings
 from fedclient.worker import Worker
 from fedserver.configuration import ConfigurationError, RunConfiguration, parse, to_toml
-from fedserver.events import Event, NodeStarted
+from fedserver.events import Event, NodeStarted, Notice
 from fedserver.export import export_merged, final_change
 from fedserver.global_model import GlobalModel, first_basis
 from fedserver.ledger import Ledger, LedgerError
@@ -252,6 +253,42 @@ def test_a_mixed_run_that_is_resumed_is_the_run_that_was_not(
     run(whole.model_copy(update={"rounds": 2}), tmp_path / "parts")
     run(whole, tmp_path / "parts", resume=True)
     assert ledger_head(tmp_path / "parts") == ledger_head(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("basis", ["adaptive", "random"])
+def test_a_copy_that_trained_in_between_changes_nothing(
+    basis: str, configuration: Any, tmp_path: Path
+) -> None:
+    """The same devices train another copy of the scenario, to its end, before a run is resumed."""
+    whole = configuration(
+        evaluate=False, rounds=5, nodes=NODES[:3],
+        projected={"learning_rate": 1e-3, "coordinates": 200, "basis": basis},
+    )  # fmt: skip
+    run(whole.model_copy(update={"rounds": 2}), tmp_path / "parts")
+    run(whole, tmp_path / "copy")
+    told: list[Event] = []
+    simulate(whole, tmp_path / "parts", told.append, samples=0, resume=True)
+    assert ledger_head(tmp_path / "parts") == ledger_head(tmp_path / "copy")
+    assert not [event for event in told if isinstance(event, Notice) and event.level == "warning"]
+
+
+def test_a_device_that_lost_its_residuals_says_so(configuration: Any, tmp_path: Path) -> None:
+    whole = configuration(evaluate=False, rounds=3, nodes=NODES[:3])
+    run(whole.model_copy(update={"rounds": 2}), tmp_path / "run")
+    shutil.rmtree(tmp_path / "cache" / "residuals")
+    told: list[Event] = []
+    simulate(whole, tmp_path / "run", told.append, samples=0, resume=True)
+    warned = [
+        event.text for event in told if isinstance(event, Notice) and event.level == "warning"
+    ]
+    assert sorted(text.split()[2] for text in warned) == ["office", "school"]
+    ledger = Ledger(tmp_path / "run")
+    rounds = list(ledger.entries("round"))
+    for entry, name in zip(rounds, ("", rounds[0].previous, ""), strict=True):
+        rows = {n["node"]: n["report"]["residual"] for n in entry.content["nodes"]}
+        assert rows == {"clinic": "", "school": name, "office": name}
+    assert all(one.equal for one in replay(ledger, whole))
+    ledger.close()
 
 
 def test_a_mixed_model_is_exported_whole(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedclient import residual
 from fedclient.residual import Residuals
 
 
@@ -22,47 +23,51 @@ def left(value: float) -> dict[str, torch.Tensor]:
     return {"layer.weight": torch.full((2, 3), value)}
 
 
-def found(kept: Residuals, round_number: int) -> float | None:
-    values = kept.before(round_number)
-    return float(values["layer.weight"][0, 0]) if values else None
+def found(kept: Residuals, *names: str) -> tuple[float | None, str]:
+    values, name = kept.find(names)
+    return (float(values["layer.weight"][0, 0]) if values else None), name
 
 
-def test_a_round_finds_what_the_one_before_left(kept: Residuals) -> None:
-    assert found(kept, 1) is None
-    for number in (1, 2, 3):
-        kept.keep(number, left(number))
-    assert found(kept, 4) == 3.0
-    assert found(Residuals("a-run", "ward 3/west"), 4) == 3.0
-    assert found(Residuals("a-run", "ward 4"), 4) is None
-    assert found(Residuals("b-run", "ward 3/west"), 4) is None
+def test_a_residual_is_found_by_its_name_alone(kept: Residuals) -> None:
+    assert found(kept, "a") == (None, "")
+    for place, name in enumerate("abc"):
+        kept.keep(name, left(place))
+    assert found(kept, "c", "b", "a") == (2.0, "c")
+    assert found(kept, "b", "a") == (1.0, "b")
+    assert found(kept, "missed", "a") == (0.0, "a")
+    assert found(Residuals("a-run", "ward 3/west"), "c") == (2.0, "c")
+    assert found(Residuals("a-run", "ward 4"), "c") == (None, "")
+    assert found(Residuals("b-run", "ward 3/west"), "c") == (None, "")
 
 
 def test_a_round_that_is_asked_again_finds_the_same(kept: Residuals) -> None:
-    kept.keep(1, left(1))
-    assert found(kept, 2) == 1.0
-    kept.keep(2, left(2))
-    # The node was killed before its reply arrived, and round 2 begins anew.
-    assert found(kept, 2) == 1.0
-
-
-def test_a_round_that_a_node_missed_is_passed_over(kept: Residuals) -> None:
-    kept.keep(1, left(1))
-    kept.keep(2, left(2))
-    assert found(kept, 6) == 2.0
-
-
-def test_an_earlier_run_of_the_same_scenario_is_forgotten(kept: Residuals) -> None:
-    for number in (1, 2, 3):
-        kept.keep(number, left(number))
-    assert found(kept, 1) is None
-    assert found(kept, 4) is None
+    kept.keep("a", left(1))
+    kept.keep("b", left(2))
+    # The node was killed before its reply arrived, and the round of that name begins anew.
+    assert found(kept, "a") == (1.0, "a")
 
 
 def test_a_damaged_file_is_as_none(kept: Residuals, tmp_path: Path) -> None:
-    kept.keep(1, left(1))
+    kept.keep("a", left(1))
     for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(b"half a file")
-    assert found(kept, 2) is None
+    assert found(kept, "a") == (None, "")
+
+
+@pytest.mark.parametrize(("room", "most"), [(0, 32), (1 << 30, 5)])
+def test_the_oldest_go_but_not_what_a_run_goes_on_from(
+    room: int, most: int, kept: Residuals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residual, "ROOM", room)
+    monkeypatch.setattr(residual, "MOST", most)
+    for place in range(most):
+        kept.keep(f"copy-{place}", left(place))
+        assert len(list(tmp_path.rglob("*.safetensors"))) == min(place + 1, most if room else 2)
+    oldest = sorted(tmp_path.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)[0]
+    assert found(kept, oldest.stem)[1] == oldest.stem
+    kept.keep("next", left(9))
+    assert found(kept, "next") == (9.0, "next")
+    assert found(kept, oldest.stem)[1] == oldest.stem
 
 
 WRITER = """
@@ -70,7 +75,7 @@ import itertools, torch
 from fedclient.residual import Residuals
 kept = Residuals("a-run", "node")
 for number in itertools.count(1):
-    kept.keep(number, {"weight": torch.full((700, 700), float(number % 100))})
+    kept.keep(str(number), {"weight": torch.full((700, 700), float(number % 100))})
     print(number, flush=True)
 """
 
@@ -83,7 +88,9 @@ def test_a_killed_writer_leaves_a_whole_residual(
         assert writer.stdout is not None
         written = [int(writer.stdout.readline()) for _ in range(5)]
         writer.kill()
-    kept = Residuals("a-run", "node").before(10**6)["weight"]
-    assert kept.unique().numel() == 1
-    assert float(kept[0, 0]) >= written[-1] % 100
+    node = Residuals("a-run", "node")
+    values, name = node.find([str(written[-1])])
+    assert name
+    assert float(values["weight"].unique()) == written[-1] % 100
+    node.keep("after", left(1))
     assert not list(tmp_path.rglob("*.part"))

@@ -1,0 +1,102 @@
+"""Where a round's model comes from, and under which names a node may have filed what it left out.
+
+A residual belongs to one history: the model it was measured against and who took part until then. The
+entry that a round's model came from (genesis, the round before, or a roll-back) names all of that, by
+the hash chain; the digest of a state would not, as a round without its quorum leaves the state as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aggregators.messages import MOST_HISTORY
+from fedserver.control import OPERATOR
+from fedserver.entry import Entry
+from fedserver.ledger import Ledger
+from fedserver.outcome import Outcome
+
+
+@dataclass
+class _Asked:
+    """A round in which a node was asked to train. ``origin``: the entry that its model came from."""
+
+    round: int
+    origin: str
+    accepted: bool = False
+
+
+class Lineage:
+    """The entries that a run's rounds began with; what an operator rolled back is no part of it."""
+
+    def __init__(self) -> None:
+        self._height = 0
+        self._origin = ""
+        self._asked: dict[str, list[_Asked]] = {}
+
+    @classmethod
+    def before(cls, ledger: Ledger, number: int) -> Lineage:
+        """As it was when round ``number`` began."""
+        found = cls()
+        for entry in ledger.entries():
+            if entry.kind == "round" and entry.round >= number:
+                break
+            found.take_in(entry)
+        return found
+
+    def catch_up(self, ledger: Ledger) -> None:
+        """Take in what was appended since."""
+        for entry in ledger.entries(start=self._height):
+            self.take_in(entry)
+
+    def history(self, node: str) -> tuple[str, ...]:
+        """The name of the round that is to begin, then those of the last rounds that asked the node."""
+        earlier = [one.origin for one in reversed(self._asked.get(node, []))]
+        return (self._origin, *earlier[: MOST_HISTORY - 1])
+
+    def lost(self, outcome: Outcome) -> str | None:
+        """What to say of a node that trained without what its last accepted message left out.
+
+        To be asked before the outcome's own round is taken in. A node that was accepted only with
+        nothing left out does not exist: rounding alone leaves something.
+        """
+        if outcome.admitted is None or not outcome.plan.history:
+            return None
+        names = outcome.plan.history[1:]
+        accepted = [
+            one
+            for one in self._asked.get(outcome.plan.node, [])
+            if one.accepted and one.round < outcome.plan.round
+        ]
+        if not accepted:
+            return None
+        found = outcome.admitted.report.residual
+        newest = accepted[-1]
+        known = names[: names.index(newest.origin) + 1] if newest.origin in names else names
+        if found in known:
+            return None
+        return (
+            f"{outcome.plan.node} no longer has what its message of round {newest.round} left out, and"
+            " began without it; keep the device's cache folder between rounds"
+        )
+
+    def take_in(self, entry: Entry) -> None:
+        """Go on by one entry."""
+        self._height = entry.height + 1
+        if entry.kind == "genesis":
+            self._origin = entry.hash
+        elif entry.kind == "round":
+            for row in entry.content["nodes"]:
+                asked = self._asked.setdefault(row["node"], [])
+                number = row["plan"]["round"]
+                known = next((one for one in asked if one.round == number), None)
+                if known is None and number == entry.round and row["plan"]["action"] == "train":
+                    known = _Asked(number, self._origin)
+                    asked.append(known)
+                if known is not None and row["verdict"] == "accepted":
+                    known.accepted = True
+            self._origin = entry.hash
+        elif entry.kind == OPERATOR and entry.content["action"] == "rollback":
+            target = entry.content["arguments"]["round"]
+            for node, asked in self._asked.items():
+                self._asked[node] = [one for one in asked if one.round <= target]
+            self._origin = entry.hash
