@@ -2,7 +2,7 @@
 
 A residual belongs to one history: the model it was measured against and who took part until then. The
 entry that a round's model came from (genesis, the round before, or a roll-back) names all of that, by
-the hash chain; the digest of a state would not, as a round without its quorum leaves the state as it was.
+the hash chain. The digest of a state would not: a round without its quorum leaves the state as it was.
 """
 
 from __future__ import annotations
