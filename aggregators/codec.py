@@ -156,13 +156,10 @@ def update_parts(update: Update, dtype: str | None = None) -> tuple[Header, dict
 
 def update_from_parts(header: Header, tensors: dict[str, Tensor], layout: Layout) -> Update:
     """Check header and tensors and build the update. Raises UpdateRejected and nothing else."""
-    if header.get("schema") != SCHEMA:
-        raise UpdateRejected(Verdict.MALFORMED, f"schema {header.get('schema')!r} is not {SCHEMA}")
-    if header.get("layout") != layout.fingerprint:
-        raise UpdateRejected(
-            Verdict.WRONG_LAYOUT,
-            f"layout {str(header.get('layout'))[:12]} is not the run's {layout.fingerprint[:12]}",
-        )
+    if header.get("family") == Pair.family:
+        parts = pair_parts(header, tensors, layout)
+        return made_pair([update_from_parts(*part, layout) for part in parts])
+    _check_header(header, layout)
     readers: dict[str, Callable[[Header, dict[str, Tensor], Layout], Update]] = {
         LowRank.family: _read_low_rank,
         Dense.family: _read_dense,
@@ -172,17 +169,16 @@ def update_from_parts(header: Header, tensors: dict[str, Tensor], layout: Layout
         Sketch.family: read_sketch,
     }
     family = header.get("family")
-    if family == Pair.family:
-        return made_pair([update_from_parts(*part, layout) for part in pair_parts(header, tensors)])
     if not isinstance(family, str) or family not in readers:
         raise UpdateRejected(Verdict.WRONG_FAMILY, f"unknown update family {family!r}")
     return readers[family](header, tensors, layout)
 
 
 def pair_parts(
-    header: Header, tensors: dict[str, Tensor]
+    header: Header, tensors: dict[str, Tensor], layout: Layout
 ) -> list[tuple[Header, dict[str, Tensor]]]:
     """Header and tensors of either part of a pair, unread. Raises UpdateRejected."""
+    _check_header(header, layout)
     described = header.get("parts")
     if not isinstance(described, list) or len(described) != 2:
         raise UpdateRejected(Verdict.MALFORMED, "a pair has two parts")
@@ -204,6 +200,16 @@ def made_pair(parts: Sequence[Update]) -> Pair:
         return Pair(parts)
     except ValueError as error:
         raise UpdateRejected(Verdict.WRONG_FAMILY, str(error)) from None
+
+
+def _check_header(header: Header, layout: Layout) -> None:
+    if header.get("schema") != SCHEMA:
+        raise UpdateRejected(Verdict.MALFORMED, f"schema {header.get('schema')!r} is not {SCHEMA}")
+    if header.get("layout") != layout.fingerprint:
+        raise UpdateRejected(
+            Verdict.WRONG_LAYOUT,
+            f"layout {str(header.get('layout'))[:12]} is not the run's {layout.fingerprint[:12]}",
+        )
 
 
 def _read_low_rank(_: Header, tensors: dict[str, Tensor], layout: Layout) -> LowRank:

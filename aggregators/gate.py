@@ -114,7 +114,7 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
         )
     update = None
     if context.plan.action == "train":
-        update = _read_update(body, context)
+        update = _read_update(body, context, envelope.report)
     elif body:
         raise UpdateRejected(Verdict.WRONG_FAMILY, "an update came with an evaluation")
     checked = signature if context.public_key is not None else None
@@ -162,10 +162,16 @@ def _check_identity(envelope: Envelope, context: GateContext) -> None:
         )
 
 
-def _read_update(body: bytes, context: GateContext) -> Update:
+def _read_update(body: bytes, context: GateContext, report: Report) -> Update:
     header, tensors = unpack(body)
     update = _read(header, tensors, context.plan.method, context)
-    _check_norm(update, context)
+    norm = _check_norm(update, context)
+    if norm == 0.0 and not report.unchanged:
+        raise UpdateRejected(
+            Verdict.EMPTY, "every number is zero: there is no change, and the report names none"
+        )
+    if norm > 0.0 and report.unchanged:
+        raise UpdateRejected(Verdict.MALFORMED, "a change came with a report that there is none")
     return update
 
 
@@ -180,11 +186,12 @@ def _read(
         )
     layout = context.layout
     if isinstance(method, HybridMethod):
+        parts = pair_parts(header, tensors, layout)
         methods = (method.lower, method.upper)
         return made_pair(
             [
                 _read(fields, own, asked, context)
-                for (fields, own), asked in zip(pair_parts(header, tensors), methods, strict=True)
+                for (fields, own), asked in zip(parts, methods, strict=True)
             ]
         )
     if isinstance(method, LoraMethod) and header.get("layout") == layout.fingerprint:
@@ -254,7 +261,8 @@ def _with_shared_a(
     return complete
 
 
-def _check_norm(update: Update, context: GateContext) -> None:
+def _check_norm(update: Update, context: GateContext) -> float:
+    """The change's norm, if it is within the limit."""
     plan, norm = context.plan, norm_of(update)
     if isinstance(update, Sketch) and context.basis is not None:
         # What a sketch is read as may be far longer than its coordinates.
@@ -268,3 +276,4 @@ def _check_norm(update: Update, context: GateContext) -> None:
         raise UpdateRejected(
             Verdict.NORM, f"the change's norm {norm:.4g} exceeds the limit of {limit:g}"
         )
+    return norm

@@ -124,7 +124,8 @@ class Report(_Message):
     of it, where it made some, or of what stands beside a quantised base, and that base. Both are of the
     round's start. ``base_format``: what it held of the base, so what its evaluation is of. ``residual``:
     of the plan's history the name under which it found what its earlier messages left out; "" where it
-    began without.
+    began without. ``unchanged``: training was sound and found nothing to change, so that the update is
+    zero; one that is zero unsaid is a defect.
     """
 
     examples: int = Field(ge=1, le=MAX_EXAMPLES)
@@ -137,6 +138,7 @@ class Report(_Message):
     weights: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     base_format: BaseFormat = "full"
     residual: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    unchanged: bool = False
 
 
 class Envelope(_Message):

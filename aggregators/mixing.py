@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +33,8 @@ FAMILIES = tuple(
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One update per family; ``shares`` are the weights that the inputs got, in input order.
+    """One update per family; ``shares`` are the weights that the inputs got, in input order: of a
+    tensor that some of a family do not have, the others got more.
 
     Projections on probes of several seeds cannot be added by coordinate: there is one a seed then, under
     "projected_gradient/" and the seed.
@@ -61,9 +62,11 @@ def aggregate(
 ) -> Aggregate:
     """The weighted sum of updates, the same bits in whatever order they come.
 
-    "add": sum over families f of lambda_f * (weighted mean within f), lambda_f = 1 by default. One
-    mean over all nodes ("mean") divides the strong families' steps by the share of the weak ones. Both
-    parts of a pair have the node's weight, each in its family; its share is the sum of theirs.
+    "add": sum over families f of lambda_f * (weighted mean within f), lambda_f = 1 by default. The mean
+    of a tensor is over the updates of the family that have it: a hybrid node, whose plan gives LoRA the
+    upper layers alone, says nothing of the lower ones. One mean over all nodes ("mean") divides by all
+    weights, hence the strong families' steps by the share of the weak ones. Both parts of a pair have
+    the node's weight, each in its family; its share is the sum of theirs.
     Raises ValueError for no updates, for weights that are not positive and finite, for another layout,
     for family weights that are not finite or name no family.
     """
@@ -92,7 +95,9 @@ def aggregate(
         ]
         for (index, _), (_, share) in zip(members, weighted, strict=True):
             shares[index] += share
-        scaled = [update * share for update, share in _canonical_order(weighted)]
+        parts = [(part, updates[index][1]) for index, part in members]
+        extra = _without_others(parts) if mixing == "add" else {}
+        scaled = [_scaled(update, share, extra) for update, share in _canonical_order(weighted)]
         totals |= {key: _total(some) for key, some in _by_pool(family, scaled).items()}
     return Aggregate(totals, shares, layout)
 
@@ -127,6 +132,45 @@ def average_factors(updates: Sequence[tuple[LowRank, float]], rank: int) -> LowR
             mean_a[:width] += (weight / total) * factors.A.double()
         means[name] = (mean_b.float(), mean_a.float(), 1.0)
     return LowRank(layout, means)
+
+
+def _without_others(members: Sequence[Weighted]) -> dict[str, float]:
+    """By tensor that only some members of a family have: the family's weight over theirs.
+
+    Updates along one pool of seeds all reach the same tensors.
+    """
+    found = {}
+    held: dict[str, list[float]] = {}
+    for update, weight in members:
+        for name in _tensors(update):
+            held.setdefault(name, []).append(weight)
+    for name, weights in held.items():
+        if len(weights) < len(members):
+            found[name] = math.fsum(weight for _, weight in members) / math.fsum(weights)
+    return found
+
+
+def _tensors(update: Any) -> Collection[str]:
+    if isinstance(update, LowRank):
+        return update.factors
+    if isinstance(update, Dense):
+        return update.tensors
+    if isinstance(update, ProjectedGradient):
+        return update.coordinates
+    if isinstance(update, Sketch):
+        return update.views.keys() | update.whole.keys()
+    return ()
+
+
+def _scaled(update: Any, share: float, extra: Mapping[str, float]) -> Any:
+    """The update times its share, and times what its tensors get beyond that."""
+    groups: dict[float, list[str]] = {}
+    for name in _tensors(update):
+        groups.setdefault(extra.get(name, 1.0), []).append(name)
+    if len(groups) < 2:
+        return update * (share * next(iter(groups), 1.0))
+    parts = [update.only(set(names)) * (share * more) for more, names in sorted(groups.items())]
+    return functools.reduce(operator.add, parts)
 
 
 def _by_pool(family: str, updates: Sequence[Any]) -> dict[str, list[Any]]:

@@ -106,8 +106,6 @@ def check_coordinates(update: ProjectedGradient, method: Any) -> None:
                 Verdict.SHAPE, f"layer {name!r}: {len(values)} coordinates, not {wanted}"
             )
         _check_numbers(values, f"layer {name!r}: coordinate")
-    if not update.coordinates:
-        raise UpdateRejected(Verdict.EMPTY, "there are no coordinates: there is no change")
     # A node that trains a subset has no change of the other tensors, and which they are it decides.
     missing = sorted(method.coordinates.keys() - update.coordinates.keys())
     if missing and method.subset == "all":
@@ -115,12 +113,10 @@ def check_coordinates(update: ProjectedGradient, method: Any) -> None:
 
 
 def check_sketch(update: Sketch, basis: Basis | None) -> None:
-    """Refuse sketches in another basis than the round's, and those of no change."""
+    """Refuse sketches in another basis than the round's."""
     if basis is None:
         raise UpdateRejected(Verdict.WRONG_BASIS, "a sketch, and the round has no basis")
     basis.check(update)
-    if update.squared_norm() == 0.0:
-        raise UpdateRejected(Verdict.EMPTY, "every coordinate is zero: there is no change")
 
 
 def _parts(reach: Reach) -> str:
@@ -134,8 +130,8 @@ def _extent(names: Sequence[str] | None) -> str:
 def _check_numbers(values: Tensor, what: str) -> None:
     """Finite they are already: no update along probes can be made of other numbers."""
     sizes = values.abs()
-    if not bool((sizes > 0).any()):
-        raise UpdateRejected(Verdict.EMPTY, f"every {what} is zero: there is no change")
+    if not len(sizes):
+        return
     if bool(((sizes > 0) & (sizes < torch.finfo(torch.float32).tiny)).any()):
         raise UpdateRejected(Verdict.NOT_FINITE, f"a {what} is denormal")
     largest = float(sizes.max())

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationError
 
 from aggregators import Layout
+from aggregators.gate import norm_of
 from aggregators.messages import (
     Capabilities,
     Evaluation,
@@ -133,6 +134,7 @@ class Worker:
             weights=trainer.weights,
             base_format=plan.base_format,
             residual=result.residual if result else "",
+            unchanged=update is not None and norm_of(update) == 0.0,
         )
         return _answer(plan, base.digest, report, update)
 

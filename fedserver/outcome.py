@@ -74,6 +74,8 @@ def judge(
         outcome.verdict, outcome.reason = rejection.verdict, rejection.detail
         return outcome
     seen.add(plan.nonce)
+    if outcome.admitted.report.unchanged:
+        outcome.reason = "found nothing to change"
     return outcome
 
 

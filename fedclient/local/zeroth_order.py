@@ -62,7 +62,7 @@ def train(
         progress: hears (step, steps, mean loss) after every step.
 
     Raises:
-        ZerothOrderError: the targets are not in the model, or no step had a finite loss.
+        ZerothOrderError: the targets are not in the model, or nothing that was measured is finite.
     """
     own = _layout_of(layout, method)
     scope = scope_of(layout, own, method)
@@ -87,6 +87,8 @@ def train(
         raise ZerothOrderError(str(error)) from None
     if not losses:
         raise ZerothOrderError(f"none of {taken} steps had a finite loss")
+    if not walk.measured:
+        raise ZerothOrderError(f"none of {skipped} measurements had a finite result")
     update: SeedScalars | FactorScalars = walk.update()
     if isinstance(method, FactorMethod):
         names = [spec.name for spec in own]
@@ -136,6 +138,11 @@ class Walk:
         for k, slope in result.slopes.items():
             self._measured.setdefault(k, []).append(slope)
         return result
+
+    @property
+    def measured(self) -> bool:
+        """Whether any slope was; where all are 0, the walk is no step at all, and rightly so."""
+        return bool(self._measured)
 
     def update(self) -> SeedScalars:
         """The sum of all steps, and what was measured where the method asks for it."""

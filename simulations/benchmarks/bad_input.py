@@ -146,6 +146,11 @@ UPDATES = {
     "five thousand tensors": case(
         tensors(lambda t, main: t.update({str(n): torch.ones(1) for n in range(5000)})), *ODD,
         V.TOO_LARGE, layer=INSIDE),
+    "every number zero": case(
+        tensors(lambda t, main: [x.zero_() for x in t.values() if x.is_floating_point()]), V.EMPTY,
+        layer=INSIDE),
+    "a change that the report denies": case(
+        lambda reply, specimen: report(unchanged=True)(reply, specimen), V.MALFORMED, layer=INSIDE),
     "another layout": case(header(layout="0" * 64), V.WRONG_LAYOUT, layer=INSIDE),
     "no layout": case(without_header("layout"), V.WRONG_LAYOUT, layer=INSIDE),
     "a list as layout": case(header(layout=["a"]), V.WRONG_LAYOUT, layer=INSIDE),
@@ -336,6 +341,7 @@ PROTOCOL = {
     "another view": case(report(view="6" * 64), V.DIVERGED),
     "no view": case(report(view=""), V.DIVERGED),
     "a view that is no digest": case(report(view="yes"), V.MALFORMED),
+    "a residual of another history": case(report(residual="7" * 64), V.DIVERGED),
     "weights that are no digest": case(report(weights="x" * 64), V.MALFORMED),
     "more right than tokens": case(evaluation(correct=10**11), V.MALFORMED),
     "more examples than tokens": case(evaluation(examples=10**11), V.MALFORMED),

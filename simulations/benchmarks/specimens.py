@@ -11,9 +11,11 @@ import torch
 from aggregators import (
     Basis,
     Dense,
+    FactorScalars,
     GateContext,
     Layout,
     LowRank,
+    Pair,
     ProjectedGradient,
     SeedScalars,
     Sketch,
@@ -22,12 +24,15 @@ from aggregators import (
 from aggregators.codec import pack, unpack
 from aggregators.messages import Evaluation, Plan, Report, body_digest, encode_reply
 from aggregators.methods import (
+    FactorMethod,
+    HybridMethod,
     LoraMethod,
     Method,
     ProjectedMethod,
     SketchMethod,
     ZerothOrderMethod,
 )
+from aggregators.shared_factors import factor_layout
 
 QUERY, DOWN, NORM = "layers.0.q_proj.weight", "layers.0.down_proj.weight", "norm.weight"
 LAYOUT = Layout(
@@ -93,6 +98,15 @@ def specimens() -> dict[str, Specimen]:
         target_modules=(), master_seed=5, optimiser="sgd", error_feedback=False, rank=2,
         oversampling=1,
     )  # fmt: skip
+    along_factors = FactorMethod(
+        master_seed=9, pool_size=64, probe="rank1", epsilon=1e-3, clip=None,
+        target_modules=("q_proj", "down_proj"), rank=3, scale=0.5, shared_seed=2,
+    )  # fmt: skip
+    hybrid = HybridMethod(
+        lower=pool.model_copy(update={"target_modules": ("q_proj",)}),
+        upper=lora.model_copy(update={"target_modules": ("down_proj",)}),
+        upper_learning_rate=1e-3,
+    )
     change = {spec.name: normal(*spec.shape) for spec in LAYOUT}
     factors = {
         name: (normal(LAYOUT.shape(name)[0], 3), normal(3, LAYOUT.shape(name)[1]), 0.5)
@@ -112,6 +126,37 @@ def specimens() -> dict[str, Specimen]:
             ProjectedGradient(LAYOUT, 9, coordinates),
             _context(random),
             "numbers",
+        ),
+        Specimen(
+            "factor_scalars",
+            FactorScalars(
+                LAYOUT,
+                [QUERY, DOWN],
+                3,
+                0.5,
+                2,
+                SeedScalars(
+                    factor_layout(LAYOUT, [QUERY, DOWN], 3),
+                    9,
+                    64,
+                    [3, 8, 60],
+                    [1e-3, -2e-3, 5e-4],
+                    "rank1",
+                ),
+            ),
+            _context(along_factors),
+            "numbers",
+        ),
+        Specimen(
+            "pair",
+            Pair(
+                [
+                    SeedScalars(LAYOUT, 9, 64, [3, 8, 60], [1e-3, -2e-3, 5e-4], "rank1", [QUERY]),
+                    LowRank(LAYOUT, {DOWN: factors[DOWN]}),
+                ]
+            ),
+            _context(hybrid),
+            f"1.{DOWN}#B",
         ),
         Specimen("sketch", Sketch.of(LAYOUT, basis, change), _context(adaptive, basis), "numbers"),
         Specimen("dense", Dense(LAYOUT, change), _context(lora), f"{QUERY}#D", direct=True),

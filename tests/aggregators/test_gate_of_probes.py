@@ -103,7 +103,7 @@ def test_damaged_scalars(make_reply, make_plan, layout, part, value, expected):
         ({"temperature": torch.ones(1)}, Verdict.UNKNOWN_TENSOR),
         ({Q: torch.ones(4)}, Verdict.SHAPE),
         ({Q: None}, Verdict.SHAPE),
-        ({Q: torch.zeros(3)}, Verdict.EMPTY),
+        ({Q: torch.zeros(3), UP: torch.zeros(2)}, Verdict.EMPTY),
         ({UP: torch.tensor([1.0, 1e-310], dtype=torch.float64)}, Verdict.NOT_FINITE),
         ({UP: torch.tensor([1.0, 1e30])}, Verdict.OVERFLOW),
     ],

@@ -35,7 +35,9 @@ def test_there_is_enough_of_everything() -> None:
         "values", "shapes", "updates", "containers", "protocol", "resources"
     }  # fmt: skip
     assert sum(len(section) for section in CATALOGUE.values()) >= LEAST_CASES
-    assert set(FAMILIES) == {"low_rank", "seed_scalars", "projected_gradient", "sketch", "dense"}
+    assert set(FAMILIES) == {
+        "low_rank", "seed_scalars", "factor_scalars", "pair", "projected_gradient", "sketch", "dense"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
