@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from aggregators.layout import Layout
 
 ALL_LINEAR = "all-linear"
-NOT_LINEAR = ("embed", "wte", "wpe", "lm_head")
+EMBEDDINGS = ("embed", "wte", "wpe")
+NOT_LINEAR = (*EMBEDDINGS, "lm_head")
 _LAYER = re.compile(r"^(?:.*?\.)?(\d+)\.")
 
 # Layers [first, past), counted from 0; None: all, and what stands outside of the layers.
@@ -43,6 +44,11 @@ def trained_names(
     if target_modules:
         return match_targets(layout, target_modules, layers)
     return [spec.name for spec in layout if _within(spec.name, layers)]
+
+
+def is_embedding(name: str) -> bool:
+    """Whether rows of a weight are looked up, so that no factors can stand beside a product with it."""
+    return any(word in name for word in EMBEDDINGS)
 
 
 def layer_of(name: str) -> str:

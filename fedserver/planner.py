@@ -25,7 +25,7 @@ from aggregators.methods import (
 from aggregators.presets import PRESETS
 from aggregators.probe_sum import ProbeSum
 from aggregators.projected import allocation
-from aggregators.targets import layer_count, trained_names
+from aggregators.targets import is_embedding, layer_count, trained_names
 from fedserver.configuration import ConfigurationError, RunConfiguration
 from fedserver.probe_allocation import measured_norms, size_norms
 
@@ -59,6 +59,8 @@ def check_targets(configuration: RunConfiguration, layout: Layout) -> list[str]:
             f"lora_target_modules {list(configuration.lora_target_modules)} match no 2-D weight of"
             f" {configuration.base_model}; try 'all-linear', or module names such as 'q_proj'"
         )
+    if any(configuration.strand(node.name) == "lora" for node in configuration.nodes):
+        _refuse_embeddings("lora_target_modules", targets)
     limit = max(min(layout.shape(name)) for name in targets)
     for node in configuration.nodes:
         rank = node.lora_r or configuration.lora_r
@@ -108,10 +110,20 @@ def check_reach(configuration: RunConfiguration, layout: Layout) -> None:
             f" {list(method.layers or ())} match no weight of {configuration.base_model}, which has"
             f" {layer_count(layout)} layers"
         )
+    if isinstance(method, FactorMethod):
+        _refuse_embeddings("zeroth_order.target_modules", names)
     try:
         method.reach.block_of(layout, names)
     except ValueError as error:
         raise ConfigurationError(f"zeroth_order: {error}") from None
+
+
+def _refuse_embeddings(key: str, names: Sequence[str]) -> None:
+    """Factors stand beside linear layers: every node would fail in every round."""
+    if found := [name for name in names if is_embedding(name)]:
+        raise ConfigurationError(
+            f"{key}: {found[0]!r} is an embedding, and LoRA adapts linear layers here: take it out"
+        )
 
 
 def make_plan(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -232,8 +234,19 @@ class RunConfiguration(RoundKeys):
 
     def run_id(self) -> str:
         """128-bit hexadecimal id; equal scenarios have equal ids, whatever runs them."""
+        return self._run_id
+
+    @cached_property
+    def _run_id(self) -> str:
+        # Once: every node's plan of every round asks for it, and it is of all nodes.
         canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy, which may be another scenario: it works out its own id."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("_run_id", None)
+        return copied
 
     def strand(self, name: str) -> Strand:
         """How a node trains: as the preset says, else as its entry says, else LoRA.

@@ -12,6 +12,7 @@ from aggregators import FactorScalars, Layout, SeedScalars
 from aggregators.gate import GateContext, admit
 from aggregators.messages import Plan
 from aggregators.methods import FactorMethod
+from aggregators.presets import PRESETS
 from aggregators.shared_factors import factor_layout
 from aggregators.targets import trained_names
 from fedclient.base_model import load
@@ -64,6 +65,29 @@ def make(
 
 def run(configuration: RunConfiguration, folder: Path, **options: Any) -> None:
     simulate(configuration, folder, lambda event: None, samples=0, **options)
+
+
+@pytest.mark.parametrize("way", ["block-wise", "hybrid", "lora", "lora-pro"])
+def test_a_node_that_found_nothing_has_answered(way: str, make: Any, tmp_path: Path) -> None:
+    """No answer of an untrained model matches exactly, whichever way its weights are moved a little."""
+    told = WAYS[way] | {"objective": "exact-match"}
+    told.pop("preset", None)
+    preset = WAYS[way].get("preset", "fedkseed")
+    configuration = make(way, rounds=2, preset=preset, quorum=2,
+                         zeroth_order={"local_steps": 3, "pool_size": 32, **told})  # fmt: skip
+    run(configuration, tmp_path / "run")
+    ledger = Ledger(tmp_path / "run")
+    for entry in ledger.entries("round"):
+        assert entry.content["quorum"]
+        for node in entry.content["nodes"]:
+            assert node["verdict"] == "accepted"
+            # Above the cut LoRA learns, so that the whole reply does change something.
+            assert node["report"]["unchanged"] == (way != "hybrid")
+    assert all(one.equal for one in replay(ledger, configuration))
+    model, _ = restore(ledger, configuration)
+    view = model.common_view(PRESETS["fedkseed"], None, None)
+    assert view.empty == (way != "hybrid")
+    ledger.close()
 
 
 def test_a_run_sums_what_all_nodes_measured(make: Any, tmp_path: Path) -> None:

@@ -61,6 +61,31 @@ def test_the_run_id_ignores_names_places_and_length_and_nothing_else() -> None:
     assert first.run_id() == same.run_id()
     for change in ({"seed": 1}, {"threads": 1}, {"preset": "flora"}, {"view_rank": 8}):
         assert parse({**MINIMAL, **change}).run_id() != first.run_id()
+        copied = first.model_copy(update=change)
+        assert copied.run_id() == parse({**MINIMAL, **change}).run_id()
+    assert first == parse(MINIMAL)
+
+
+def test_the_scenario_is_hashed_once_however_many_plans_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hashed = []
+    identity = RunConfiguration.identity
+
+    def counted(self: RunConfiguration) -> dict[str, Any]:
+        hashed.append(self)
+        return identity(self)
+
+    monkeypatch.setattr(RunConfiguration, "identity", counted)
+    found = parse({"nodes": [{"name": str(number)} for number in range(20)]})
+    for node in found.nodes:
+        capabilities = Capabilities(
+            node=node.name, examples=1, held_out=1, rank_limit=64, base_digest="0" * 64,
+            layout_json="[]", threads=1, memory_bytes=1, device="cpu", versions={},
+        )  # fmt: skip
+        layout = Layout({"m.weight": (2, 2)})
+        make_plan(found, capabilities, round_number=1, layout=layout, base_digest="0" * 64)
+    assert len(hashed) == 1
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,23 @@ def test_zeroth_order_training_of_nothing_is_refused_before_the_run(
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"zeroth_order": {"trains": "lora", "target_modules": ["q_proj", "embed_tokens"]}},
+        {"lora_target_modules": ["embed_tokens"]},
+    ],
+)
+def test_factors_of_an_embedding_are_refused_before_the_run(changes: dict[str, Any]) -> None:
+    layout = Layout({"model.embed_tokens.weight": (9, 6)} | {s.name: s.shape for s in LAYOUT})
+    with pytest.raises(ConfigurationError, match=r"target_modules: .*embed_tokens") as refused:
+        check_targets(parse({**MIXED, "lora_r": 2, **changes}), layout)
+    assert len(str(refused.value).splitlines()) == 1
+    # Whole weights of an embedding do train.
+    whole = {"zeroth_order": {"target_modules": ["embed_tokens"]}}
+    check_targets(parse({**MIXED, "lora_r": 2, **whole}), layout)
+
+
+@pytest.mark.parametrize(
     ("zeroth_order", "words"),
     [
         ({"layers": [3, 3]}, "counts from 0"),

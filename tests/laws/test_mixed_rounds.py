@@ -74,6 +74,8 @@ class Cohorts:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
 
     def update(self, family: str, asked: RunConfiguration, basis: Basis | None, number: int) -> Any:
+        # Some nodes say nothing of some tensors, as hybrid ones and those that train a subset.
+        left_out = {spec.name for spec in LAYOUT if float(self.normal(1)) > 1} - {MATRICES[0]}
         if family == "low_rank":
             rank = int(torch.randint(1, 5, (), generator=self.generator))
             return LowRank(
@@ -85,6 +87,7 @@ class Cohorts:
                         0.5 / rank,
                     )
                     for name in MATRICES
+                    if name not in left_out
                 },
             )
         if family == "seed_scalars":
@@ -93,9 +96,13 @@ class Cohorts:
             return SeedScalars(LAYOUT, 5, POOL, indices, self.normal(used), "rank1")
         if basis is None:
             counts = {spec.name: 3 + spec.tensor_id for spec in LAYOUT}
-            values = {name: self.normal(count) for name, count in counts.items()}
+            values = {
+                name: self.normal(count) for name, count in counts.items() if name not in left_out
+            }
             return ProjectedGradient(LAYOUT, 100 + number, values, "rademacher")
-        change = {spec.name: self.normal(*spec.shape) for spec in LAYOUT}
+        change = {
+            spec.name: self.normal(*spec.shape) for spec in LAYOUT if spec.name not in left_out
+        }
         return Sketch.of(LAYOUT, basis, change)
 
 
@@ -107,16 +114,25 @@ def oracle(
     kinds = {type(update) for update, _ in cohort}
     for kind in kinds:
         members = [(u, n) for u, n in cohort if type(u) is kind]
-        counted = members if asked.mixing.rule == "add" else cohort
-        examples = sum(n for _, n in counted)
-        factor = asked.mixing.weights.get(strands.get(kind, "projected"), 1.0) / examples
-        parts = [u * (factor * n) for u, n in members]
-        mean = parts[0]
-        for part in parts[1:]:
-            mean = mean + part
-        for name, change in dense(mean, asked, basis).items():
-            total[name] = total[name] + change
+        factor = asked.mixing.weights.get(strands.get(kind, "projected"), 1.0)
+        for spec in LAYOUT:
+            # What is left out of a family's mean is not 0 in it.
+            held = [(u, n) for u, n in members if spec.name in touched(u)]
+            if not held:
+                continue
+            examples = sum(n for _, n in (held if asked.mixing.rule == "add" else cohort))
+            parts = [u * (factor * n / examples) for u, n in held]
+            mean = parts[0]
+            for part in parts[1:]:
+                mean = mean + part
+            change = dense(mean, asked, basis).get(spec.name)
+            if change is not None:
+                total[spec.name] = total[spec.name] + change
     return total
+
+
+def touched(update: Any) -> set[str]:
+    return {name.partition("#")[0] for name in update.dense()}
 
 
 def dense(mean: Any, asked: RunConfiguration, basis: Basis | None) -> dict[str, torch.Tensor]:
