@@ -54,8 +54,9 @@ def parse(values: Mapping[str, Any], source: str = "scenario") -> RunConfigurati
     try:
         return RunConfiguration.model_validate(values)
     except ValidationError as error:
-        problems = "\n".join(f"  {explain(problem)}" for problem in error.errors())
-        raise ConfigurationError(f"{source}:\n{problems}") from None
+        problems = explain(error.errors())
+        listed = problems[0] if len(problems) == 1 else "".join(f"\n  {one}" for one in problems)
+        raise ConfigurationError(f"{source}: {listed}") from None
 
 
 def to_toml(configuration: RunConfiguration) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from aggregators import Layout
 from aggregators.messages import Capabilities
@@ -21,6 +22,7 @@ from fedserver.configuration import (
     to_toml,
 )
 from fedserver.planner import make_plan
+from fedserver.scenario.explanation import TABLES
 
 MINIMAL: dict[str, Any] = {"nodes": [{"name": "a"}, {"name": "b"}]}
 
@@ -111,6 +113,53 @@ def test_every_mistake_is_named_with_its_remedy(values: dict[str, Any], words: l
         parse({**MINIMAL, **values})
     for word in words:
         assert word in str(caught.value)
+
+
+def _places(model: type[BaseModel], *where: str) -> list[tuple[str, ...]]:
+    found = []
+    for key in model.model_fields:
+        if not where and key in TABLES:
+            continue
+        found.append((*where, key))
+    return found
+
+
+PLACES = _places(RunConfiguration) + [
+    place for table, model in TABLES.items() for place in _places(model, table)
+]
+# A scalar of each kind, one out of every range, and what is none.
+WRONG = ["?!", "", -1, 0, 2**70, -2.5, 1e400, True, [], [3], ["?!"], {"?!": 1}, 3]
+
+
+@pytest.mark.parametrize("place", [*PLACES, *[(table,) for table in TABLES]], ids=".".join)
+def test_every_wrong_value_is_one_line_in_our_own_words(place: tuple[str, ...]) -> None:
+    """Whatever is written at whichever place: accepted, or a line that names the place."""
+    refused = 0
+    for value in WRONG:
+        table, *rest = place
+        values: dict[str, Any] = dict(MINIMAL)
+        if table == "nodes" and rest:
+            values["nodes"] = [{"name": "a"}, {"name": "b", rest[0]: value}]
+        else:
+            values[table] = {rest[0]: value} if rest else value
+        try:
+            parse(values)
+        except ConfigurationError as error:
+            refused += 1
+            source, _, line = str(error).partition(": ")
+            assert source == "scenario"
+            assert "\n" not in line
+            assert (rest[0] if rest else table) in line
+            for foreign in ("Input should", "valid ", "pydantic", "Value error", "fedbraid schema"):
+                assert foreign not in line
+    assert refused > 0
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="nodes: missing"):
+        parse({})
+    with pytest.raises(ConfigurationError, match=r"nodes\.1\.name: missing"):
+        parse({"nodes": [{"name": "a"}, {"strand": "lora"}]})
 
 
 def test_all_mistakes_are_listed_at_once() -> None:

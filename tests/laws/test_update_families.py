@@ -51,6 +51,7 @@ class Family:
     updates: st.SearchStrategy[Any]
     oracle: Callable[[Any], dict[str, torch.Tensor]]
     of_weights: bool = True  # whether dense() is a change of the weights
+    of_one_pool: bool = False
 
 
 def _random(draw, shape, dtype):
