@@ -1,7 +1,7 @@
 """What a node is told of the global model: one low-rank adapter, and exact sums along probes.
 
-Base and view are the model. Nodes that hold full weights add both to a copy of the base with one
-rounding; others put them beside the base (docs/architecture.md).
+Base and view are the model. Nodes that hold full weights add both to a copy of the base; others put
+them beside the base (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ class View:
     def moved(self, name: str, weight: Tensor) -> Tensor:
         """A tensor's weight with the view's change: float32, memory of its own.
 
-        The adapter's product is added in float64, so that devices that order its sums otherwise still
-        round to the same float32; sums along probes are exact until their one rounding.
+        One rounding a part: the adapter's product is added in float64, so that devices that order its
+        sums otherwise still round to the same float32; small tensors' change likewise; and each sum
+        along probes is exact until it is added. A run has one pool, but with random projections a sum a
+        round, each of which rounds again, by at most 2^-24 of the weight.
         """
         result = weight.detach().to(torch.float32, copy=True)
         if self.adapter is not None and name in self.adapter.factors:

@@ -1,9 +1,9 @@
 """The view on a quantised base: nothing is folded into a weight that could not hold it.
 
 A change along rank-1 probes stands beside its layer as a sign adapter, exactly; low-rank change as its
-two factors. What the base holds in full (norms, biases) is replaced by its sum with the view, with one
-rounding. All of it is put on the base's own modules for the duration of a ``with`` block, as hooks, so
-the codes are in memory once.
+two factors. What the base holds in full (norms, biases) is replaced by its sum with the view, rounded
+to its own type. All of it is put on the base's own modules for the duration of a ``with`` block, as
+hooks, so the codes are in memory once.
 """
 
 from __future__ import annotations

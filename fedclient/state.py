@@ -1,5 +1,6 @@
-"""The node's own weights: the base and the view of the global model, added with one rounding.
+"""The node's own weights: the base and the view of the global model, added in float32 at least.
 
+To the weights' own type they are rounded once, whatever the round (``View.moved`` has the rest).
 The base in memory is never written. A copy of it is kept for the last view alone, because all nodes of
 a process see the same one in a round; a node that has its process for itself trains that copy.
 """

@@ -13,6 +13,7 @@ from fedserver.configuration import RunConfiguration, load
 from fedserver.deployment.registry import EnrolledKeys
 from fedserver.exchange import Clock, Exchange, MachineClock
 from fedserver.live_log import LiveLog
+from fedserver.metrics import nothing_learnt
 from fedserver.rounds import Coordinator
 
 
@@ -65,6 +66,8 @@ def deployed(grid: Grid, context: Context) -> None:
     )
     summary = coordinator.run()
     print(f"finished: ledger head {summary['head']}, run folder {folder.resolve()}", flush=True)
+    if failure := nothing_learnt(summary, folder):
+        print(failure, flush=True)
 
 
 def _print_event(event: events.Event) -> None:

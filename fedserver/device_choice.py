@@ -71,7 +71,12 @@ def with_choices(
             reasons[node.name] = _reason(node, chosen, ways, configuration.deadline_seconds)
             node = node.model_copy(update=dict(chosen.entry))
         nodes.append(node)
-    return configuration.model_copy(update={"nodes": tuple(nodes)}), reasons
+    settled = configuration.model_copy(update={"nodes": tuple(nodes)})
+    try:
+        settled.check_weights()
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    return settled, reasons
 
 
 def _ways(

@@ -88,7 +88,7 @@ def export_peft(folder: Path, target: Path, base_folder: Path, *, exact: bool = 
 
 
 def export_merged(folder: Path, target: Path, base_folder: Path, *, exact: bool = False) -> Path:
-    """Write the base with the change added, each weight rounded once, as a Hugging Face folder."""
+    """Write the base with the change added, rounded to its own type once, as a Hugging Face folder."""
     configuration, change = final_change(folder, exact=exact)
     files = sorted(base_folder.glob("*.safetensors"))
     if not files:

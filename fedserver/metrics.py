@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,7 @@ def summarise(
         "base_digest": genesis.content["base_digest"],
         "layout": layout.fingerprint,
         "rounds": len(lines),
+        "rounds_with_quorum": sum(e.content["quorum"] for e in ledger.entries("round")),
         "nodes": len(configuration.nodes),
         "before": before,
         "after": after,
@@ -199,6 +200,16 @@ def summarise(
         "adapter": "adapter",
         "version": _version(),
     }
+
+
+def nothing_learnt(summary: Mapping[str, Any], folder: Path) -> str | None:
+    """What to say of a run that committed rounds, none of which had its quorum; None of any other."""
+    if summary["rounds_with_quorum"] or not summary["rounds"]:
+        return None
+    return (
+        f"none of {summary['rounds']} rounds got the updates that it needs, so the model is the base"
+        f" model: 'fedbraid ledger show {folder}' says why; mend the nodes or lower quorum"
+    )
 
 
 def baselines(

@@ -87,8 +87,8 @@ def examples(outcome: Outcome) -> int:
 def unlike_weights(outcomes: Sequence[Outcome]) -> list[str]:
     """What to say of nodes whose weights are not those that most made of the same view.
 
-    Digests are compared among nodes of one base type and format; ties go to the lower digest, so that
-    every replay says the same. The digests themselves stand in the nodes' reports.
+    Digests are compared among nodes of one base type and format. Where as many made others, as with two
+    nodes, nobody is in the right: all are named. The digests themselves stand in the nodes' reports.
     """
     made: dict[tuple[str, str], dict[str, str]] = {}
     for outcome in outcomes:
@@ -98,10 +98,14 @@ def unlike_weights(outcomes: Sequence[Outcome]) -> list[str]:
     found = []
     for digests in made.values():
         votes = Counter(digests.values())
-        expected = min(votes, key=lambda digest: (-votes[digest], digest))
+        (expected, most), *others = votes.most_common()
+        if others and others[0][1] == most:
+            told = ", ".join(f"{node} {digest[:12]}" for node, digest in sorted(digests.items()))
+            found.append(f"nodes made unlike weights of the same view: {told}")
+            continue
         found += [
             f"{node}'s weights {digest[:12]} are not the {expected[:12]} that"
-            f" {votes[expected]} nodes made of the same view"
+            f" {most} nodes made of the same view"
             for node, digest in sorted(digests.items())
             if digest != expected
         ]

@@ -108,6 +108,7 @@ def simulate(
 
     from fedclient.base_model import resolve_with_bars
     from fedserver.configuration import load
+    from fedserver.metrics import nothing_learnt
     from simulations.live import LiveView
     from simulations.run import choose_folder
     from simulations.run import simulate as run
@@ -120,10 +121,14 @@ def simulate(
 
     with served(folder) if dashboard else nullcontext():
         with LiveView(json=as_json) as view:
-            run(configuration, folder, view, engine=engine, resume=resume, samples=samples)
+            summary = run(
+                configuration, folder, view, engine=engine, resume=resume, samples=samples
+            )
         if dashboard and sys.stdin.isatty():
             Console(stderr=True).print("the dashboard serves until Return is pressed")
             sys.stdin.readline()
+    if failure := nothing_learnt(summary, folder):
+        raise Stop(failure)
 
 
 @app.command()

@@ -129,6 +129,7 @@ def run(
     from fedserver.deployment.application import bundle
     from fedserver.deployment.flower_control import ControlError, FlowerControl, Unreachable
     from fedserver.deployment.folder import open_folder
+    from fedserver.metrics import nothing_learnt
 
     folder = open_folder(directory)
     configuration = load(scenario, override or ())
@@ -166,6 +167,8 @@ def run(
         settings["resume"] = (target / "ledger.db").exists()
     summary = json.loads((target / "summary.json").read_text())
     print(f"finished: ledger head {summary['head']}")
+    if failure := nothing_learnt(summary, target):
+        raise ControlError(failure)
 
 
 @server_app.command()

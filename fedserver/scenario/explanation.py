@@ -61,7 +61,8 @@ def explain(problems: Sequence[Mapping[str, Any]]) -> list[str]:
         places.setdefault(_place(problem), []).append(problem)
     for place, found in list(places.items()):
         # A list is also too short by an entry that is wrong.
-        if found[0]["type"] == "too_short" and any(p.startswith(f"{place}.") for p in places):
+        short = found[0]["type"] in ("too_short", "missing")
+        if short and any(other.startswith(f"{place}.") for other in places):
             del places[place]
     return [f"{place}: {_what(found)}" for place, found in places.items()]
 

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from aggregators.messages import WireDtype
 from aggregators.methods import BaseFormat, Sampling
-from aggregators.presets import PRESETS, Strand
+from aggregators.presets import PRESETS, STRANDS, Strand
 from fedserver.scenario.data import DataConfiguration
 from fedserver.scenario.mistakes import nearest
 from fedserver.scenario.nodes import NodeConfiguration
@@ -176,10 +176,27 @@ class RunConfiguration(RoundKeys):
                 "zeroth_order.estimator 'hybrid' takes small steps in the weights themselves; set"
                 ' base_dtype = "float32"'
             )
+        self.check_weights()
         self.check_formats()
         if self.lora_init == "carry" and not PRESETS[self.preset].train_a:
             raise ValueError(f"preset {self.preset!r} fixes A, so lora_init cannot be 'carry'")
         return self
+
+    def check_weights(self) -> None:
+        """A run of which nothing counts would change nothing."""
+        strands = [
+            PRESETS[self.preset].strand or n.strand or "lora" for n in self.nodes if n.trains
+        ]
+        # What a node that chooses for itself sends is found when it chooses.
+        families = set(STRANDS if "auto" in strands else strands)
+        if "zeroth-order" in families and self.zeroth_order.estimator == "hybrid":
+            families.add("lora")
+        weights: dict[str, float] = {**self.mixing.weights}
+        if all(weights.get(family, 1.0) == 0 for family in families):
+            raise ValueError(
+                "mixing.weights: every strand of this run has the weight 0, so no round would change the"
+                " model; give one of them more"
+            )
 
     def check_formats(self) -> None:
         """A quantised base holds no trained weights, and beside it only rank-1 probes are exact."""

@@ -113,5 +113,7 @@ class MixingConfiguration(Table):
         description="of families; overlap: what two of them changed alike counts once",
     )
     weights: dict[Strand, Annotated[float, Field(ge=0, le=1e6)]] = Field(
-        default_factory=dict, description="factor of each strand's mean, 1 where none is given"
+        default_factory=dict,
+        description="factor of each strand's mean, 1 where none is given; a hybrid node's LoRA part"
+        " has that of lora",
     )

@@ -10,6 +10,7 @@ import pytest
 from aggregators import Layout
 from aggregators.messages import Capabilities, Report
 from aggregators.methods import LoraMethod, ProjectedMethod, SketchMethod, ZerothOrderMethod
+from aggregators.presets import STRANDS
 from fedserver.configuration import ConfigurationError, parse, to_toml
 from fedserver.outcome import unlike_weights
 from fedserver.planner import check_targets, make_plan
@@ -155,6 +156,34 @@ def test_zeroth_order_settings_that_cannot_work_are_refused(
         parse({**MIXED, "zeroth_order": zeroth_order})
 
 
+@pytest.mark.parametrize(
+    ("weights", "nodes", "changes", "refused"),
+    [
+        ({"lora": 0.0}, [{"name": "a"}], {}, True),
+        ({"lora": 0.0}, [{"name": "a"}, {"name": "b", "strand": "projected"}], {}, False),
+        ({"lora": 0.0}, [{"name": "a"}, {"name": "b", "strand": "auto"}], {}, False),
+        (dict.fromkeys(STRANDS, 0.0), [{"name": "a", "strand": "auto"}], {}, True),
+        ({"zeroth-order": 0.0}, [{"name": "a", "strand": "zeroth-order"}], {}, True),
+        (
+            {"zeroth-order": 0.0},
+            [{"name": "a", "strand": "zeroth-order"}],
+            {"zeroth_order": {"estimator": "hybrid"}},
+            False,
+        ),
+    ],
+)
+def test_a_run_in_which_nothing_counts_is_refused(
+    weights: Any, nodes: Any, changes: Any, refused: bool
+) -> None:
+    values = {"preset": "mixed", "nodes": nodes, "mixing": {"weights": weights}, **changes}
+    if not refused:
+        parse(values)
+        return
+    with pytest.raises(ConfigurationError, match=r"mixing\.weights") as caught:
+        parse(values)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_a_mixed_scenario_survives_its_toml() -> None:
     import tomllib
 
@@ -184,6 +213,11 @@ def test_weights_that_differ_are_named() -> None:
     assert said.startswith("b's weights eeee")
     assert "ffff" in said
     assert unlike_weights([rows[0], rows[2], rows[3]]) == []
+    # Of two nodes neither is the one that is wrong.
+    (said,) = unlike_weights(rows[:2])
+    assert "a ffff" in said
+    assert "b eeee" in said
+    assert "1 nodes" not in said
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,20 @@ def test_a_run_from_simulate_to_export(
     assert head in capsys.readouterr().out
 
 
+def test_a_run_without_its_quorum_is_a_failure(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["simulate", scenario, "--output", tmp_path / "run", "--set", "nodes.a.fault=nan"]
+    assert run(*words, "--json") == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["event"] == "run_finished"
+    assert len(said.err.strip().splitlines()) == 1
+    assert "quorum" in said.err
+    # One of two rounds is enough for a model that is not the base's.
+    words[3] = tmp_path / "again"
+    assert run(*words, "--set", "quorum=1", "--json") == 0
+
+
 def test_a_changed_ledger_fails_verification(scenario: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run("simulate", scenario, "--output", folder, "--samples", 0, "--json") == 0
