@@ -191,8 +191,8 @@ class RunConfiguration(RoundKeys):
         families = set(STRANDS if "auto" in strands else strands)
         if "zeroth-order" in families and self.zeroth_order.estimator == "hybrid":
             families.add("lora")
-        weights: dict[str, float] = {**self.mixing.weights}
-        if all(weights.get(family, 1.0) == 0 for family in families):
+        unweighted = {family for family, weight in self.mixing.weights.items() if weight == 0}
+        if families <= unweighted:
             raise ValueError(
                 "mixing.weights: every strand of this run has the weight 0, so no round would change the"
                 " model; give one of them more"
