@@ -15,7 +15,8 @@ Format = Callable[[float], str]
 class Chart:
     """What all drawings share. ``identity`` must be unique on the page: titles refer to it.
 
-    ``y_text`` writes ticks, ``value_text`` (by default the same) the values of a main line.
+    ``y_text`` writes ticks, ``value_text`` (by default the same) the values of a main line. ``counts``:
+    whether x is whole numbers, as rounds are.
     """
 
     identity: str
@@ -26,6 +27,7 @@ class Chart:
     y_text: Format = field(default=lambda value: f"{value:.10g}")
     value_text: Format | None = None
     x_text: Format = field(default=lambda value: f"{value:.0f}")
+    counts: bool = True
 
 
 @dataclass(frozen=True)

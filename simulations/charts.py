@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -232,16 +233,11 @@ def _drawable(line: Series) -> Series:
 
 def _rounds(chart: Chart, frame: Frame, x_label: str, y_label: str, main: Series | None) -> Markup:
     """Tick labels under the axis and, on the next line, the main line's values there."""
-    low, high = frame.x_range
     shown = chart.value_text or chart.y_text
     values = dict(main.points) if main else {}
-    widest = max([text_width(shown(value)) for value in values.values()] + [28.0])
-    room = max(2, int((frame.width - frame.left - frame.right) // (widest + 12)))
-    step = max(1, math.ceil((high - low) / room))
-    step = next(s for k in range(16) for s in (10**k, 2 * 10**k, 5 * 10**k) if s >= step)
     first_line = frame.height - frame.bottom + 20
     parts = []
-    for value in range(math.ceil(low / step) * step, int(high) + 1, step):
+    for value in _x_ticks(chart, frame, [shown(value) for value in values.values()]):
         parts.append(text(frame.x(value), first_line, chart.x_text(value), "tick", "middle"))
         if value in values:
             told = shown(values[value])
@@ -253,6 +249,29 @@ def _rounds(chart: Chart, frame: Frame, x_label: str, y_label: str, main: Series
         middle = (frame.left + frame.width - frame.right) / 2
         parts.append(text(middle, frame.height - 6, x_label, "axis", "middle"))
     return Markup("").join(parts)
+
+
+def _x_ticks(chart: Chart, frame: Frame, values: Sequence[str]) -> list[float]:
+    """Round numbers along the axis, as many as have room for their labels, and ``values`` below them.
+
+    Of an axis that counts whole ones.
+    """
+    low, high = frame.x_range
+    wanted = max([text_width(value) for value in values] + [28.0])
+    found: list[float] = [low]
+    least = math.floor(math.log10((high - low) / frame.width))
+    for step in (m * 10.0**k for k in range(least, 18) for m in (1, 2, 5)):
+        if chart.counts and step < 1:
+            continue
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        found = [float(f"{index * step:.12g}") for index in range(first, last + 1)]
+        labels = [chart.x_text(value) for value in found]
+        widest = max([wanted, *map(text_width, labels)])
+        apart = all(frame.x(b) - frame.x(a) >= widest + 12 for a, b in pairwise(found))
+        # Labels of few digits may be those of several values.
+        if apart and len(set(labels)) == len(labels):
+            break
+    return found
 
 
 def _band(frame: Frame, band: Band) -> Markup:

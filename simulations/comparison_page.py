@@ -145,7 +145,7 @@ def cost_figure(groups: Sequence[Group], cost: Cost) -> dict[str, object]:
         charts.line_chart(
             Chart(
                 f"{cost.identity}-{width}", cost.title, cost.caption, width, height,
-                value_text=quantities.loss_text, x_text=cost.shown,
+                value_text=quantities.loss_text, x_text=cost.shown, counts=False,
             ),
             lines,
             x_label="",

@@ -7,12 +7,13 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulations import charts
 from simulations.axes import Chart, shorten, spread, text_width, ticks
 from simulations.charts import Band, Series
+from simulations.comparison_page import COSTS, Cost
 
 values = st.floats(-1e6, 1e6) | st.sampled_from([0.0, 1.0, 1e300, -1e300, 1e-300])
 lines = st.lists(
@@ -118,3 +119,26 @@ def test_shortened_text_fits(text: str, width: float) -> None:
 def clean(text: str) -> str:
     """What the reader of run directories lets through: XML forbids control characters."""
     return re.sub("[^\x20-\ud7ff\ue000-\ufffd]", "", text)
+
+
+@settings(max_examples=60)
+@given(
+    cost=st.sampled_from(COSTS),
+    low=st.floats(0, 1e4),
+    spans=st.lists(st.floats(1e-3, 1e9), min_size=1, max_size=6),
+    width=st.sampled_from([400, 1040]),
+)
+def test_labels_of_an_axis_stand_apart_and_say_unlike_things(
+    cost: Cost, low: float, spans: list[float], width: int
+) -> None:
+    chart = Chart("c", "t", "d", width, 360, x_text=cost.shown, counts=False)
+    line = Series("mixed", tuple((low + x, 1.0 + x / 1e9) for x in [0.0, *sorted(spans)]), 0)
+    drawn = charts.line_chart(chart, [line], x_label="", label_width=92)
+    found = re.findall(
+        r'<text class="tick" x="([^"]*)" y="[^"]*" text-anchor="middle">([^<]*)', drawn
+    )
+    labels = [label for _, label in found]
+    assert labels
+    assert len(set(labels)) == len(labels)
+    for (one, text), (two, more) in pairwise(found):
+        assert float(two) - float(one) >= (text_width(text) + text_width(more)) / 2
