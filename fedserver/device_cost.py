@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 from aggregators import Layout, match_targets
+from aggregators.basis import first_widths
 from aggregators.messages import Plan
 from aggregators.methods import (
     HybridMethod,
@@ -133,9 +134,15 @@ def _training(plan: Plan, layout: Layout) -> int:
         numbers = sum(method.rank * sum(layout.shape(name)) for name in names)
         return kept + head + numbers * FLOAT * (2 + ADAMW_STATE)
     numbers = sum(math.prod(layout.shape(name)) for name in names)
-    moments = ADAMW_STATE if method.optimiser == "adamw" else 0
     # What it was before, its gradient, and the optimiser's state.
-    return kept + head + numbers * FLOAT * (2 + moments)
+    state = 0
+    if method.optimiser == "adamw":
+        if isinstance(method, SketchMethod) and method.within:
+            moved = sum(_sketched(layout.shape(name), method) for name in names)
+        else:
+            moved = numbers
+        state = ADAMW_STATE * moved
+    return kept + head + (2 * numbers + state) * FLOAT
 
 
 def _passing(plan: Plan, layout: Layout, tokens: int) -> int:
@@ -176,6 +183,6 @@ def _trained(method: Method, layout: Layout) -> list[str]:
 
 
 def _sketched(shape: tuple[int, ...], method: SketchMethod) -> int:
-    if len(shape) != 2:
-        return math.prod(shape)
-    return shape[0] * method.rank + shape[1] * (method.rank + method.oversampling)
+    """Numbers of a sketch in the first basis, the widest; as many has each moment within it."""
+    widths = first_widths(shape, method.rank, method.oversampling)
+    return math.prod(shape) if widths is None else shape[0] * widths[0] + shape[1] * widths[1]
