@@ -15,6 +15,7 @@ What a run showed is a line of DIR/runs.jsonl; the same command goes on where it
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -198,23 +199,24 @@ def _compare(place: Place, seeds: int, rounds: int) -> None:
         "strong": strong,
         "weak": [name for name in NODES if name not in strong],
     }
-    outcomes: list[Outcome] = []
-    # A seed is whole before the next begins: what was stopped can be read as fewer seeds.
-    for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
-        for unlike in (True, False):
+    console = Console()
+    console.width = console.width if console.is_terminal else 150
+    for unlike in (True, False):
+        kind = "unlike" if unlike else "like"
+        outcomes = []
+        for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
             for cohort, (group, rule) in COHORTS.items():
                 asked = scenario(
                     place, seed, rates, groups[group], rule, unlike=unlike, rounds=rounds
                 )
-                kind = "unlike" if unlike else "like"
                 found = told.run(place, asked, f"seed {seed}, {kind} data, {cohort}")
                 outcomes.append(outcome(found, seed, cohort, strong, unlike=unlike))
-    console = Console()
-    console.width = console.width if console.is_terminal else 150
-    for unlike in (True, False):
-        some = [o for o in outcomes if o.unlike == unlike]
-        console.print(losses(some))
-        console.print(advantages(some))
+        console.print(losses(outcomes))
+        console.print(advantages(outcomes))
+    seconds = math.fsum(run.seconds for run in place.runs.values())
+    print(
+        f"{len(place.runs)} runs took {seconds / 60:.1f} min of one processor, models not counted"
+    )
 
 
 if __name__ == "__main__":
