@@ -137,8 +137,8 @@ def _known(file: Path) -> dict[str, Run]:
     found = {}
     for line in whole:
         row = json.loads(line)
-        del row["about"]
-        found[row.pop("run")] = Run(**row)
+        identity, _ = row.pop("run"), row.pop("about")
+        found[identity] = Run(**row)
     return found
 
 
