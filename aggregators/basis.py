@@ -101,11 +101,11 @@ class Basis:
             if name not in layout:
                 raise ValueError(f"the layout has no tensor {name!r}")
             shape, tensor_id = layout.shape(name), layout.tensor_id(name)
-            widths = first_widths(shape, rank, oversampling, wide)
-            if widths is None:
+            found = side_widths(shape, rank, oversampling, wide=wide)
+            if found is None:
                 whole.append(name)
                 continue
-            right, left = widths
+            right, left = found
             sides[name] = (
                 independent(
                     [_noise(master_seed, RIGHT, tensor_id, shape[1], right)], right
@@ -270,10 +270,10 @@ def independent(blocks: Sequence[Tensor], width: int) -> Tensor:
     return found
 
 
-def first_widths(
-    shape: Sequence[int], rank: int, oversampling: int, wide: bool = True
+def side_widths(
+    shape: Sequence[int], rank: int, oversampling: int, *, wide: bool
 ) -> tuple[int, int] | None:
-    """Columns of the first basis's Q and Y for a tensor of this shape; None where it is sent whole."""
+    """Columns of Q and of Y for a tensor; ``wide``: in a run's first basis. None: it is sent whole."""
     narrow = (rank, rank + oversampling)
     widest = (FIRST_RIGHT * rank, max(FIRST_LEFT * rank, rank + oversampling))
     if not _shrinks(shape, *narrow):

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from aggregators import Layout, match_targets
-from aggregators.basis import first_widths
+from aggregators.basis import side_widths
 from aggregators.messages import Plan
 from aggregators.methods import (
     HybridMethod,
@@ -100,7 +100,8 @@ def _sent(method: Method, plan: Plan, layout: Layout, wire: int) -> int:
         sizes = [layout.shape(name) for name in names]
         return around + sum(ranks * (m + (n if method.train_a else 0)) for m, n in sizes) * wire
     assert isinstance(method, SketchMethod)
-    return around + sum(_sketched(layout.shape(name), method) for name in names) * wire
+    first = plan.round == 1  # whose basis is wider
+    return around + sum(_sketched(layout.shape(name), method, first) for name in names) * wire
 
 
 def device_seconds(node: NodeConfiguration | None, seconds: float, transferred: int) -> float:
@@ -138,7 +139,7 @@ def _training(plan: Plan, layout: Layout) -> int:
     state = 0
     if method.optimiser == "adamw":
         if isinstance(method, SketchMethod) and method.within:
-            moved = sum(_sketched(layout.shape(name), method) for name in names)
+            moved = sum(_sketched(layout.shape(name), method, first=True) for name in names)
         else:
             moved = numbers
         state = ADAMW_STATE * moved
@@ -182,7 +183,8 @@ def _trained(method: Method, layout: Layout) -> list[str]:
     return match_targets(layout, modules) if modules else [spec.name for spec in layout]
 
 
-def _sketched(shape: tuple[int, ...], method: SketchMethod) -> int:
-    """Numbers of a sketch in the first basis, the widest; as many has each moment within it."""
-    widths = first_widths(shape, method.rank, method.oversampling)
-    return math.prod(shape) if widths is None else shape[0] * widths[0] + shape[1] * widths[1]
+def _sketched(shape: tuple[int, ...], method: SketchMethod, first: bool) -> int:
+    found = side_widths(shape, method.rank, method.oversampling, wide=first)
+    if found is None:
+        return math.prod(shape)
+    return shape[0] * found[0] + shape[1] * found[1]

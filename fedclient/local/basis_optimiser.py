@@ -51,10 +51,10 @@ class Moments:
 class WithinBasis(torch.optim.Optimizer):
     """AdamW without decay, or plain gradient descent, whose steps a sketch in ``basis`` tells exactly.
 
-    ``parameters``: name -> float32 tensor; those that the basis sends whole are trained as they are. With
-    "sgd" a step is the gradient's projection. With "adamw" all elements of M and N move by the learning
-    rate or less, as an element of the weights would; as they are fewer, they move further by a factor
-    that makes the step of a matrix as long as AdamW's on its elements, so one learning rate serves both.
+    ``parameters``: name -> float32 tensor; those that the basis sends whole are trained as they are.
+    With "sgd" a step is the gradient's projection. With "adamw" M's and N's elements are fewer than the
+    matrix's, and each moves further by a factor that makes the step as long as AdamW's on the elements
+    of the matrix: one learning rate serves both.
     """
 
     def __init__(

@@ -44,8 +44,8 @@ def train(
 
     The change is after minus before: name -> float32 of the layout's shape, for the tensors that were
     trained: those of ``method.target_modules`` that ``method.subset`` chose, tied weights once. No
-    weight decay, no dropout. ``seed`` is that of the choice and of GaLore's range finder. ``basis``: what steps
-    stay within; None: they are free.
+    weight decay, no dropout. ``seed`` is that of the choice and of GaLore's range finder. ``basis``:
+    what steps stay within; None: they are free.
 
     Raises TrainingError where the targets match nothing, where there is no batch, and for a loss that
     is NaN or infinite: such a change is of no use to anyone.
