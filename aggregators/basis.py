@@ -95,18 +95,17 @@ class Basis:
         columns of a smaller rank are the first ones of a larger. Raises ValueError for a rank below 1,
         oversampling below 0 and names that the layout does not have.
         """
-        narrow = (rank, rank + oversampling)
-        widest = (FIRST_RIGHT * rank, max(FIRST_LEFT * rank, rank + oversampling))
         sides: dict[str, tuple[Tensor, Tensor]] = {}
         whole = []
         for name in names:
             if name not in layout:
                 raise ValueError(f"the layout has no tensor {name!r}")
             shape, tensor_id = layout.shape(name), layout.tensor_id(name)
-            if not _shrinks(shape, *narrow):
+            found = side_widths(shape, rank, oversampling, wide=wide)
+            if found is None:
                 whole.append(name)
                 continue
-            right, left = widest if wide and _shrinks(shape, *widest) else narrow
+            right, left = found
             sides[name] = (
                 independent(
                     [_noise(master_seed, RIGHT, tensor_id, shape[1], right)], right
@@ -269,6 +268,17 @@ def independent(blocks: Sequence[Tensor], width: int) -> Tensor:
     if count < width:
         raise ValueError(f"there are {count} independent columns, and {width} are needed")
     return found
+
+
+def side_widths(
+    shape: Sequence[int], rank: int, oversampling: int, *, wide: bool
+) -> tuple[int, int] | None:
+    """Columns of Q and of Y for a tensor; ``wide``: in a run's first basis. None: it is sent whole."""
+    narrow = (rank, rank + oversampling)
+    widest = (FIRST_RIGHT * rank, max(FIRST_LEFT * rank, rank + oversampling))
+    if not _shrinks(shape, *narrow):
+        return None
+    return widest if wide and _shrinks(shape, *widest) else narrow
 
 
 def _shrinks(shape: Sequence[int], rank: int, wide: int) -> bool:

@@ -23,7 +23,7 @@ from aggregators.messages import (
     open_body,
     open_envelope,
 )
-from aggregators.methods import HybridMethod, LoraMethod, ZerothOrderMethod
+from aggregators.methods import HybridMethod, LoraMethod, SketchMethod, ZerothOrderMethod
 from aggregators.pair import Pair
 from aggregators.probe_checks import (
     check_coordinates,
@@ -266,7 +266,8 @@ def _check_norm(update: Update, context: GateContext) -> float:
     plan, norm = context.plan, norm_of(update)
     if isinstance(update, Sketch) and context.basis is not None:
         # What a sketch is read as may be far longer than its coordinates.
-        read = update.reconstruct(context.basis).squared_norm()
+        within = isinstance(plan.method, SketchMethod) and plan.method.within
+        read = update.reconstruct(context.basis, within).squared_norm()
         whole = update.whole_change().squared_norm() if update.whole else 0.0
         norm = max(norm, math.sqrt(read + whole))
     if not math.isfinite(norm):

@@ -225,11 +225,22 @@ class SketchMethod(FirstOrderMethod):
 
     ``rank`` columns on the right, ``rank + oversampling`` on the left, and more in the first round. The
     basis comes with the plan, or from ``master_seed`` where the run has none yet.
+
+    ``within``: every step is one that a sketch in the basis tells exactly, so nothing is left out; else
+    steps are free, and what is sent is what the basis shows of their sum. The former has its own
+    moments, a few directions each, and no others.
     """
 
     family: Literal["sketch"] = "sketch"
     rank: int = Field(ge=1, le=1024)
     oversampling: int = Field(ge=0, le=1024)
+    within: bool = False
+
+    @model_validator(mode="after")
+    def _has_one_kind_of_moments(self) -> Self:
+        if self.within and self.gradient_rank is not None:
+            raise ValueError("gradient_rank is of free steps; within a basis moments are its own")
+        return self
 
     @property
     def label(self) -> str:

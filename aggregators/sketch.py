@@ -111,8 +111,10 @@ class Sketch:
         """How many numbers it holds."""
         return sum(tensor.numel() for tensor in self.dense().values())
 
-    def reconstruct(self, basis: Basis) -> LowRank:
+    def reconstruct(self, basis: Basis, within: bool = False) -> LowRank:
         """The change of the sketched matrices, by ``read``. ValueError for another basis.
+
+        A change that was made ``within`` the basis is read exactly, from zero. Of others:
 
         In the random basis, which has next to nothing of the change, from where ``nystrom`` guesses it.
         In one that has followed the change, from zero: there the guess adds little where it is good,
@@ -127,7 +129,8 @@ class Sketch:
         factors = {}
         for name, view in self.views.items():
             sides = basis.sides[name]
-            start = nystrom(view, sides.Y) if basis.refinement == 0 else None
+            guessed = basis.refinement == 0 and not within
+            start = nystrom(view, sides.Y) if guessed else None
             found = read(view, sides.Q, sides.Y, start)
             if found is not None:
                 factors[name] = (found[0].float(), found[1].float(), 1.0)

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 from aggregators import Layout, match_targets
+from aggregators.basis import side_widths
 from aggregators.messages import Plan
 from aggregators.methods import (
     HybridMethod,
@@ -99,7 +100,8 @@ def _sent(method: Method, plan: Plan, layout: Layout, wire: int) -> int:
         sizes = [layout.shape(name) for name in names]
         return around + sum(ranks * (m + (n if method.train_a else 0)) for m, n in sizes) * wire
     assert isinstance(method, SketchMethod)
-    return around + sum(_sketched(layout.shape(name), method) for name in names) * wire
+    first = plan.round == 1  # whose basis is wider
+    return around + sum(_sketched(layout.shape(name), method, first) for name in names) * wire
 
 
 def device_seconds(node: NodeConfiguration | None, seconds: float, transferred: int) -> float:
@@ -133,9 +135,15 @@ def _training(plan: Plan, layout: Layout) -> int:
         numbers = sum(method.rank * sum(layout.shape(name)) for name in names)
         return kept + head + numbers * FLOAT * (2 + ADAMW_STATE)
     numbers = sum(math.prod(layout.shape(name)) for name in names)
-    moments = ADAMW_STATE if method.optimiser == "adamw" else 0
     # What it was before, its gradient, and the optimiser's state.
-    return kept + head + numbers * FLOAT * (2 + moments)
+    state = 0
+    if method.optimiser == "adamw":
+        if isinstance(method, SketchMethod) and method.within:
+            moved = sum(_sketched(layout.shape(name), method, first=True) for name in names)
+        else:
+            moved = numbers
+        state = ADAMW_STATE * moved
+    return kept + head + (2 * numbers + state) * FLOAT
 
 
 def _passing(plan: Plan, layout: Layout, tokens: int) -> int:
@@ -175,7 +183,8 @@ def _trained(method: Method, layout: Layout) -> list[str]:
     return match_targets(layout, modules) if modules else [spec.name for spec in layout]
 
 
-def _sketched(shape: tuple[int, ...], method: SketchMethod) -> int:
-    if len(shape) != 2:
+def _sketched(shape: tuple[int, ...], method: SketchMethod, first: bool) -> int:
+    found = side_widths(shape, method.rank, method.oversampling, wide=first)
+    if found is None:
         return math.prod(shape)
-    return shape[0] * method.rank + shape[1] * (method.rank + method.oversampling)
+    return shape[0] * found[0] + shape[1] * found[1]

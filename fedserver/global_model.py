@@ -232,7 +232,7 @@ def _change(mean: Update, model: GlobalModel, configuration: RunConfiguration) -
     if isinstance(mean, Sketch):
         basis = model.basis or first_basis(configuration, mean.layout)
         assert basis is not None, "a sketch, and no node was asked for one"
-        read = mean.reconstruct(basis)
+        read = mean.reconstruct(basis, configuration.projected.within)
         parts: list[Update] = [read] if read.factors else []
         if mean.whole:
             parts.append(mean.whole_change())

@@ -277,15 +277,16 @@ def _projected(
     settings = configuration.projected
     shared = settings.model_dump(
         include={
-            "target_modules", "optimiser", "error_feedback", "subset", "subset_share",
-            "gradient_rank",
+            "target_modules", "optimiser", "subset", "subset_share", "gradient_rank",
         }
     )  # fmt: skip
+    shared["error_feedback"] = configuration.error_feedback
     if configuration.basis == "adaptive":
         return SketchMethod(
             master_seed=basis_seed(configuration),
             rank=settings.rank,
             oversampling=settings.oversampling,
+            within=settings.within,
             **shared,
         )
     names = trained(layout, settings.target_modules)

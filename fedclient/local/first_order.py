@@ -14,9 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from aggregators import Layout, match_targets
+from aggregators import Basis, Layout, match_targets
 from aggregators.methods import FirstOrderMethod
 from fedclient.local import subsets
+from fedclient.local.basis_optimiser import WithinBasis
 from fedclient.local.lora import Batch
 from fedclient.local.low_rank_adamw import LowRankAdamW
 from fedclient.local.result import TrainingResult
@@ -36,13 +37,15 @@ def train(
     seed: int,
     learning_rate: float,
     steps: int,
+    basis: Basis | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> tuple[dict[str, Tensor], TrainingResult]:
     """Train ``model`` where it stands, one optimiser step a batch, and return what that changed.
 
     The change is after minus before: name -> float32 of the layout's shape, for the tensors that were
     trained: those of ``method.target_modules`` that ``method.subset`` chose, tied weights once. No
-    weight decay, no dropout. ``seed`` is that of the choice and of GaLore's range finder.
+    weight decay, no dropout. ``seed`` is that of the choice and of GaLore's range finder. ``basis``:
+    what steps stay within; None: they are free.
 
     Raises TrainingError where the targets match nothing, where there is no batch, and for a loss that
     is NaN or infinite: such a change is of no use to anyone.
@@ -63,7 +66,7 @@ def train(
             model,
             {name: parameters[name] for name in chosen},
             itertools.chain([first], stream),
-            _optimiser(method, learning_rate, seed),
+            _optimiser(method, learning_rate, seed, basis),
             steps,
             progress,
         )
@@ -129,9 +132,12 @@ def _squared_gradients(model: nn.Module, names: list[str], batch: Batch) -> dict
 
 
 def _optimiser(
-    method: FirstOrderMethod, learning_rate: float, seed: int
-) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
-    def make(weights: list[Tensor]) -> torch.optim.Optimizer:
+    method: FirstOrderMethod, learning_rate: float, seed: int, basis: Basis | None
+) -> Callable[[dict[str, Tensor]], torch.optim.Optimizer]:
+    def make(named: dict[str, Tensor]) -> torch.optim.Optimizer:
+        if basis is not None:
+            return WithinBasis(named, learning_rate, method.optimiser, basis)
+        weights = list(named.values())
         if method.optimiser == "sgd":
             return torch.optim.SGD(weights, lr=learning_rate)
         if method.gradient_rank is not None:
@@ -145,7 +151,7 @@ def _train(
     model: nn.Module,
     parameters: dict[str, nn.Parameter],
     batches: Iterator[Batch],
-    make: Callable[[list[Tensor]], torch.optim.Optimizer],
+    make: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
     steps: int,
     progress: Callable[[int, int, float], None] | None,
 ) -> tuple[dict[str, Tensor], TrainingResult]:
@@ -155,7 +161,7 @@ def _train(
         name: parameter if parameter.dtype == torch.float32 else before[name].clone()
         for name, parameter in parameters.items()
     }
-    optimiser = make(list(master.values()))
+    optimiser = make(master)
     losses: list[float] = []
     tokens = 0
     for batch in batches:

@@ -69,7 +69,10 @@ class FullWeightsTrainer:
         if isinstance(method, HybridMethod):
             return hybrid.train(own, self.layout, batches, plan, self.levels, progress)
         assert isinstance(method, (ProjectedMethod, SketchMethod))
-        change, result = first_order.train(own, self.layout, batches, method, **walk)
+        within = isinstance(method, SketchMethod) and method.within
+        change, result = first_order.train(
+            own, self.layout, batches, method, **walk, basis=self._basis() if within else None
+        )
         del own  # the projection needs its room
         update, residual = self._seen(method, change)
         return update, replace(result, residual=residual)
@@ -85,16 +88,17 @@ class FullWeightsTrainer:
         if isinstance(method, ProjectedMethod):
             update, left = projection.project(self.layout, method, change, before, plan.wire_dtype)
         else:
-            if self.basis is None:
-                raise first_order.TrainingError(
-                    "the plan asks for a sketch and came without a basis"
-                )
             update, left = projection.sketch(
-                self.layout, method, self.basis, change, before, plan.wire_dtype
+                self.layout, method, self._basis(), change, before, plan.wire_dtype
             )
         if plan.history:
             kept.keep(plan.history[0], left)
         return update, found
+
+    def _basis(self) -> Basis:
+        if self.basis is None:
+            raise first_order.TrainingError("the plan asks for a sketch and came without a basis")
+        return self.basis
 
 
 @contextmanager

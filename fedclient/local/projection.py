@@ -67,7 +67,7 @@ def sketch(
     if not method.error_feedback:
         return update, {}
     arrived = _arrived(update, layout, dtype)
-    factors = arrived.reconstruct(basis).factors
+    factors = arrived.reconstruct(basis, method.within).factors
 
     def seen(name: str) -> Tensor | Factors:
         if name in arrived.whole:

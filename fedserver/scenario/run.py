@@ -292,6 +292,15 @@ class RunConfiguration(RoundKeys):
         return PRESETS[self.preset].basis or self.projected.basis
 
     @property
+    def error_feedback(self) -> bool:
+        """Whether projected nodes keep what their messages leave out.
+
+        Where steps stay within the basis, messages leave out nothing but rounding.
+        """
+        asked = self.projected.error_feedback
+        return not (self.basis == "adaptive" and self.projected.within) if asked is None else asked
+
+    @property
     def sampling(self) -> Sampling:
         """How zeroth-order nodes draw seeds: as the preset says, else the scenario."""
         return PRESETS[self.preset].sampling or self.zeroth_order.sampling

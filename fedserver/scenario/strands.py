@@ -90,19 +90,33 @@ class ProjectedConfiguration(Table):
     subset: Subset = Field(default="all", description="which of the weights train in a round")
     subset_share: float = Field(default=0.5, gt=0, le=1)
     gradient_rank: int | None = Field(default=None, ge=1, le=4096, description="GaLore's rank")
-    error_feedback: bool = Field(
-        default=True, description="what a message leaves out is in the node's next one"
+    within_basis: bool | None = Field(
+        default=None,
+        description="train what a sketch in the adaptive basis tells exactly; left out: yes, but with"
+        " gradient_rank",
+    )
+    error_feedback: bool | None = Field(
+        default=None,
+        description="what a message leaves out is in the node's next one; left out: yes, where one"
+        " leaves anything out",
     )
 
     @model_validator(mode="after")
     def _possible(self) -> ProjectedConfiguration:
-        if self.error_feedback and self.scale == "unbiased":
+        if self.error_feedback is not False and self.scale == "unbiased":
             raise ValueError(
                 "scale 'unbiased' diverges with error feedback; error_feedback = false"
             )
         if self.gradient_rank is not None and self.optimiser != "adamw":
             raise ValueError("gradient_rank is of the optimiser 'adamw'")
+        if self.gradient_rank is not None and self.within_basis:
+            raise ValueError("gradient_rank is of free steps; within_basis = false")
         return self
+
+    @property
+    def within(self) -> bool:
+        """Whether steps in the adaptive basis stay within it."""
+        return self.gradient_rank is None if self.within_basis is None else self.within_basis
 
 
 class MixingConfiguration(Table):

@@ -1,12 +1,14 @@
 """What a public basis is worth: the loss after some rounds of projected updates, at equal bytes.
 
     python -m simulations.benchmarks.adaptive_basis
+    python -m simulations.benchmarks.adaptive_basis --model FOLDER --source FILE --source FILE:CATEGORY
 
-Six nodes with unlike data train all weights by backpropagation. Their changes reach the server whole
+Nodes with unlike data train all weights by backpropagation. Their changes reach the server whole
 ("full"), through random probes, or through the adaptive basis, as many numbers either way, round by
-round. The model is a small Llama, first trained from scratch on conversations of other topics: see
-``pretrained``. A second table says what each round did: what was read of the mean change, and what error
-feedback holds back.
+round; and a last time with steps that stay within that basis, of which a sketch leaves out nothing. The
+model is a small Llama that has read a manual (``small_language``), or any causal model's folder; the
+nodes' data are topics of the embedded conversations, or files. A second table says what each round did:
+what was read of the mean change, and what error feedback holds back.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ from __future__ import annotations
 import functools
 import json
 import math
+import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -26,27 +31,35 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedkernels as fk
 from aggregators import Basis, Dense, Layout, Sketch, aggregate, allocation, encode
 from aggregators.methods import FirstOrderMethod, ProjectedMethod, SketchMethod
-from fedclient.data import DataSpec, Tokens, batches, eval_batches, load_partition, tokenise
+from fedclient.data import Tokens, batches, eval_batches, tokenise
 from fedclient.local import first_order, projection
 from fedclient.loss import answer_loss
-from fedclient.records import read_examples
+from fedclient.records import EMBEDDED, Example, read_examples
 from fedserver.intervals import estimate
+from simulations.benchmarks.small_language import (
+    MAX_LENGTH,
+    TEMPLATE,
+    manual,
+    tokenizer,
+    write_model,
+)
 
-# The six largest topics of the embedded conversations, one a node; the others are pre-training data.
-TOPICS = ("tech_support", "trivia", "emotion", "coding", "conversations", "ai")
+# Topics of the embedded conversations, one a node; the model has read the others.
+TOPICS = ("trivia", "emotion", "conversations", "coding", "ai", "psychology")
 METHODS = {
     "full": "whole changes",
     "random": "random probes, unbiased",
     "random, feedback": "random probes, MMSE scale, error feedback",
-    "adaptive": "adaptive basis",
-    "adaptive, feedback": "adaptive basis, error feedback",
+    "adaptive": "adaptive basis, free steps",
+    "adaptive, feedback": "adaptive basis, free steps, error feedback",
+    "adaptive, within": "adaptive basis, steps within it",
 }
-VOCABULARY = 1024
-MAX_LENGTH = 64
+ROWS, HELD_OUT = 300, 40  # of a node
 
 
 @dataclass(frozen=True)
@@ -61,9 +74,7 @@ class Case:
     oversampling: int = 2
     wire_dtype: str = "float16"
     optimiser: str = "adamw"
-    hidden: int = 256
-    layers: int = 2
-    pretraining_steps: int = 150
+    hidden: int = 128
 
 
 @dataclass(frozen=True)
@@ -100,75 +111,63 @@ class Nodes:
     held_out: list[list[Tokens]]
 
 
-def tokenizer() -> Any:
-    """A byte-level BPE of the corpus with a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+@dataclass(frozen=True)
+class Place:
+    """Where models and nodes' data come from: a folder and files, or the embedded conversations."""
 
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = (text for e in read_examples("chatterbot") for _, text in e.messages)
-    made.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>", pad_token="<|end|>")
-    fast.chat_template = (
-        "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
-        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    return fast
+    words: Any
+    base: Path | None
+    read: Sequence[Example]
+    parts: Sequence[Sequence[Example]]
 
+    @classmethod
+    def of(cls, base: Path | None, sources: Sequence[str]) -> Place:
+        """``sources``: FILE or FILE:CATEGORY, a node each; none: the topics."""
+        parts = [_source(source) for source in sources] or _topics()
+        if base is None:
+            held = [example for part in parts for example in part]
+            kept = set(held)
+            talks = [e for e in dict.fromkeys(read_examples(EMBEDDED)) if e not in kept]
+            read = [*talks, *manual()]
+            return cls(tokenizer([*held, *read[: 2 * len(held)]]), None, read, parts)
+        words = AutoTokenizer.from_pretrained(base)
+        words.chat_template = words.chat_template or TEMPLATE
+        return cls(words, base, (), parts)
 
-def pretrained(case: Case, words: Any, seed: int) -> nn.Module:
-    """A small Llama after ``pretraining_steps`` of AdamW on the topics that no node has."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    def model(self, case: Case, seed: int) -> nn.Module:
+        """The base model; a small one of this seed where none is given."""
+        if self.base is not None:
+            return _loaded(self.base)
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(Path(folder), self.words, self.read, seed, hidden=case.hidden)
+            return _loaded(Path(folder))
 
-    configuration = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=case.hidden,
-        intermediate_size=3 * case.hidden,
-        num_hidden_layers=case.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2 * MAX_LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model: Any = LlamaForCausalLM(configuration)
-    others = [e for e in read_examples("chatterbot") if e.category not in TOPICS]
-    tokens = tokenise(others, words, MAX_LENGTH)
-    method = FirstOrderMethod(
-        target_modules=(), master_seed=0, optimiser="adamw", error_feedback=False
-    )
-    stream = batches(tokens, 16, case.pretraining_steps, seed, 0)
-    first_order.train(
-        model, Layout.from_model(model), stream, method,
-        seed=seed, learning_rate=1e-3, steps=case.pretraining_steps,
-    )  # fmt: skip
-    trained: nn.Module = model.eval()
-    return trained
+    def nodes(self, seed: int) -> Nodes:
+        """``ROWS`` of each part, by a seed's order; the last ``HELD_OUT`` of them are held out."""
+        train, held_out = [], []
+        for part in self.parts:
+            drawn = random.Random(seed).sample(part, min(len(part), ROWS))
+            tokens = tokenise(drawn, self.words, MAX_LENGTH)
+            train.append(tokens[:-HELD_OUT])
+            held_out.append(tokens[-HELD_OUT:])
+        return Nodes(train, held_out)
 
 
-def divided(words: Any, seed: int) -> Nodes:
-    """The six topics, one a node; a tenth of the question and answer pairs is held out."""
-    spec = DataSpec(
-        partition="categories", categories=tuple((topic,) for topic in TOPICS), nodes=len(TOPICS),
-        split="pairs", seed=seed,
-    )  # fmt: skip
-    parts = [load_partition(spec, index) for index in range(len(TOPICS))]
-    return Nodes(
-        [tokenise(part.train, words, MAX_LENGTH) for part in parts],
-        [tokenise(part.held_out, words, MAX_LENGTH) for part in parts],
-    )
+def _topics() -> list[list[Example]]:
+    """The embedded conversations of each topic, none twice."""
+    unique = list(dict.fromkeys(read_examples(EMBEDDED)))
+    return [[example for example in unique if example.category == topic] for topic in TOPICS]
+
+
+def _source(source: str) -> list[Example]:
+    path, _, category = source.partition(":")
+    examples = read_examples(path, "category" if category else None)
+    return [e for e in examples if not category or e.category == category]
+
+
+def _loaded(folder: Path) -> nn.Module:
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -185,7 +184,7 @@ def evaluate(model: nn.Module, nodes: Nodes) -> float:
 class Server:
     """Weights, what the last aggregate was, and how each method's messages become a change."""
 
-    def __init__(self, model: nn.Module, method: str, case: Case, seed: int) -> None:
+    def __init__(self, model: nn.Module, method: str, case: Case, seed: int, nodes: int) -> None:
         self.layout, self.method, self.case, self.seed = (
             Layout.from_model(model), method, case, seed,
         )  # fmt: skip
@@ -193,7 +192,7 @@ class Server:
         names = [spec.name for spec in self.layout]
         self.basis = Basis.random(self.layout, names, seed, case.rank, case.oversampling)
         self.norms = {name: math.sqrt(math.prod(self.layout.shape(name))) for name in names}
-        self.residuals: list[dict[str, Tensor]] = [{} for _ in TOPICS]
+        self.residuals: list[dict[str, Tensor]] = [{} for _ in range(nodes)]
 
     def asked(self, number: int) -> FirstOrderMethod:
         """What the nodes are to do in a round."""
@@ -211,8 +210,18 @@ class Server:
                 scale="mmse" if common["error_feedback"] else "unbiased",
             )
         if self.method.startswith("adaptive"):
-            return SketchMethod(**common, rank=self.case.rank, oversampling=self.case.oversampling)
+            return SketchMethod(
+                **common,
+                rank=self.case.rank,
+                oversampling=self.case.oversampling,
+                within=self.within,
+            )
         return FirstOrderMethod(**common)
+
+    @property
+    def within(self) -> bool:
+        """Whether nodes' steps stay within the basis."""
+        return self.method.endswith("within")
 
     def message(self, index: int, method: FirstOrderMethod, change: Mapping[str, Tensor]) -> Any:
         """What node ``index`` sends; it keeps what is left."""
@@ -235,7 +244,7 @@ class Server:
         (mean,) = aggregate(messages, self.layout).updates.values()
         changes: list[Any] = [mean]
         if isinstance(mean, Sketch):
-            changes = [mean.reconstruct(self.basis), mean.whole_change()]
+            changes = [mean.reconstruct(self.basis, self.within), mean.whole_change()]
             self.basis = self.basis.refined(mean)
         elif isinstance(method, ProjectedMethod) and method.scale == "mmse":
             changes = [mean.shrunk()]
@@ -259,7 +268,7 @@ def run(
     model: nn.Module, nodes: Nodes, method: str, case: Case, seed: int, done: Callable[[], object]
 ) -> Result:
     """All rounds of one method from the weights of ``model``, which is used up; ``done`` after each."""
-    server = Server(model, method, case, seed)
+    server = Server(model, method, case, seed, len(nodes.train))
     losses, steps, sizes = [evaluate(model, nodes)], [], []
     started = time.perf_counter()
     for number in range(case.rounds):
@@ -273,6 +282,7 @@ def run(
                 model, server.layout,
                 batches(tokens, case.batch_size, case.local_steps, chance, 0),
                 asked, seed=chance, learning_rate=case.learning_rate, steps=case.local_steps,
+                basis=server.basis if server.within else None,
             )  # fmt: skip
             # By data, as in any mean; the root keeps the one large topic from being all of it.
             messages.append((server.message(index, asked, change), math.sqrt(len(tokens))))
@@ -323,11 +333,11 @@ def closed(results: Sequence[Result], seeds: Sequence[int], against: str, method
     return (last[against] - last[method]) / (last[against] - last["full"])
 
 
-def table(results: Sequence[Result], case: Case) -> Table:
+def table(results: Sequence[Result], case: Case, nodes: int) -> Table:
     """Loss after the last round, a method a row, with its spread over the seeds."""
     seeds = sorted({result.seed for result in results})
     found = Table(
-        title=f"{len(TOPICS)} nodes, {case.rounds} rounds of {case.local_steps} steps,"
+        title=f"{nodes} nodes, {case.rounds} rounds of {case.local_steps} steps,"
         f" {len(seeds)} seeds, basis of rank {case.rank} + {case.oversampling}",
         caption="loss: nats per answer token, all nodes' held-out data; gap closed: of the mean losses"
         " (mean and 95 % t interval of the single seeds'), between random probes and whole changes;"
@@ -397,6 +407,12 @@ def _gap(results: Sequence[Result], seeds: Sequence[int], against: str, method: 
 
 
 def main(
+    model: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="of a causal model; else a small one")
+    ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:CATEGORY]", help="a node's JSON lines")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="number of seeds", min=1)] = 3,
     rounds: Annotated[int, typer.Option(min=1)] = Case.rounds,
     local_steps: Annotated[int, typer.Option(min=1)] = Case.local_steps,
@@ -413,25 +429,25 @@ def main(
         rounds=rounds, local_steps=local_steps, learning_rate=learning_rate,
         rank=rank, oversampling=oversampling,
     )  # fmt: skip
-    words = tokenizer()
+    place = Place.of(model, source or [])
     results = []
     with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
         task = progress.add_task("training", total=seeds * len(METHODS) * rounds)
         for seed in range(first_seed, first_seed + seeds):
-            model = pretrained(case, words, seed)
-            start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            nodes = divided(words, seed)
+            trained = place.model(case, seed)
+            start = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+            nodes = place.nodes(seed)
             for method in METHODS:
-                model.load_state_dict(start)
+                trained.load_state_dict(start)
                 progress.update(task, description=f"seed {seed}, {method}")
                 advance = functools.partial(progress.advance, task)
-                results.append(run(model, nodes, method, case, seed, advance))
+                results.append(run(trained, nodes, method, case, seed, advance))
                 if as_json:
                     print(json.dumps(asdict(results[-1])), flush=True)
     if not as_json:
         console = Console()
         console.width = console.width if console.is_terminal else 150
-        console.print(table(results, case))
+        console.print(table(results, case, len(place.parts)))
         console.print(rounds_table(results))
 
 

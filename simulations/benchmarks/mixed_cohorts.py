@@ -1,125 +1,92 @@
 """What weak nodes add: one fleet as a mixed cohort, under every rule of mixing, and each part alone.
 
-    python -m simulations.benchmarks.mixed_cohorts --seeds 3
+    python -m simulations.benchmarks.mixed_cohorts --seeds 3 --output DIR
 
-Six nodes: two have the memory for LoRA by backpropagation, two can train all weights but send a sketch,
-two run forward passes alone. With unlike data each holds what nobody else has; with like data all hold
-the same mixture. Every run goes through `fedbraid simulate`'s own code, with a small Llama that takes
-minutes. Rates are tuned before any mixing, with unlike data and a seed that is not reported: of three a
-family, the smallest with which its nodes alone lower their own loss by nine tenths of the most. Larger
-ones gain a node little and cost the others, whose data its steps do not know.
+Six devices with limits of memory and upload; what each can be asked for follows from these alone
+(``strand = "auto"``), and is printed with its reason. With unlike data each device holds what nobody
+else has; with like data all hold the same mixture. Every run goes through `fedbraid simulate`'s own
+code, with a small Llama that takes seconds. Rates are tuned before any mixing, with unlike data and a
+seed that is not reported: of three a family, the smallest with which its nodes alone lower their own
+loss by nine tenths of the most. Larger ones gain a node little and cost the others, whose data its
+steps do not know.
+
+What a run showed is a line of DIR/runs.jsonl; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from fedclient.records import EMBEDDED, Example, read_examples
 from fedserver.configuration import RunConfiguration, parse
-from fedserver.intervals import estimate
-from fedserver.ledger import Entry, Ledger
-from simulations.benchmarks.small_language import MAX_LENGTH, manual, tokenizer, write_model
-from simulations.run import simulate
+from fedserver.device_choice import with_choices
+from simulations.benchmarks.cohort_place import Place, Run
+from simulations.benchmarks.cohort_tables import COHORTS, Outcome, advantages, loss_of, losses
+from simulations.benchmarks.small_language import MAX_LENGTH
 
 TUNING_SEED = 0
-STRONG, WEAK = ("lora-1", "lora-2"), ("sketch-1", "sketch-2", "forward-1", "forward-2")
-NODES = (*STRONG, *WEAK)
-# Of the embedded conversations one topic a node; the model has read the others, but for the one that
-# repeats ten questions a hundred times.
-TOPICS = ("trivia", "emotion", "conversations", "coding", "ai", "psychology")
-ROWS = 300  # a node, of a file
-FAMILIES = {"lora": STRONG, "projected": WEAK[:2], "zeroth-order": WEAK[2:]}
+# Two devices a kind: what has both, what has memory behind a thin link, and what has no memory.
+DEVICES: Mapping[str, Mapping[str, float]] = {
+    "workstation": {"memory_limit_mb": 32, "upload_limit_kb": 1000},
+    "laptop": {"memory_limit_mb": 32, "upload_limit_kb": 18},
+    "phone": {"memory_limit_mb": 14, "upload_limit_kb": 1000},
+}
+NODES = {f"{kind}-{place}": limits for kind, limits in DEVICES.items() for place in (1, 2)}
 RATES = {
     "lora": (1e-3, 3e-3, 1e-2),
-    "projected": (2.5e-4, 5e-4, 1e-3),
-    "zeroth-order": (5e-5, 1e-4, 2e-4),
+    "projected": (2.5e-3, 5e-3, 1e-2),
+    "zeroth-order": (1e-4, 2e-4, 4e-4),
 }
 ENOUGH = 0.9  # of the largest gain
 LOCAL_STEPS, ZEROTH_ORDER_STEPS = 8, 40
-# Nodes that train, and the rule of mixing.
-COHORTS = {
-    "mixed, families add": (NODES, "add"),
-    "mixed, overlap counted once": (NODES, "overlap"),
-    "mixed, one mean over all": (NODES, "mean"),
-    "strong nodes alone": (STRONG, "add"),
-    "weak nodes alone": (WEAK, "add"),
-}
-ALONE = "strong nodes alone"
-LEFT_OUT = ("tech_support",)
 Rates = Mapping[str, float]
-Losses = Mapping[str, tuple[float, int]]
-Listener = Callable[[str], None]
+Families = Mapping[str, Sequence[str]]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where runs find what they need: all nodes' data in one file, and a model a seed."""
+@dataclass
+class Told:
+    """Lines for whoever waits: what was found, how many runs are left, and about how long they take."""
 
-    folder: Path
-    words: Any
-    read: Sequence[Example]
+    total: int
+    done: int = 0
+    made: int = 0
+    started: float = field(default_factory=time.monotonic)
 
-    @classmethod
-    def make(cls, folder: Path, strong: str | None, weak: str | None) -> Place:
-        """Write the nodes' data: topics of the embedded conversations, or rows of two files."""
-        parts = _topics() if strong is None or weak is None else _dealt(strong, weak)
-        with (folder / "data.jsonl").open("w", encoding="utf-8") as file:
-            for node, examples in parts.items():
-                for example in examples:
-                    talk = [{"role": role, "content": text} for role, text in example.messages]
-                    file.write(json.dumps({"messages": talk, "node": node}) + "\n")
-        held = [example for examples in parts.values() for example in examples]
-        kept = set(held)
-        talks = [e for e in dict.fromkeys(read_examples(EMBEDDED)) if e.category not in LEFT_OUT]
-        read = [*(e for e in talks if e not in kept), *manual()]
-        return cls(folder, tokenizer([*held, *read[: 2 * len(held)]]), read)
-
-    def model(self, seed: int) -> Path:
-        """The folder of a seed's model, trained where it is not there yet."""
-        found = self.folder / f"model-{seed}"
-        if not found.exists():
-            write_model(found, self.words, self.read, seed)
+    def run(self, place: Place, asked: RunConfiguration, about: str) -> Run:
+        """The run, made or looked up."""
+        known = len(place.runs)
+        found = place.run(asked, about)
+        self.done += 1
+        self.made += len(place.runs) - known
+        each = (time.monotonic() - self.started) / max(self.made, 1)
+        before, after = (loss_of(one, one) for one in (found.before, found.after))
+        print(
+            f"[{self.done}/{self.total}, about {each * (self.total - self.done) / 60:.0f} min left]"
+            f" {about}: {before:.3f} to {after:.3f} on all data, {found.seconds:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
         return found
-
-    @property
-    def data(self) -> Path:
-        """Rows with the node that holds them where data are unlike."""
-        return self.folder / "data.jsonl"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Losses in nats per answer token: over all nodes' held-out data, and over some nodes'."""
-
-    seed: int
-    unlike: bool
-    cohort: str
-    before: float
-    everyone: float
-    strong: float
 
 
 def scenario(
     place: Place, seed: int, rates: Rates, trains: Sequence[str], rule: str, *,
     unlike: bool, rounds: int,
 ) -> RunConfiguration:  # fmt: skip
-    """The fleet as a scenario; nodes that do not train still evaluate."""
-    nodes = [
-        {"name": name, "strand": strand, "trains": name in trains}
+    """The fleet as a scenario; nodes that do not train still evaluate, all on the whole base."""
+    nodes: list[dict[str, Any]] = [
+        {"name": name, "strand": "auto", "base_format": "full", "trains": name in trains, **limits}
         | ({"categories": [name]} if unlike else {})
-        for strand, names in FAMILIES.items()
-        for name in names
+        for name, limits in NODES.items()
     ]
     return parse(
         {
@@ -141,6 +108,8 @@ def scenario(
             "projected": {
                 "learning_rate": rates["projected"],
                 "target_modules": ["all-linear"],
+                # A sketch in the adaptive basis is never smaller than LoRA of rank 1.
+                "basis": "random",
             },
             "mixing": {"rule": rule},
             "data": {
@@ -154,153 +123,100 @@ def scenario(
     )
 
 
-def run(configuration: RunConfiguration) -> tuple[Losses, Losses]:
-    """Simulate; the summed loss and the tokens by node, before and after."""
-    with tempfile.TemporaryDirectory() as folder:
-        simulate(configuration, Path(folder) / "run", lambda event: None, samples=0)
-        ledger = Ledger(Path(folder) / "run")
-        first, last = next(iter(ledger.entries("round"))), ledger.last("evaluation")
-        ledger.close()
-    assert last is not None
-    return _losses(first), _losses(last)
+def families(place: Place, rounds: int) -> tuple[Families, Mapping[str, str]]:
+    """The nodes of each strand as their limits decide, and why, by node."""
+    rates = {family: some[0] for family, some in RATES.items()}
+    asked = scenario(place, TUNING_SEED, rates, tuple(NODES), "add", unlike=True, rounds=rounds)
+    chosen, reasons = with_choices(asked, place.layout(TUNING_SEED))
+    found: dict[str, list[str]] = {family: [] for family in RATES}
+    for node in chosen.nodes:
+        found[chosen.strand(node.name)].append(node.name)
+    return found, reasons
 
 
-def _losses(entry: Entry) -> Losses:
-    found = {node["node"]: node["report"]["evaluation"] for node in entry.content["nodes"]}
-    return {node: (one["loss_sum"], one["tokens"]) for node, one in found.items()}
-
-
-def loss_of(losses: Losses, nodes: Sequence[str]) -> float:
-    """Mean over the tokens of some nodes."""
-    return sum(losses[n][0] for n in nodes) / sum(losses[n][1] for n in nodes)
-
-
-def tuned(place: Place, rounds: int, done: Listener) -> dict[str, float]:
+def tuned(place: Place, fleet: Families, rounds: int, told: Told) -> dict[str, float]:
     """Each family's gentlest good rate for its own data, alone."""
     best = {family: rates[0] for family, rates in RATES.items()}
-    for family, rates in RATES.items():
+    for family, nodes in fleet.items():
         gains = {}
-        for rate in rates:
+        for rate in RATES[family]:
             asked = scenario(
-                place, TUNING_SEED, best | {family: rate}, FAMILIES[family], "add",
-                unlike=True, rounds=rounds,
-            )  # fmt: skip
-            before, after = (loss_of(losses, FAMILIES[family]) for losses in run(asked))
-            gains[rate] = before - after
-            done(f"{family} alone at {rate:g}: {before:.3f} to {after:.3f} on its own data")
+                place, TUNING_SEED, best | {family: rate}, nodes, "add", unlike=True, rounds=rounds
+            )
+            found = told.run(place, asked, f"tuning, {family} alone at {rate:g}")
+            gains[rate] = loss_of(found.before, nodes) - loss_of(found.after, nodes)
         most = max(gains.values())
         best[family] = min(rate for rate, gain in gains.items() if gain >= ENOUGH * most)
+        words = ", ".join(f"{gain:.3f} at {rate:g}" for rate, gain in gains.items())
+        print(f"{family} alone lowers its own loss by {words}: {best[family]:g}", flush=True)
     return best
+
+
+def outcome(found: Run, seed: int, cohort: str, strong: Sequence[str], *, unlike: bool) -> Outcome:
+    """Losses of a run over all nodes' held-out data, and over the strong nodes'."""
+    return Outcome(
+        seed=seed,
+        unlike=unlike,
+        cohort=cohort,
+        before=loss_of(found.before, NODES),
+        everyone=loss_of(found.after, NODES),
+        strong=loss_of(found.after, strong),
+    )
 
 
 def main(
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    rounds: Annotated[int, typer.Option(min=1)] = 8,
+    rounds: Annotated[int, typer.Option(min=1)] = 6,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep models and runs, and use those there.")
+    ] = None,
     strong: Annotated[
-        str | None, typer.Option(metavar="FILE", help="JSON lines of the strong nodes; with --weak")
+        str | None, typer.Option(metavar="FILE", help="JSON lines of workstations; with --weak")
     ] = None,
     weak: Annotated[
-        str | None, typer.Option(metavar="FILE", help="JSON lines of the weak nodes")
+        str | None, typer.Option(metavar="FILE", help="JSON lines of laptops and phones")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Tune each family alone, then run every cohort with unlike and with like data."""
     if (strong is None) != (weak is None):
         raise typer.BadParameter("--strong and --weak come together")
-    outcomes: list[Outcome] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as progress,
-    ):
-        place = Place.make(Path(folder), strong, weak)
-        total = sum(map(len, RATES.values())) + 2 * seeds * len(COHORTS)
-        told = functools.partial(_told, progress, progress.add_task("runs", total=total))
-        rates = tuned(place, rounds, told)
-        for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
-            for unlike in (True, False):
-                for cohort, (trains, rule) in COHORTS.items():
-                    asked = scenario(place, seed, rates, trains, rule, unlike=unlike, rounds=rounds)
-                    first, last = run(asked)
-                    everyone, own = loss_of(last, NODES), loss_of(last, STRONG)
-                    before = loss_of(first, NODES)
-                    outcomes.append(Outcome(seed, unlike, cohort, before, everyone, own))
-                    if as_json:
-                        print(json.dumps(asdict(outcomes[-1])), flush=True)
-                    told(f"seed {seed}, {_kind(unlike)}, {cohort}: {outcomes[-1].everyone:.3f}")
-    if as_json:
-        return
+    files = {}
+    if strong is not None and weak is not None:
+        files = {name: strong if name.startswith("workstation") else weak for name in NODES}
+    with TemporaryDirectory() as scratch:
+        _compare(Place.make(output or Path(scratch), tuple(NODES), files), seeds, rounds)
+
+
+def _compare(place: Place, seeds: int, rounds: int) -> None:
+    told = Told(total=sum(map(len, RATES.values())) + 2 * seeds * len(COHORTS))
+    fleet, reasons = families(place, rounds)
+    for node, reason in reasons.items():
+        print(f"{node}: {reason}", flush=True)
+    rates = tuned(place, fleet, rounds, told)
+    strong = fleet["lora"]
+    groups = {
+        "all": list(NODES),
+        "strong": strong,
+        "weak": [name for name in NODES if name not in strong],
+    }
     console = Console()
     console.width = console.width if console.is_terminal else 150
-    console.print("rates: " + ", ".join(f"{family} {rate:g}" for family, rate in rates.items()))
     for unlike in (True, False):
-        console.print(table([o for o in outcomes if o.unlike == unlike]))
-
-
-def table(outcomes: Sequence[Outcome]) -> Table:
-    """A cohort a row; differences are of the same seed, hence of the same model and data."""
-    before = interval([o.before for o in outcomes if o.cohort == ALONE])
-    seeds = len({o.seed for o in outcomes})
-    found = Table(
-        title=f"{_kind(outcomes[0].unlike)} data, {seeds} seeds; before: {before}",
-        caption="nats per answer token, mean and 95 % interval over seeds; differences seed by seed",
+        kind = "unlike" if unlike else "like"
+        outcomes = []
+        for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
+            for cohort, (group, rule) in COHORTS.items():
+                asked = scenario(
+                    place, seed, rates, groups[group], rule, unlike=unlike, rounds=rounds
+                )
+                found = told.run(place, asked, f"seed {seed}, {kind} data, {cohort}")
+                outcomes.append(outcome(found, seed, cohort, strong, unlike=unlike))
+        console.print(losses(outcomes))
+        console.print(advantages(outcomes))
+    seconds = math.fsum(run.seconds for run in place.runs.values())
+    print(
+        f"{len(place.runs)} runs took {seconds / 60:.1f} min of one processor, models not counted"
     )
-    first = next(iter(COHORTS))
-    for heading in (
-        "cohort", "all nodes' data", f"less that of '{first}'", "strong nodes' data",
-        "over the strong alone, %",
-    ):  # fmt: skip
-        found.add_column(heading)
-    by = {
-        cohort: sorted((o for o in outcomes if o.cohort == cohort), key=lambda o: o.seed)
-        for cohort in COHORTS
-    }
-    for cohort, mine in by.items():
-        more = [o.everyone - f.everyone for o, f in zip(mine, by[first], strict=True)]
-        over = [100 * (o.strong / a.strong - 1) for o, a in zip(mine, by[ALONE], strict=True)]
-        found.add_row(
-            cohort,
-            interval([o.everyone for o in mine]),
-            "" if cohort == first else interval(more, "+"),
-            interval([o.strong for o in mine]),
-            "" if cohort == ALONE else interval(over, "+", digits=1),
-        )
-    return found
-
-
-def interval(values: Sequence[float], sign: str = "", digits: int = 3) -> str:
-    """Mean and half-width of Student's interval; the mean alone of one value."""
-    found = estimate(values)
-    assert found is not None
-    width = "" if found.half_width is None else f" ± {found.half_width:.{digits}f}"
-    return f"{found.mean:{sign}.{digits}f}{width}"
-
-
-def _topics() -> dict[str, list[Example]]:
-    unique = list(dict.fromkeys(read_examples(EMBEDDED)))
-    return {
-        node: [example for example in unique if example.category == topic]
-        for node, topic in zip(NODES, TOPICS, strict=True)
-    }
-
-
-def _dealt(strong: str, weak: str) -> dict[str, list[Example]]:
-    """The first rows of each file, dealt to its nodes in turn."""
-    parts: dict[str, list[Example]] = {}
-    for nodes, source in ((STRONG, strong), (WEAK, weak)):
-        rows = read_examples(source)[: ROWS * len(nodes)]
-        parts |= {node: rows[place :: len(nodes)] for place, node in enumerate(nodes)}
-    return parts
-
-
-def _told(progress: Progress, task: Any, text: str) -> None:
-    progress.console.print(text, highlight=False)
-    progress.advance(task)
-
-
-def _kind(unlike: bool) -> str:
-    return "unlike" if unlike else "like"
 
 
 if __name__ == "__main__":

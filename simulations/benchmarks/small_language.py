@@ -74,15 +74,16 @@ def write_model(
     seed: int,
     steps: int = 400,
     hidden: int = 128,
+    layers: int = 2,
 ) -> None:
-    """Write a two-layer Llama that has read ``read``, 16 a step, and its tokenizer to a folder."""
+    """Write a Llama that has read ``read``, 16 a step, and its tokenizer to a folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     configuration = LlamaConfig(
         vocab_size=len(words),
         hidden_size=hidden,
         intermediate_size=3 * hidden,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2 * MAX_LENGTH,

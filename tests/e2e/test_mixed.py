@@ -139,7 +139,7 @@ def _dense(mean: Any, basis: Any, asked: RunConfiguration) -> dict[str, torch.Te
     if isinstance(mean, Sketch):
         assert basis is not None
         return {
-            **mean.reconstruct(basis).dense(),
+            **mean.reconstruct(basis, asked.projected.within).dense(),
             **mean.whole_change().dense(),
         }
     dense: dict[str, torch.Tensor] = mean.dense()

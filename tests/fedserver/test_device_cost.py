@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from aggregators import Layout
+from aggregators import Basis, Layout, Sketch, encode
 from aggregators.messages import Plan
 from aggregators.methods import HybridMethod, SketchMethod, ZerothOrderMethod
 from fedserver.configuration import NodeConfiguration, parse
-from fedserver.device_cost import device_seconds, memory_of, upload_bytes
+from fedserver.device_cost import ENVELOPE, NAMED, device_seconds, memory_of, upload_bytes
 
 LAYERS = 6
 LAYOUT = Layout(
@@ -105,6 +108,33 @@ def test_what_a_reply_takes(plan: Callable[..., Plan]) -> None:
     assert sent[1] - sent[0] == 4 * 2 * LAYERS * 2 * (512 + 384)
     forward = plan(local_steps=200, wire_dtype="int8").model_copy(update={"method": FORWARD})
     assert upload_bytes(forward, LAYOUT) < 2500
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=3),
+    rank=st.integers(1, 6),
+    oversampling=st.integers(0, 6),
+    wide=st.booleans(),
+)
+@settings(
+    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_sketch_takes_what_is_said_in_the_first_round_and_later(
+    plan: Callable[..., Plan],
+    shapes: list[tuple[int, int]],
+    rank: int,
+    oversampling: int,
+    wide: bool,
+) -> None:
+    layout = Layout({f"{place}.weight": shape for place, shape in enumerate(shapes)})
+    names = [spec.name for spec in layout]
+    basis = Basis.random(layout, names, 1, rank, oversampling, wide=wide)
+    sent = Sketch.of(layout, basis, {spec.name: torch.ones(spec.shape) for spec in layout})
+    method = sketch("sgd").model_copy(update={"rank": rank, "oversampling": oversampling})
+    asked = plan(round=1 if wide else 2).model_copy(update={"method": method})
+    size = len(encode(sent, "float32"))
+    said = upload_bytes(asked.model_copy(update={"wire_dtype": "float32"}), layout)
+    assert size <= said <= size + ENVELOPE + NAMED * len(shapes)
 
 
 def test_a_slow_device_on_a_slow_link() -> None:

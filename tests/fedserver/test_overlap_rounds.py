@@ -76,7 +76,7 @@ def test_three_families_have_the_weights_of_their_dense_changes() -> None:
     stack = LowRank(LAYOUT, {NAME: (b, a, 0.1)}) + same_direction(0.3)
     updates = [(stack, 20), (walk(0.4), 30), (sketched, 50)]
     found, mixed = fold(updates, asked)
-    read = sketched.reconstruct(basis)
+    read = sketched.reconstruct(basis, asked.projected.within)
     dense = torch.stack([u.dense()[NAME].flatten() for u in (stack, walk(0.4), read)])
     weights = mixed.weights | {"seed_scalars": mixed.weights["seed_scalars"] / 0.5}
     chosen = torch.tensor([weights[u.family] for u, _ in updates], dtype=torch.float64)

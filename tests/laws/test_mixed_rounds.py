@@ -38,7 +38,9 @@ POOL, TOLERANCE = 32, 1e-5
 FAMILIES = ("low_rank", "seed_scalars", "first_order")
 
 
-def configuration(basis: str, scale: str, rule: str, weights: dict[str, float]) -> RunConfiguration:
+def configuration(
+    basis: str, scale: str, rule: str, weights: dict[str, float], within: bool
+) -> RunConfiguration:
     return parse(
         {
             "name": "law",
@@ -51,6 +53,7 @@ def configuration(basis: str, scale: str, rule: str, weights: dict[str, float]) 
                 "scale": scale,
                 "rank": 2,
                 "oversampling": 2,
+                "within_basis": within,
                 "error_feedback": scale == "mmse",
             },
             "mixing": {"rule": rule, "weights": weights},
@@ -138,7 +141,7 @@ def touched(update: Any) -> set[str]:
 def dense(mean: Any, asked: RunConfiguration, basis: Basis | None) -> dict[str, torch.Tensor]:
     if isinstance(mean, Sketch):
         assert basis is not None
-        read = mean.reconstruct(basis)
+        read = mean.reconstruct(basis, asked.projected.within)
         return {**read.dense(), **mean.whole_change().dense()}
     found: dict[str, torch.Tensor] = mean.dense()
     if isinstance(mean, ProjectedGradient) and asked.projected.scale == "mmse":
@@ -159,15 +162,22 @@ def dense(mean: Any, asked: RunConfiguration, basis: Basis | None) -> dict[str, 
     ),
     rule=st.sampled_from(["add", "mean"]),
     scale=st.sampled_from(["mmse", "unbiased"]),
+    within=st.booleans(),
     weights=st.dictionaries(
         st.sampled_from(["lora", "projected", "zeroth-order"]), st.floats(0.1, 4)
     ),
     seed=st.integers(0, 2**32),
 )
 def test_the_view_is_the_mixing_rule_applied_to_dense_changes(
-    basis: str, rounds: Any, rule: str, scale: str, weights: dict[str, float], seed: int
+    basis: str,
+    rounds: Any,
+    rule: str,
+    scale: str,
+    within: bool,
+    weights: dict[str, float],
+    seed: int,
 ) -> None:
-    asked = configuration(basis, scale, rule, weights)
+    asked = configuration(basis, scale, rule, weights, within)
     cohorts = Cohorts(torch.Generator().manual_seed(seed))
     model = GlobalModel.empty(LAYOUT)
     expected = {spec.name: torch.zeros(spec.shape, dtype=torch.float64) for spec in LAYOUT}
