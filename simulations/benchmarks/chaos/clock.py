@@ -1,7 +1,8 @@
 """A wrong clock for the processes of one host: a library that shifts what they are told the time is.
 
 Time namespaces shift only the clocks that count from boot. The shift is read from a file that is mapped
-into every process, so that it changes at once for all of them, as a host's clock does. Needs a C compiler.
+into every process, so that it changes at once for all of them, as a host's clock does. Needs a C
+compiler.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Hosts on one machine: network namespaces that go with their processes, and file systems of a fixed size.
+"""Hosts on one machine: network namespaces that end with their processes, disks of a fixed size.
+fixed size.
 
 Needs Linux and root; nothing is left behind, however the benchmark ends, for no namespace has a name.
 """

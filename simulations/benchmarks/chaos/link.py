@@ -1,8 +1,8 @@
 """A point-to-point link whose faults are real: it carries IP packets, and loses, delays or queues them.
 
 Both ends are TUN interfaces, one in this process's network namespace and one in a host's; a thread
-carries the packets in between. TCP on both sides reacts as it would to such a network, which a proxy that
-ends and begins connections cannot show. Needs root and /dev/net/tun.
+carries the packets in between. TCP on both sides reacts as it would to such a network, which a
+proxy that ends and begins connections cannot show. Needs root and /dev/net/tun.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dataclasses import dataclass
 TUNSETIFF = 0x400454CA
 IFF_TUN, IFF_NO_PI = 0x0001, 0x1000
 PACKET_BYTES = 65536
-# What waits for a slow link, as in a modem: above it packets are dropped, which is how TCP finds the rate.
+# What waits for a slow link, as in a modem: above it packets are dropped, which is how TCP finds
+# the rate.
 QUEUE_BYTES = 32 * 1024
 LOOK_SECONDS = 0.2
 

@@ -4,8 +4,8 @@
     python -m simulations.benchmarks.faults --only partition --only churn
 
 A server behind its front door and five devices train a tiny model; each device is a host (a network
-namespace) behind a link that carries IP packets and can lose, queue or hold them back. Every fault hits a
-run in its first round. Needs Linux, root, nginx and a C compiler.
+namespace) behind a link that carries IP packets and can lose, queue or hold them back. Every fault
+hits a run in its first round. Needs Linux, root, nginx and a C compiler.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from fedhost.supervision import status_of
 from simulations.benchmarks.chaos.link import Weather
@@ -124,7 +125,7 @@ def _churn(laboratory: Laboratory, run: Run) -> Lifted:
     """In every round another device loses its power, and is switched on again ten seconds later."""
     lifted: Lifted = {}
     for number, device in enumerate(laboratory.devices, start=1):
-        wait_until(lambda number=number: run.ended or run.round() >= number)  # type: ignore[misc]
+        wait_until(partial(_reached, run, number))
         if run.ended:
             break
         device.cut_power()
@@ -132,6 +133,10 @@ def _churn(laboratory: Laboratory, run: Run) -> Lifted:
         device.start()
         lifted[device.name] = time.time()
     return lifted
+
+
+def _reached(run: Run, number: int) -> bool:
+    return run.ended or run.round() >= number
 
 
 CATALOGUE = (
