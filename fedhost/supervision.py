@@ -30,7 +30,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 WELL_SECONDS = 60.0
 STOP_SECONDS = 10.0
 # A child that serves is asked so often whether it still does; one that is silent so many times hangs.
-PROBE_SECONDS, SILENT_PROBES = 5.0, 4
+PROBE_SECONDS, SILENT_PROBES = 3.0, 4
 LOG_BYTES = 16 << 20
 
 
