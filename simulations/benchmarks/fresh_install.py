@@ -81,6 +81,7 @@ def run_in_one_shell(
             break
     shell.stdin.close()
     shell.wait()
+    shell.stdout.close()
     return steps
 
 

@@ -1,7 +1,8 @@
 """The faults: each is inflicted while a run is in its first rounds, and lifted again.
 
 A fault returns the nodes that it has hit and when each was free of it again (seconds since 1970). A
-process that hangs is never let go on: what frees the node is the product's own doing.
+process that hangs is never let go on: what frees the node is the product's own doing, and its time is
+counted, but for training, which may take until the plan's deadline.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+
+import psutil
 
 from fedhost.supervision import status_of
 from simulations.benchmarks.chaos.link import Weather
@@ -52,8 +55,8 @@ def _weather(weather: Weather) -> Callable[[Laboratory, Run], Lifted]:
     return inflict
 
 
-def _hang(process: str) -> Callable[[Laboratory, Run], Lifted]:
-    """A process of the first device hangs for good."""
+def _hang(process: str, *, to_its_end: bool = False) -> Callable[[Laboratory, Run], Lifted]:
+    """A process of the first device hangs for good. ``to_its_end``: lifted when it was ended."""
 
     def inflict(laboratory: Laboratory, run: Run) -> Lifted:
         device = laboratory.devices[0]
@@ -61,6 +64,8 @@ def _hang(process: str) -> Callable[[Laboratory, Run], Lifted]:
         found = device.process(process)
         assert found is not None, f"no {process} was met in the run"
         os.kill(found, signal.SIGSTOP)
+        if to_its_end:
+            wait_until(lambda: not psutil.pid_exists(found))
         return {device.name: time.time()}
 
     return inflict
@@ -141,7 +146,7 @@ def _reached(run: Run, number: int) -> bool:
 
 CATALOGUE = (
     Fault("nothing", lambda laboratory, run: {}),
-    Fault("training-hangs", _hang("model"), ("deadline_seconds=40",)),
+    Fault("training-hangs", _hang("model", to_its_end=True), ("deadline_seconds=40",)),
     Fault("worker-hangs", _hang("worker")),
     Fault("stub-hangs", _hang("stub")),
     Fault("node-superexec-hangs", _hang("superexec")),
