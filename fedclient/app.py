@@ -8,16 +8,12 @@ it, the process does the work itself: right for Flower's simulation, slow in a d
 from __future__ import annotations
 
 import time
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import lru_cache, partial
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedclient.node import RECORD, Answer, Kind, NodeSettings, Refused
-
-if TYPE_CHECKING:
-    from fedclient.memory import PeakMemory
 
 
 def make_app(answer: Answer) -> ClientApp:
@@ -55,38 +51,46 @@ def settings_of(context: Context) -> NodeSettings:
 
 def _reply(message: Message, context: Context, kind: Kind, answer: Answer) -> Message:
     settings = settings_of(context)
-    started, memory = time.monotonic(), _peak_memory() if settings.worker is None else None
+    started = time.monotonic()
     record = ConfigRecord()
     try:
         payload = message.content[RECORD]["payload"]
         assert isinstance(payload, bytes)
-        record["payload"] = answer(kind, payload, settings)
+        ask = _ask_worker if settings.worker is not None else partial(_measured, answer)
+        record["payload"], memory = ask(kind, payload, settings)
+        # Beside the payload, so that the bytes that are hashed hold nothing of the machine.
+        record["memory"] = memory
     except Refused as refusal:
         # Expected failures travel as one line; anything else is a bug and Flower reports it.
         record["error"] = str(refusal)
         record["reason"] = refusal.reason
-    # Beside the payload, so that the bytes that are hashed hold no clock, and nothing of the machine.
+    # Nor do they hold a clock.
     record["seconds"] = time.monotonic() - started
-    if memory is not None:
-        peak = memory.read()
-        record["memory"] = [peak.grown, peak.most, peak.accelerator]
     return Message(RecordDict({RECORD: record}), reply_to=message)
 
 
-def _peak_memory() -> PeakMemory:
-    """Of this process, where it does the work itself."""
+def _measured(
+    answer: Answer, kind: Kind, payload: bytes, settings: NodeSettings
+) -> tuple[bytes, list[int]]:
+    """The answer of this process, and the memory that it took (as ``fedclient.memory`` counts)."""
     from fedclient.memory import PeakMemory
 
-    return PeakMemory()
+    memory = PeakMemory()
+    answered = answer(kind, payload, settings)
+    return answered, memory.read().told()
+
+
+def _ask_worker(kind: Kind, payload: bytes, settings: NodeSettings) -> tuple[bytes, list[int]]:
+    from fedclient.resident.connection import Connection
+
+    assert settings.worker is not None
+    with Connection(settings.worker) as connection:
+        answered = connection.answer(kind, payload, settings)
+    return answered.payload, answered.header["memory"]
 
 
 def _answer(kind: Kind, payload: bytes, settings: NodeSettings) -> bytes:
-    if settings.worker is None:
-        return _in_this_process()(kind, payload, settings)
-    from fedclient.resident.connection import Connection
-
-    with Connection(settings.worker) as connection:
-        return connection.answer(kind, payload, settings)
+    return _in_this_process()(kind, payload, settings)
 
 
 @lru_cache(maxsize=1)

@@ -35,6 +35,10 @@ class Peak:
         """By how much the work made the process larger, at most."""
         return max(0, self.most - self.before)
 
+    def told(self) -> list[int]:
+        """As it travels beside a reply: growth, peak, the accelerator's peak; bytes."""
+        return [self.grown, self.most, self.accelerator]
+
 
 class PeakMemory:
     """Counts from its making on; ``read`` says what the peak has been since.

@@ -1,5 +1,7 @@
 """Child processes that are kept running: started in order, watched, restarted with a growing pause.
 
+One that has died is started again, and so is one that lives and answers nothing.
+
 A supervisor writes what it knows to one status file, so that other commands can ask and stop it, and so
 that the next supervisor finds what a killed one has left behind.
 """
@@ -27,6 +29,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 # A child that lived this long was well: its next failure starts with the shortest pause again.
 WELL_SECONDS = 60.0
 STOP_SECONDS = 10.0
+# A child that serves is asked so often whether it still does; one that is silent so many times hangs.
+PROBE_SECONDS, SILENT_PROBES = 3.0, 4
 LOG_BYTES = 16 << 20
 
 
@@ -36,7 +40,8 @@ class SupervisionError(Exception):
 
 @dataclass(frozen=True)
 class Child:
-    """One process. ``ready`` says whether it serves yet; later children wait for it.
+    """One process. ``ready`` says, within seconds, whether it serves; later children wait for it, and
+    one that served and does so no longer is ended and started again.
 
     What the process itself started ends with it: nginx's workers would hold the port.
     ``finish``: exit codes that end the whole supervision instead of a restart, and what they mean.
@@ -57,6 +62,8 @@ class _Running:
     started: float = 0.0
     pause: float = FIRST_PAUSE
     resume_at: float = 0.0
+    probe_at: float = 0.0
+    silent: int = 0
     restarts: int = 0
     last_exit: int | None = None
     groups: list[tuple[int, float]] = field(default_factory=list)
@@ -86,7 +93,9 @@ class Supervisor:
         try:
             while not self._stopping:
                 self._step(time.monotonic())
-                self._write()
+                # A full disk must not end what runs: others learn its state when there is room again.
+                with contextlib.suppress(OSError):
+                    self._write()
                 settled = all(one.state == "ready" for one in self._running)
                 self._wake.wait(2.0 if settled else 0.1)
                 self._wake.clear()
@@ -106,12 +115,23 @@ class Supervisor:
             if one.process is None and now >= one.resume_at:
                 self._start(one, now)
             if one.state == "starting" and one.child.ready():
-                one.state = "ready"
+                one.state, one.silent = "ready", 0
+                one.probe_at = now + PROBE_SECONDS
+            if one.state == "ready" and now >= one.probe_at:
+                self._probe(one, now)
             if now - one.started > WELL_SECONDS:
                 one.pause = FIRST_PAUSE
             if one.state != "ready":
                 # Those behind it need it.
                 break
+
+    def _probe(self, one: _Running, now: float) -> None:
+        """End a child that has stayed silent for too long; it is then started again."""
+        assert one.process is not None
+        one.silent = 0 if one.child.ready() else one.silent + 1
+        one.probe_at = now + PROBE_SECONDS
+        if one.silent == SILENT_PROBES:
+            _signal_group(one.process.pid, signal.SIGKILL)
 
     def _start(self, one: _Running, now: float) -> None:
         log = self._logs / f"{one.child.name}.log"

@@ -7,6 +7,7 @@ enters the round in which it comes, once, or gets the verdict "late".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from aggregators import GateContext, Layout, Verdict
 from fedserver import events
@@ -43,6 +44,7 @@ class Collector:
         self._emit = emit
         self._seen, _ = committed_before(ledger)
         self._open: dict[tuple[int, int], Question] = {}
+        self._arrived_late: list[Reply] = []
 
     @property
     def busy(self) -> set[str]:
@@ -57,9 +59,17 @@ class Collector:
         return {number for _, number in self._open}
 
     def reopen(self, question: Question) -> None:
-        """Put a question again that a server before this one left open."""
+        """Take up a question that a server before this one left open.
+
+        It is put again, unless its late answer had arrived: that one enters the next round.
+        """
         node_id, plan = question.member.node_id, question.plan
-        self._exchange.repeat(node_id, question.payload, TRAIN, plan.round, plan.deadline_seconds)
+        arrived = recall(self._ledger, {node_id: plan})
+        self._arrived_late += [replace(reply, late=True) for reply in arrived]
+        if not arrived:
+            self._exchange.repeat(
+                node_id, question.payload, TRAIN, plan.round, plan.deadline_seconds
+            )
         self._open[node_id, plan.round] = question
 
     def collect(
@@ -90,6 +100,13 @@ class Collector:
                 outcome.bytes_down = len(asked[reply.node_id].payload)
                 answered[reply.node_id] = outcome
                 self._tell(outcome, number)
+        for reply in self._arrived_late:
+            outcome = self._judged(reply, number, action, asked)
+            if outcome is not None:
+                updates += outcome.admitted is not None and outcome.admitted.update is not None
+                others.append(outcome)
+                self._tell(outcome, number)
+        self._arrived_late.clear()
         replies = self._exchange.ask(
             {node: question.payload for node, question in asked.items() if node not in answered},
             TRAIN if trains else EVALUATE,

@@ -165,6 +165,9 @@ class Exchange:
         self._known.update(payloads)
         for node_id, payload in payloads.items():
             self._send(_Sent(node_id, round_number, kind, payload, ttl, node_id), waiting)
+        if grace is not None and enough():
+            # A server before this one had heard enough.
+            closing = start + grace
         while (
             waiting
             or self._away

@@ -212,7 +212,7 @@ class Coordinator:
         )
 
     def _reopen(self, ledger: Ledger, roster: Roster, collector: Collector) -> None:
-        """Ask again what a server before this one has not heard: late answers count as if it had."""
+        """Take up what a server before this one had asked: late answers count as if it went on."""
         members = {member.capabilities.node: member for member in roster.members}
         states = {entry.round: entry.content["state"] for entry in ledger.entries("round")}
         for name, number in unanswered(ledger, self._configuration):
@@ -232,7 +232,7 @@ class Coordinator:
                 model,
                 number,
                 "train",
-                self._configuration.deadline_seconds,
+                self._operations.deadline_seconds(number),
                 Lineage.before(ledger, number).history(name),
             )
             collector.reopen(asked)

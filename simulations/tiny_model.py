@@ -50,6 +50,21 @@ def write_scenario(folder: Path, rounds: int, nodes: int) -> Path:
     return path
 
 
+def write_mixed_scenario(folder: Path, name: str, nodes: tuple[str, str], rounds: int) -> Path:
+    """A scenario with such a model for a LoRA node and a zeroth-order node that sign."""
+    alike = write_scenario(folder, rounds, 2)
+    text = alike.read_text().partition("[[nodes]]")[0].replace('"tiny"', f'"{name}"')
+    first, second = nodes
+    path = folder / f"{name}.toml"
+    path.write_text(
+        f'signatures = "required"\npreset = "mixed"\nview_rank = 6\n{text}'
+        "[zeroth_order]\nlearning_rate = 1e-3\npool_size = 64\nlocal_steps = 3\n\n"
+        f'[[nodes]]\nname = "{first}"\n\n'
+        f'[[nodes]]\nname = "{second}"\nstrand = "zeroth-order"\n'
+    )
+    return path
+
+
 def _write_model(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

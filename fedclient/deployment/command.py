@@ -80,6 +80,7 @@ def status(folder: Folder = FOLDER, as_json: Json = False) -> None:
     """This device's processes, and what the server says; exit code 1 when it cannot take part."""
     from fedclient.deployment.joining import inquire
     from fedclient.deployment.settings import open_folder
+    from fedclient.resident.server_clock import CLOSE_SECONDS, ServerClock
     from fedhost.enrolment import EnrolmentRefused
     from fedhost.supervision import status_of
 
@@ -87,9 +88,9 @@ def status(folder: Folder = FOLDER, as_json: Json = False) -> None:
     joined = opened.read()
     told = status_of(opened.path)
     states = {name: one["state"] for name, one in told["children"].items()} if told else {}
-    kind, verdict = "accepted", "accepts this node"
+    kind, verdict, clock = "accepted", "accepts this node", ServerClock()
     try:
-        if inquire(opened).application != joined.application:
+        if inquire(opened, clock).application != joined.application:
             kind = "other-application"
             verdict = "runs another app than this device pinned: join anew to trust it"
     except EnrolmentRefused as refusal:
@@ -104,6 +105,8 @@ def status(folder: Folder = FOLDER, as_json: Json = False) -> None:
         processes = ", ".join(f"{name} {state}" for name, state in states.items())
         print(f"{joined.name}: {processes or 'not running'}")
         print(f"{joined.server} {verdict}")
+        if abs(ahead := clock.device_is_ahead) > CLOSE_SECONDS:
+            print(f"this device's clock is {ahead:+.0f} s from the server's, which counts: set it")
     well = bool(states) and all(state == "ready" for state in states.values())
     raise typer.Exit(0 if well and kind == "accepted" else 1)
 

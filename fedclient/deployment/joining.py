@@ -12,7 +12,6 @@ import shutil
 import ssl
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import ValidationError
 
 from fedclient.deployment.settings import NodeFile, NodeFolder, NodeFolderError
+from fedclient.resident.server_clock import ServerClock
 from fedhost.enrolment import (
     AUTHORITY_ROUTE,
     JOIN_ROUTE,
@@ -84,9 +84,12 @@ def join(url: str, token_text: str, folder: NodeFolder, own: Mapping[str, Any]) 
     return joined
 
 
-def inquire(folder: NodeFolder) -> NodeAnswer:
-    """What the server knows of this node. Raises EnrolmentRefused, e.g. when it was revoked."""
-    return _read(_signed(folder, "GET", NODE_ROUTE), NodeAnswer)
+def inquire(folder: NodeFolder, clock: ServerClock | None = None) -> NodeAnswer:
+    """What the server knows of this node. Raises EnrolmentRefused, e.g. when it was revoked.
+
+    ``clock``: is set by the server's.
+    """
+    return _read(_signed(folder, "GET", NODE_ROUTE, clock or ServerClock()), NodeAnswer)
 
 
 def leave(folder: NodeFolder) -> None:
@@ -96,7 +99,7 @@ def leave(folder: NodeFolder) -> None:
     does, for it would wait for this node. Raises EnrolmentRefused (unreachable).
     """
     try:
-        _signed(folder, "POST", LEAVE_ROUTE)
+        _signed(folder, "POST", LEAVE_ROUTE, ServerClock())
     except EnrolmentRefused as refusal:
         if refusal.kind not in ("revoked", "unknown-node"):
             raise
@@ -151,10 +154,20 @@ def _fetch_authority(server: str, token: Token) -> bytes:
     return found
 
 
-def _signed(folder: NodeFolder, method: str, route: str) -> bytes:
-    headers = signed_headers(folder.transport_key(), datetime.now(UTC))
-    server = folder.read().server
-    return _ask(server, method, route, trusting(folder.authority.read_bytes()), headers)
+def _signed(folder: NodeFolder, method: str, route: str, clock: ServerClock) -> bytes:
+    """A signed request; made again by the server's time where it refuses this device's."""
+    server, tls = folder.read().server, trusting(folder.authority.read_bytes())
+
+    def once() -> bytes:
+        headers = signed_headers(folder.transport_key(), clock.now())
+        return _ask(server, method, route, tls, headers, clock=clock)
+
+    try:
+        return once()
+    except EnrolmentRefused as refusal:
+        if refusal.kind != "stale":
+            raise
+        return once()
 
 
 def _ask(
@@ -164,16 +177,20 @@ def _ask(
     context: ssl.SSLContext,
     headers: Mapping[str, str] | None = None,
     body: bytes | None = None,
+    clock: ServerClock | None = None,
 ) -> bytes:
     """One request; its answer's bytes. Raises EnrolmentRefused for everything but success.
 
-    A front door that is busy has not looked at the request, so it is asked again.
+    A front door that is busy has not looked at the request, so it is asked again. ``clock``: hears what
+    time it is there.
     """
     for _ in range(BUSY_ATTEMPTS):
-        status, content = _once(server, method, route, context, headers, body)
+        status, content, date = _once(server, method, route, context, headers, body)
         if status != HTTPStatus.SERVICE_UNAVAILABLE:
             break
         time.sleep(BUSY_SECONDS)
+    if clock is not None:
+        clock.hear(date)
     if status < 300:
         return content
     try:
@@ -192,13 +209,13 @@ def _once(
     context: ssl.SSLContext,
     headers: Mapping[str, str] | None,
     body: bytes | None,
-) -> tuple[int, bytes]:
-    """Status and body of one answer. Raises EnrolmentRefused where there is none."""
+) -> tuple[int, bytes, str | None]:
+    """Status, body and Date of one answer. Raises EnrolmentRefused where there is none."""
     connection = http.client.HTTPSConnection(server, timeout=TIMEOUT_SECONDS, context=context)
     try:
         connection.request(method, route, body, dict(headers or {}))
         answer = connection.getresponse()
-        status, content = answer.status, answer.read(ANSWER_BYTES)
+        found = answer.status, answer.read(ANSWER_BYTES), answer.getheader("Date")
     except ssl.SSLCertVerificationError as error:
         raise EnrolmentRefused(
             "wrong-authority",
@@ -209,7 +226,7 @@ def _once(
         raise EnrolmentRefused("unreachable", f"{server} does not answer: {error}") from None
     finally:
         connection.close()
-    return status, content
+    return found
 
 
 def _read(content: bytes, kind: type[Answer]) -> Answer:

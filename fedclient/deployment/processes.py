@@ -5,15 +5,17 @@ python -m fedclient.deployment.processes FOLDER
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 
 from fedclient.deployment.settings import SHUT_OUT, NodeFolder, NodeFolderError, open_folder
+from fedclient.node import Refused
+from fedclient.resident.connection import Connection
 from fedclient.resident.flower import node_environment
 from fedclient.resident.settings import SettingsError
 from fedhost.flower import program
-from fedhost.ports import LOOPBACK, accepts, free_ports
+from fedhost.ports import LOOPBACK, free_ports
+from fedhost.probes import PROBE_SECONDS, answers_grpc, answers_http
 from fedhost.supervision import Child, SupervisionError, Supervisor
 
 
@@ -38,19 +40,23 @@ def children(folder: NodeFolder, runtime_port: int, health_port: int) -> list[Ch
     return [
         Child("worker", resident.command(), own, lambda: _answers(resident.socket)),
         Child(
-            "supernode", supernode, own, lambda: accepts(runtime_port),
+            "supernode", supernode, own, lambda: answers_http(runtime_port),
             finish={SHUT_OUT: "the server has shut this node out: ask for a new token, then"
                     " 'fedbraid client leave' and 'join'"},
         ),
         Child(
-            "superexec", superexec, own, lambda: accepts(health_port)
+            "superexec", superexec, own, lambda: answers_grpc(health_port)
         ),
     ]  # fmt: skip
 
 
 def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
+    try:
+        with Connection(path, patience=PROBE_SECONDS) as connection:
+            connection.health()
+    except Refused:
+        return False
+    return True
 
 
 def supervise(path: Path) -> None:

@@ -18,11 +18,11 @@ from typing import Any
 
 from flwr.supercore.fab import Fab
 from flwr.supernode import start_client_internal
-from flwr.supernode.cli.flower_supernode import flower_supernode
 
 from fedclient.deployment.joining import inquire
 from fedclient.deployment.settings import SHUT_OUT, NodeFolder, open_folder
-from fedclient.resident.supernode import mend
+from fedclient.resident.server_clock import ServerClock
+from fedclient.resident.supernode import mend, run
 from fedhost.enrolment import EnrolmentRefused
 from fedhost.ports import LOOPBACK
 
@@ -71,19 +71,19 @@ def arguments(folder: NodeFolder, runtime_port: int) -> list[str]:
 
 def main(path: Path, runtime_port: int) -> None:
     """Run the SuperNode unless the server has shut this node out; then the exit code is SHUT_OUT."""
-    folder = open_folder(path)
+    folder, clock = open_folder(path), ServerClock()
     try:
-        inquire(folder)
+        inquire(folder, clock)
     except EnrolmentRefused as refusal:
         print(refusal, file=sys.stderr, flush=True)
         if refusal.kind in ("revoked", "unknown-node"):
             sys.exit(SHUT_OUT)
-        # A server that is away, or a clock that is wrong, is tried again with a growing pause.
+        # A server that is away is tried again with a growing pause.
         sys.exit(1)
     pin(folder.read().application)
-    mend()
+    mend(clock)
     sys.argv = ["flower-supernode", *arguments(folder, runtime_port)]
-    flower_supernode()
+    run()
 
 
 if __name__ == "__main__":

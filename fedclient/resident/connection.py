@@ -51,8 +51,10 @@ class Connection:
         payload: bytes,
         settings: NodeSettings,
         tell: Tell = lambda progress: None,
-    ) -> bytes:
-        """The worker's answer. Raises Refused with its reason, RuntimeError for a defect of it.
+    ) -> Frame:
+        """The worker's answer: its bytes, and in the header the ``memory`` that the work took.
+
+        Raises Refused with its reason, RuntimeError for a defect of the worker.
 
         A worker that dies meanwhile is asked again when it is back: the same question has one answer.
         """
@@ -95,12 +97,13 @@ class Connection:
         reply = call(frames.to_bytes(Frame({"nonce": nonce})), timeout=self._patience)
         return int(frames.from_bytes(reply).header["cancelled"])
 
-    def _ask(self, kind: Kind, request: bytes, seconds: float, tell: Tell) -> bytes:
+    def _ask(self, kind: Kind, request: bytes, seconds: float, tell: Tell) -> Frame:
         method = "Capabilities" if kind == "query" else "Work"
         for message in self._channel.unary_stream(f"/{SERVICE}/{method}")(request, timeout=seconds):
-            header, payload = frames.from_bytes(message)
+            frame = frames.from_bytes(message)
+            header = frame.header
             if header["event"] == "reply":
-                return payload
+                return frame
             if header["event"] == "refused":
                 raise Refused(str(header["error"]), str(header["reason"]))
             if header["event"] == "defect":

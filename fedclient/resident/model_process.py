@@ -80,8 +80,12 @@ class _Heard:
 
 
 def _answered(answer: Answer, question: Question) -> Frame:
+    from fedclient.memory import PeakMemory
+
+    memory = PeakMemory()
     try:
-        return Frame({"event": "reply"}, answer(question.kind, question.payload, question.settings))
+        payload = answer(question.kind, question.payload, question.settings)
+        return Frame({"event": "reply", "memory": memory.read().told()}, payload)
     except Refused as refusal:
         return Frame({"event": "refused", "reason": refusal.reason, "error": str(refusal)})
     except MemoryError:

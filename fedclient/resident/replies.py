@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fedclient.resident import frames
+from fedclient.resident.frames import Frame, FrameError
+
 SUFFIX = ".reply"
 KEPT = 4
 
@@ -24,19 +27,19 @@ class Replies:
         for left in folder.glob("*.part"):
             left.unlink(missing_ok=True)
 
-    def get(self, question: str) -> bytes | None:
+    def get(self, question: str) -> Frame | None:
         """The reply to a question, None if it was never answered or is forgotten."""
         try:
-            return self._path(question).read_bytes()
-        except OSError:
+            return frames.from_bytes(self._path(question).read_bytes())
+        except (OSError, FrameError):
             return None
 
-    def put(self, question: str, reply: bytes) -> None:
+    def put(self, question: str, reply: Frame) -> None:
         """Write a reply durably, then forget the oldest ones."""
         path = self._path(question)
         part = path.with_suffix(".part")
         with part.open("wb") as file:
-            file.write(reply)
+            file.write(frames.to_bytes(reply))
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

@@ -3,19 +3,28 @@
 The SuperNode looks for a message every 3 s, whatever was before; over two nodes that alone is two
 seconds of every round. Here it looks soon after a message was handled, and ever more rarely while none
 comes: a hundred idle nodes must not keep a SuperLink busy.
+
+A SuperNode whose loop has ended, or whose heartbeat has, lives on and serves nobody. Here its process
+ends, and is started again; what it waits out before is in ``fleet``.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
 from flwr.common.constant import SubStatus
 from flwr.supercore.constant import TaskType
 from flwr.supercore.corestate import in_memory_corestate
-from flwr.supernode import start_client_internal
+from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.nodestate import in_memory_nodestate, nodestate_factory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+
+from fedclient.resident.fleet import Heartbeat, TimedSignature, patient_invoker
+from fedclient.resident.server_clock import ServerClock
 
 SHORTEST, LONGEST, GROWTH = 0.25, 3.0, 1.2
 REPLY_SECONDS = 0.1
@@ -77,15 +86,36 @@ class NodeState(InMemoryNodeState):
             self._store_error_replies(runs, in_memory_nodestate.CLIENT_APP_CRASHED_ERROR)
 
 
-def mend() -> None:
-    """Give this process's SuperNode these waits and this state; before it is started."""
+def mend(clock: ServerClock | None = None) -> None:
+    """Mend this process's SuperNode, before it is started. ``clock``: by which requests are signed."""
     vars(start_client_internal)["time"] = Waits()
     vars(in_memory_corestate)["HEARTBEAT_PATIENCE"] = PATIENCE
     vars(nodestate_factory)["InMemoryNodeState"] = NodeState
+    fleet: dict[str, Any] = vars(fleet_http_connection)
+    fleet["make_simple_http_retry_invoker"] = patient_invoker
+    fleet["HeartbeatSender"] = Heartbeat
+    fleet["NodeAuthHttpInterceptor"] = TimedSignature.by(clock or ServerClock())
+
+
+def run() -> NoReturn:
+    """Run Flower's SuperNode with this process's arguments; the process ends with its loop.
+
+    Flower's thread for ClientApps would keep the process alive.
+    """
+    from flwr.supernode.cli.flower_supernode import flower_supernode
+
+    status = 1
+    try:
+        flower_supernode()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    from flwr.supernode.cli.flower_supernode import flower_supernode
-
     mend()
-    flower_supernode()
+    run()

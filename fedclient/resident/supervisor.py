@@ -81,8 +81,8 @@ class Supervisor:
     def ask(self, question: Question, heard: Callable[[], bool]) -> Iterator[Frame]:
         """Progress frames, then one answer. Ends early when ``heard`` says that nobody listens."""
         found = self._join(question)
-        if isinstance(found, bytes):
-            yield Frame({"event": "reply", "stored": True}, found)
+        if isinstance(found, Frame):
+            yield Frame({**found.header, "stored": True}, found.payload)
             return
         try:
             yield from _hear(found, heard)
@@ -90,7 +90,7 @@ class Supervisor:
             with self._lock:
                 found.callers -= 1
 
-    def _join(self, question: Question) -> Job | bytes:
+    def _join(self, question: Question) -> Job | Frame:
         """The reply that is on disk, or the work on the question, begun if need be."""
         identity = question.identity
         with self._lock:
@@ -168,13 +168,13 @@ class Supervisor:
                 continue
             if answer.header["event"] == "reply":
                 self._deaths = 0
-                self._keep(job, answer.payload)
+                self._keep(job, answer)
             elif answer.header["event"] == "defect" or answer.header.get("spent"):
                 self._drop()
             return answer
         return _refused("died", f"died: the worker's process ended {ATTEMPTS} times at this work")
 
-    def _keep(self, job: Job, reply: bytes) -> None:
+    def _keep(self, job: Job, reply: Frame) -> None:
         if not job.question.lasting:
             return
         try:

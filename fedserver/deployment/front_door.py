@@ -32,6 +32,8 @@ ENROL_BODY = "8k"
 # Seconds. A header must be whole within HEADER_SECONDS (so must the TLS handshake); a body may pause for
 # BODY_SECONDS; what a refused sender goes on sending is read for LINGER_SECONDS at most.
 HEADER_SECONDS, BODY_SECONDS, LINGER_SECONDS = 10, 10, 5
+# A node on a slow or lossy link may take nothing for so long of what it fetches.
+SEND_SECONDS = 60
 # A node sends some ten requests a message; hospitals share one address.
 NODE_RATE, NODE_BURST, NODE_CONNECTIONS = 50, 200, 32
 ADDRESS_RATE, ADDRESS_BURST, ADDRESS_CONNECTIONS = 500, 1000, 512
@@ -161,6 +163,8 @@ http {{
       proxy_ssl_name localhost;
       proxy_ssl_protocols TLSv1.3;
       proxy_read_timeout 60s;
+      # A slow link takes what is in the kernel's buffers before it takes more.
+      send_timeout {SEND_SECONDS}s;
     }}"""
 
     def _enrol(self, route: str, method: str) -> str:

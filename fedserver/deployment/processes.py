@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fedhost.flower import environment, program
 from fedhost.ports import LOOPBACK, accepts, holder
+from fedhost.probes import answers_grpc, answers_http
 from fedhost.supervision import Child, SupervisionError, Supervisor, status_of
 from fedserver.deployment.certificates import CertificateError, check_given
 from fedserver.deployment.folder import FolderError, Ports, ServerFolder, Settings, open_folder
@@ -55,7 +56,7 @@ def children(folder: ServerFolder, settings: Settings, ports: Ports) -> list[Chi
         body_megabytes=settings.body_megabytes,
     )
     superlink = [
-        program("flower-superlink"),
+        sys.executable, "-m", "fedserver.deployment.superlink",
         "--host", LOOPBACK,
         "--port", str(ports.superlink),
         "--isolation", "process",
@@ -78,9 +79,9 @@ def children(folder: ServerFolder, settings: Settings, ports: Ports) -> list[Chi
     return [
         Child("superlink", superlink, own, lambda: superlink_serves(folder, ports)),
         Child(
-            "superexec", superexec, own, lambda: accepts(ports.superexec_health)
+            "superexec", superexec, own, lambda: answers_grpc(ports.superexec_health)
         ),
-        Child("gatekeeper", gatekeeper, own, lambda: accepts(ports.gatekeeper)),
+        Child("gatekeeper", gatekeeper, own, lambda: answers_http(ports.gatekeeper)),
         Child(
             "nginx", door.write(folder.path / "nginx"), own,
             lambda: is_healthy(settings.host, settings.port, shown.authority),

@@ -22,9 +22,11 @@ from fedhost.supervision import status_of, stop
 from fedserver.configuration import load
 from fedserver.deployment.flower_control import FlowerControl
 from fedserver.deployment.folder import ServerFolder
+from fedserver.ledger import Ledger
 from simulations.run import ledger_head, simulate
 
 ROUNDS = 5
+NODES = ("clinic", "phone")
 PATIENCE_SECONDS = 240.0
 SCENARIO = """
 name = "joined"
@@ -111,7 +113,7 @@ def test_devices_join_train_and_are_shut_out(
     )
     server = tmp_path / "server"
     fedbraid("server", "up", server, "--listen", f"{LOOPBACK}:{free_ports(1)[0]}")
-    for partition, name in enumerate(("clinic", "phone")):
+    for partition, name in enumerate(NODES):
         words = fedbraid("server", "invite", server, name).split()
         assert words[:3] == ["fedbraid", "client", "join"]
         fedbraid(*words[1:], "--folder", tmp_path / name, "--partition", partition)
@@ -133,6 +135,11 @@ def test_devices_join_train_and_are_shut_out(
     head = ledger_head(tmp_path / "simulated")
     assert re.search(rf"ledger head {head}", told), told
     fedbraid("ledger", "verify", server / "runs" / "joined")
+    ledger = Ledger(server / "runs" / "joined")
+    measured = [entry.wall["memory"] for entry in ledger.entries("round")]
+    ledger.close()
+    # The resident workers measure what training takes, as a simulation does.
+    assert all(one[name]["resident"] > 100 << 20 for one in measured for name in NODES)
 
     # Shut out, a node ends by itself; the other one stays.
     fedbraid("server", "revoke", server, "phone")

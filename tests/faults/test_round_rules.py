@@ -127,6 +127,34 @@ def test_a_rule_holds_when_interrupted_and_replayed(
         assert ledger_head(folder) == ledger_head(tmp_path / "whole")
 
 
+def test_a_late_answer_that_had_arrived_is_not_asked_for_again(
+    scenario: Path, tmp_path: Path
+) -> None:
+    rule = RULES["late updates beyond a quorum"]
+    configuration = load(str(scenario), [*MIXED, *rule])
+    run(configuration, tmp_path / "whole")
+    heard: list[events.Event] = []
+
+    def until_late(event: events.Event) -> None:
+        heard.append(event)
+        # Two updates close the first round; what comes in the second one is late at first.
+        if isinstance(event, events.NodeReplied) and event.round == 2:
+            raise Interrupted
+
+    folder = tmp_path / "stopped"
+    with contextlib.suppress(Interrupted):
+        simulate(configuration, folder, until_late, samples=0)
+    late = [event for event in heard if isinstance(event, events.NodeReplied)][-1]
+    assert events.NodeStarted(2, late.node) in heard, "it was asked in round 1 and works in round 2"
+    again: list[events.Event] = []
+    simulate(configuration, folder, again.append, resume=True, samples=0)
+    works = [event.node for event in again if isinstance(event, events.NodeStarted)]
+    replies = [e.node for e in again if isinstance(e, events.NodeReplied) and e.round == 2]
+    assert replies[0] == late.node
+    assert works[0] != late.node
+    assert ledger_head(folder) == ledger_head(tmp_path / "whole")
+
+
 def _check_rule(rule: str, found: list[dict[str, Any]]) -> None:
     by_round = [[row for row in found if row["in"] == number] for number in range(1, 4)]
     if rule == "participation":

@@ -28,7 +28,9 @@ PARENT = (
 DRIVER = """
 import sys, json, os
 from pathlib import Path
+from fedhost import supervision
 from fedhost.supervision import Child, SupervisionError, Supervisor
+supervision.PROBE_SECONDS = 0.1
 folder = Path(sys.argv[1])
 children = [
     Child(one["name"], [sys.executable, "-c", *one["code"]], dict(os.environ),
@@ -147,3 +149,17 @@ def _alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_a_child_that_lives_and_no_longer_serves_is_started_again(
+    start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "word").touch()
+    driver = start([{"name": "one", "code": [WAIT], "needs": "word"}])
+    first = until(ready(tmp_path))
+    (tmp_path / "word").unlink()
+    until(lambda: not psutil.pid_exists(first["pid"]))
+    (tmp_path / "word").touch()
+    until(ready(tmp_path, restarts=1))
+    driver.terminate()
+    driver.wait()

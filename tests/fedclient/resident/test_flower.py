@@ -16,7 +16,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode import start_client_internal
+from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli.flwr_clientapp import _parse_args_run_flwr_clientapp
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +48,8 @@ def test_flowers_loop_takes_the_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower's SuperNode must still sleep by its module's ``time``, and count patience by this name."""
     monkeypatch.setattr(start_client_internal, "time", time)
     monkeypatch.setattr(in_memory_corestate, "HEARTBEAT_PATIENCE", 2)
+    for name in ("make_simple_http_retry_invoker", "HeartbeatSender", "NodeAuthHttpInterceptor"):
+        monkeypatch.setattr(fleet_http_connection, name, vars(fleet_http_connection)[name])
     loop = inspect.getsource(start_client_internal.start_client_internal)
     assert "time.sleep(3)" in loop
     assert "HEARTBEAT_PATIENCE" in inspect.getsource(in_memory_corestate.InMemoryCoreState)

@@ -70,8 +70,12 @@ def test_what_is_no_question_is_refused(header: dict[str, object]) -> None:
 def test_the_last_replies_are_kept_and_a_killed_writers_leftovers_are_not(tmp_path: Path) -> None:
     replies = Replies(tmp_path, kept=2)
     for name in ("a", "b", "c"):
-        replies.put(name, name.encode())
+        replies.put(name, Frame({"memory": [1, 2, 0]}, name.encode()))
     (tmp_path / "d.part").write_bytes(b"half")
     replies = Replies(tmp_path, kept=2)
-    assert [replies.get(name) for name in "abcd"] == [None, b"b", b"c", None]
+    found = [replies.get(name) for name in "abcd"]
+    assert found[1:3] == [Frame({"memory": [1, 2, 0]}, name) for name in (b"b", b"c")]
+    assert found[0] is found[3] is None
+    (tmp_path / "b.reply").write_bytes(b"cut")
+    assert replies.get("b") is None
     assert not list(tmp_path.glob("*.part"))

@@ -1,0 +1,1 @@
+"""What faults of network, clock, disk and processes do to a joined deployment."""

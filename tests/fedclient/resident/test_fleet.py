@@ -1,0 +1,123 @@
+"""A SuperNode waits out what passes, and signs by the time of the server that judges it."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.supercore.heartbeat import HeartbeatFailure
+from flwr.supercore.protobuf.client import ProtobufRequestContext
+from flwr.superlink.routers.fleet import node_auth
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedclient.resident.fleet import (
+    SERVER_ERROR_SECONDS,
+    Heartbeat,
+    TimedSignature,
+    patient_invoker,
+)
+from fedclient.resident.server_clock import CLOSE_SECONDS, ServerClock
+from fedhost.enrolment import EnrolmentRefused
+from fedhost.node_signature import read_signed
+from fedserver.deployment.superlink import let_uploads_take_their_time
+
+KEY = ec.generate_private_key(ec.SECP256R1())
+SKEWS = st.floats(-3e7, 3e7)
+
+
+def answered(status: int) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", "https://server/")
+    return httpx.HTTPStatusError("", request=request, response=httpx.Response(status))
+
+
+@given(SKEWS)
+def test_a_clock_follows_what_was_heard(skew: float) -> None:
+    clock = ServerClock()
+    there = datetime.now(UTC) + timedelta(seconds=skew)
+    moved = clock.hear(format_datetime(there, usegmt=True))
+    assert abs((clock.now() - there).total_seconds()) < CLOSE_SECONDS + 2
+    assert abs(clock.device_is_ahead + skew) < CLOSE_SECONDS + 2
+    assert moved or abs(skew) < CLOSE_SECONDS + 2
+
+
+@given(st.one_of(st.none(), st.text()))
+def test_a_clock_hears_no_nonsense(date: str | None) -> None:
+    clock = ServerClock()
+    clock.hear(date if date is None or not any(c.isdigit() for c in date) else "")
+    assert abs(clock.device_is_ahead) < CLOSE_SECONDS
+
+
+@given(SKEWS)
+def test_a_request_of_a_wrong_clock_is_signed_again(skew: float) -> None:
+    sent = []
+
+    def server(context: ProtobufRequestContext) -> httpx.Response:
+        now = datetime.now(UTC) + timedelta(seconds=skew)
+        try:
+            sent.append(read_signed(context.request.headers, now.timestamp()))
+            status = 200
+        except EnrolmentRefused:
+            status = 401
+        return httpx.Response(status, headers={"Date": format_datetime(now, usegmt=True)})
+
+    request = httpx.Request("POST", "https://server/v1/fleet/pull-messages", content=b"x")
+    context = ProtobufRequestContext("PullMessages", PullMessagesRequest(), request)
+    signs = TimedSignature.by(ServerClock())(KEY, KEY.public_key())
+    for _ in range(2):
+        assert signs.intercept(context, server).status_code == 200
+    # The second request is right at once, and is not the first one again.
+    assert len({one.text for one in sent}) == len(sent) == 2
+
+
+def test_what_passes_is_waited_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    gives_up = patient_invoker().should_giveup
+    assert gives_up is not None
+    assert not gives_up(httpx.ConnectTimeout("_ssl.c:990: The handshake operation timed out"))
+    assert gives_up(
+        httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
+    )
+    assert not gives_up(answered(503))
+    assert gives_up(answered(400))
+    for clock[0] in (0.0, SERVER_ERROR_SECONDS / 2, SERVER_ERROR_SECONDS):
+        assert not gives_up(answered(500))
+    clock[0] = SERVER_ERROR_SECONDS + 1
+    assert gives_up(answered(500)), "such a server is for a process that starts anew"
+    clock[0] += 2 * SERVER_ERROR_SECONDS
+    assert not gives_up(answered(500)), "another trouble, later"
+
+
+def test_an_error_does_not_end_the_heartbeat() -> None:
+    def fails() -> bool:
+        raise answered(500)
+
+    with pytest.raises(HeartbeatFailure):
+        Heartbeat(fails)._heartbeat()
+    program = (
+        "from fedclient.resident.fleet import Heartbeat\n"
+        "def unknown(): raise RuntimeError('The SuperLink does not recognize this SuperNode.')\n"
+        "heart = Heartbeat(unknown)\n"
+        "heart.start()\n"
+        "heart._thread.join()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "recognize" in done.stderr
+
+
+def test_flower_judges_an_upload_by_this_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_auth, "TIMESTAMP_TOLERANCE", node_auth.TIMESTAMP_TOLERANCE)
+    assert "< TIMESTAMP_TOLERANCE" in inspect.getsource(node_auth.authenticate_node)
+    before = node_auth.TIMESTAMP_TOLERANCE
+    let_uploads_take_their_time()
+    assert vars(node_auth)["TIMESTAMP_TOLERANCE"] > before
