@@ -13,6 +13,9 @@ from torch import Tensor
 
 from aggregators.basis import Basis
 from aggregators.codec import WIRE_DTYPES, made_pair, pair_parts, unpack, update_from_parts
+from aggregators.cohort import Cohort
+from aggregators.cohort_checks import check_cohort
+from aggregators.cohort_codec import read_cohort
 from aggregators.factor_scalars import FactorScalars
 from aggregators.layout import Layout
 from aggregators.messages import (
@@ -23,7 +26,7 @@ from aggregators.messages import (
     open_body,
     open_envelope,
 )
-from aggregators.methods import HybridMethod, LoraMethod, ZerothOrderMethod
+from aggregators.methods import CohortMethod, HybridMethod, LoraMethod, ZerothOrderMethod
 from aggregators.pair import Pair
 from aggregators.probe_checks import (
     check_coordinates,
@@ -67,7 +70,7 @@ class Admitted:
     ``reply``: the bytes without the signature, which is None unless it was checked.
     """
 
-    update: Update | None
+    update: Update | Cohort | None
     report: Report
     payload_digest: str
     reply: bytes
@@ -79,6 +82,7 @@ def gate(payload: bytes, context: GateContext) -> Update:
     update = admit(payload, context).update
     if update is None:
         raise UpdateRejected(Verdict.MALFORMED, "the reply holds no update")
+    assert not isinstance(update, Cohort), "what an edge answers is for ``admit``"
     return update
 
 
@@ -108,20 +112,23 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
             f"worked on the base as {envelope.report.base_format!r}, the plan asks for"
             f" {context.plan.base_format!r}",
         )
-    update = None
+    update: Update | Cohort | None = None
     if context.plan.action == "train":
-        update = _read_update(body, context)
+        update = _read_update(body, context, envelope.report.examples)
     elif body:
         raise UpdateRejected(Verdict.WRONG_FAMILY, "an update came with an evaluation")
     checked = signature if context.public_key is not None else None
     return Admitted(update, envelope.report, envelope.payload_digest, reply, checked)
 
 
-def norm_of(update: Update) -> float:
+def norm_of(update: Update | Cohort) -> float:
     """The norm of a change; of one along probes its mean over seeds, which takes no probe.
 
-    Of a pair as of parts that change unlike tensors, which those of a plan do.
+    Of a pair as of parts that change unlike tensors, which those of a plan do; of a cohort so of its
+    families' means.
     """
+    if isinstance(update, Cohort):
+        return math.hypot(*(norm_of(mean) for mean in update.means))
     if isinstance(update, Pair):
         return math.hypot(*(norm_of(part) for part in update.parts))
     if isinstance(update, (SeedScalars, FactorScalars, ProjectedGradient)):
@@ -158,9 +165,16 @@ def _check_identity(envelope: Envelope, context: GateContext) -> None:
         )
 
 
-def _read_update(body: bytes, context: GateContext) -> Update:
+def _read_update(body: bytes, context: GateContext, examples: int) -> Update | Cohort:
     header, tensors = unpack(body)
-    update = _read(header, tensors, context.plan.method, context)
+    method = context.plan.method
+    if isinstance(method, CohortMethod) and header.get("family") == method.family:
+        cohort = read_cohort(header, tensors, context.layout)
+        check_cohort(cohort, method, examples, context.layout, context.basis, context.max_examples)
+        for mean in cohort.means:
+            _check_norm(mean, context)
+        return cohort
+    update = _read(header, tensors, method, context)
     _check_norm(update, context)
     return update
 
