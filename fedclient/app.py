@@ -1,4 +1,4 @@
-"""The Flower ClientApp: a thin stub, one bytes object in and one out.
+"""The Flower ClientApp: a thin stub, bytes in and bytes out.
 
 Flower starts a process for every message. With ``worker="SOCKET"`` in the node's configuration that
 process only hands the bytes to the resident worker, and imports neither torch nor transformers. Without
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedclient.node import RECORD, Answer, Kind, NodeSettings, Refused
+from fedclient.node import Answer, Kind, NodeSettings, Refused
+from fedhost.payloads import RECORD, Value, from_records, to_records
 
 if TYPE_CHECKING:
     from fedclient.memory import PeakMemory
@@ -56,21 +57,23 @@ def settings_of(context: Context) -> NodeSettings:
 def _reply(message: Message, context: Context, kind: Kind, answer: Answer) -> Message:
     settings = settings_of(context)
     started, memory = time.monotonic(), _peak_memory() if settings.worker is None else None
-    record = ConfigRecord()
+    reply: bytes | None = None
+    beside: dict[str, Value] = {}
     try:
-        payload = message.content[RECORD]["payload"]
-        assert isinstance(payload, bytes)
-        record["payload"] = answer(kind, payload, settings)
+        payload = from_records(message.content)
+        assert payload is not None
+        reply = answer(kind, payload, settings)
     except Refused as refusal:
         # Expected failures travel as one line; anything else is a bug and Flower reports it.
-        record["error"] = str(refusal)
-        record["reason"] = refusal.reason
+        beside = {"error": str(refusal), "reason": refusal.reason}
     # Beside the payload, so that the bytes that are hashed hold no clock, and nothing of the machine.
-    record["seconds"] = time.monotonic() - started
+    beside["seconds"] = time.monotonic() - started
     if memory is not None:
         peak = memory.read()
-        record["memory"] = [peak.grown, peak.most, peak.accelerator]
-    return Message(RecordDict({RECORD: record}), reply_to=message)
+        beside["memory"] = [peak.grown, peak.most, peak.accelerator]
+    if reply is None:
+        return Message(RecordDict({RECORD: ConfigRecord(dict(beside))}), reply_to=message)
+    return Message(to_records(reply, beside), reply_to=message)
 
 
 def _peak_memory() -> PeakMemory:

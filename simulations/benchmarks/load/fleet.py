@@ -18,7 +18,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
@@ -37,14 +37,14 @@ from aggregators.messages import Capabilities, Report, decode_plan, encode_reply
 from aggregators.methods import ZerothOrderMethod
 from aggregators.signatures import sign_reply
 from fedclient.resident.supernode import GROWTH, LONGEST, SHORTEST
-from fedhost.node_signature import signed_headers
+from fedhost.node_signature import public_pem, signed_headers
+from fedhost.payloads import from_records, to_records
 from simulations.benchmarks.edge.server import Door, Server
 
 LAYOUT = Layout({"model.layers.0.self_attn.q_proj.weight": (64, 64)})
 BASE_DIGEST = "b" * 64
 HEARTBEAT_SECONDS = 30.0
 EXAMPLES, USED_SEEDS = 100, 64
-RECORD = "fedbraid"
 
 
 @dataclass
@@ -155,9 +155,9 @@ class Fleet:
         kind = message_pb2.ConfirmMessageReceivedResponse
         self._ask(door, node, "confirm-message-received", confirm, kind)
         whole: Any = inflate_object_from_contents(tree.object_id, contents)
-        record = ConfigRecord({"payload": answer(node, whole), "seconds": 0.0})
+        content = to_records(answer(node, whole), {"seconds": 0.0})
         whole.metadata.__dict__["_message_id"] = tree.object_id
-        reply = Message(RecordDict({RECORD: record}), reply_to=whole)
+        reply = Message(content, reply_to=whole)
         reply.metadata.__dict__["_message_id"] = reply.object_id
         push = fleet_pb2.PushMessagesRequest(
             node=own,
@@ -201,7 +201,7 @@ class Fleet:
 
 def answer(node: FakeNode, message: Message) -> bytes:
     """What a node says: who it is, or an update as if it had trained."""
-    payload: Any = message.content[RECORD]["payload"]
+    payload: Any = from_records(message.content)
     if message.metadata.message_type == "query":
         json.loads(payload)
         return Capabilities(
@@ -239,6 +239,4 @@ def answer(node: FakeNode, message: Message) -> bytes:
 
 
 def _public(node: FakeNode) -> bytes:
-    from fedhost.node_signature import public_pem
-
     return public_pem(node.transport).encode()
