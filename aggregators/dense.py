@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -42,10 +42,6 @@ class Dense:
         """The change as float64 tensors."""
         require_layout(layout or self.layout, self.layout)
         return {name: tensor.double() for name, tensor in self.tensors.items()}
-
-    def only(self, names: Collection[str]) -> Dense:
-        """What it changes of some tensors."""
-        return Dense(self.layout, {n: t for n, t in self.tensors.items() if n in names})
 
     def __mul__(self, coefficient: float) -> Dense:
         # In float64: scaling by a share and adding must not round twice in a short type.

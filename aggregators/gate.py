@@ -13,6 +13,9 @@ from torch import Tensor
 
 from aggregators.basis import Basis
 from aggregators.codec import WIRE_DTYPES, made_pair, pair_parts, unpack, update_from_parts
+from aggregators.cohort import Cohort
+from aggregators.cohort_checks import check_cohort
+from aggregators.cohort_codec import read_cohort
 from aggregators.factor_scalars import FactorScalars
 from aggregators.layout import Layout
 from aggregators.messages import (
@@ -23,7 +26,13 @@ from aggregators.messages import (
     open_body,
     open_envelope,
 )
-from aggregators.methods import HybridMethod, LoraMethod, SketchMethod, ZerothOrderMethod
+from aggregators.methods import (
+    CohortMethod,
+    HybridMethod,
+    LoraMethod,
+    SketchMethod,
+    ZerothOrderMethod,
+)
 from aggregators.pair import Pair
 from aggregators.probe_checks import (
     check_coordinates,
@@ -67,7 +76,7 @@ class Admitted:
     ``reply``: the bytes without the signature, which is None unless it was checked.
     """
 
-    update: Update | None
+    update: Update | Cohort | None
     report: Report
     payload_digest: str
     reply: bytes
@@ -79,6 +88,7 @@ def gate(payload: bytes, context: GateContext) -> Update:
     update = admit(payload, context).update
     if update is None:
         raise UpdateRejected(Verdict.MALFORMED, "the reply holds no update")
+    assert not isinstance(update, Cohort), "what an edge answers is for ``admit``"
     return update
 
 
@@ -112,7 +122,7 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
         raise UpdateRejected(
             Verdict.DIVERGED, f"began with a residual {named[:12]!r} that the plan does not name"
         )
-    update = None
+    update: Update | Cohort | None = None
     if context.plan.action == "train":
         update = _read_update(body, context, envelope.report)
     elif body:
@@ -121,11 +131,14 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
     return Admitted(update, envelope.report, envelope.payload_digest, reply, checked)
 
 
-def norm_of(update: Update) -> float:
+def norm_of(update: Update | Cohort) -> float:
     """The norm of a change; of one along probes its mean over seeds, which takes no probe.
 
-    Of a pair as of parts that change unlike tensors, which those of a plan do.
+    Of a pair as of parts that change unlike tensors, which those of a plan do; of a cohort so of its
+    families' means.
     """
+    if isinstance(update, Cohort):
+        return math.hypot(*(norm_of(mean) for mean in update.means))
     if isinstance(update, Pair):
         return math.hypot(*(norm_of(part) for part in update.parts))
     if isinstance(update, (SeedScalars, FactorScalars, ProjectedGradient)):
@@ -162,9 +175,18 @@ def _check_identity(envelope: Envelope, context: GateContext) -> None:
         )
 
 
-def _read_update(body: bytes, context: GateContext, report: Report) -> Update:
+def _read_update(body: bytes, context: GateContext, report: Report) -> Update | Cohort:
     header, tensors = unpack(body)
-    update = _read(header, tensors, context.plan.method, context)
+    method = context.plan.method
+    if isinstance(method, CohortMethod) and header.get("family") == method.family:
+        cohort = read_cohort(header, tensors, context.layout)
+        check_cohort(
+            cohort, method, report.examples, context.layout, context.basis, context.max_examples
+        )
+        for mean in cohort.means:
+            _check_norm(mean, context)
+        return cohort
+    update = _read(header, tensors, method, context)
     norm = _check_norm(update, context)
     if norm == 0.0 and not report.unchanged:
         raise UpdateRejected(

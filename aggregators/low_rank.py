@@ -5,7 +5,7 @@ FLoRA (Wang et al., 2024), eq. 6: sum_i p_i s_i B_i A_i = [p_1 s_1 B_1, ...] [A_
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -67,11 +67,6 @@ class LowRank:
         """The change as float64 tensors."""
         require_layout(layout or self.layout, self.layout)
         return {name: factors.dense() for name, factors in self.factors.items()}
-
-    def only(self, names: Collection[str]) -> LowRank:
-        """What it changes of some tensors."""
-        kept = {n: (f.B, f.A, f.scale) for n, f in self.factors.items() if n in names}
-        return LowRank(self.layout, kept)
 
     def __mul__(self, coefficient: float) -> LowRank:
         scaled = {n: (f.B, f.A, f.scale * float(coefficient)) for n, f in self.factors.items()}

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from aggregators.codec import pack, read_header, unpack, update_parts
+from aggregators.cohort import Cohort
+from aggregators.cohort_codec import cohort_parts
 from aggregators.layout import Layout
-from aggregators.methods import BaseFormat, LoraMethod, Method
+from aggregators.methods import BaseFormat, CohortGroup, CohortMethod, LoraMethod, Method
 from aggregators.update import Update, UpdateRejected, Verdict
 from aggregators.view import SealedView, View, view_parts
 
@@ -26,6 +29,12 @@ ENVELOPE_LIMIT = 1 << 16  # bytes; an honest one takes about 1,500
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=10**12)]
+# What devices of one cohort may be asked otherwise than each other, but for name, nonce and seed.
+GROUPED = (
+    "action", "method", "local_steps", "batch_size", "learning_rate", "base_format", "wire_dtype",
+)  # fmt: skip
+# Of an edge's deadline: what its devices have, so that their sum is in time.
+DEVICE_SHARE = 0.8
 # A model that is this sure of something wrong has logits that float32 barely holds.
 LARGEST_LOSS = 1e6
 Loss = Annotated[float, Field(ge=0, le=LARGEST_LOSS)]
@@ -164,8 +173,20 @@ class Envelope(_Message):
         ).encode()
 
 
+class DeviceCapabilities(_Message):
+    """What the root needs to know of a device behind an edge: whom it asks for what."""
+
+    node: Name
+    examples: int = Field(ge=1)
+    held_out: Count
+    rank_limit: int = Field(ge=1)
+
+
 class Capabilities(_Message):
-    """What a node has and can do. ``public_key``: of the key that signs its replies, if it has one."""
+    """What a node has and can do. ``public_key``: of the key that signs its replies, if it has one.
+
+    ``devices``: of an edge aggregator those behind it; what it says of itself is then their sum.
+    """
 
     node: Name
     examples: int = Field(ge=1)
@@ -178,6 +199,7 @@ class Capabilities(_Message):
     device: str
     versions: dict[str, str]
     public_key: Digest | None = None
+    devices: tuple[DeviceCapabilities, ...] = ()
 
     def to_bytes(self) -> bytes:
         """JSON."""
@@ -198,19 +220,83 @@ def encode_plan(plan: Plan, view: View, dtype: str | None) -> bytes:
     return pack(header, tensors)
 
 
+def seal_view(view: View, dtype: str | None) -> tuple[str, SealedView]:
+    """A view as an edge passes it on, and the name that groups know it by: SHA-256 of its bytes."""
+    fields, tensors = view_parts(view, dtype)
+    return hashlib.sha256(pack(fields, tensors)).hexdigest(), SealedView(fields, tensors)
+
+
+def encode_cohort_plan(plan: Plan, views: Mapping[str, SealedView]) -> bytes:
+    """An edge's plan with the views that its devices get, each once, by the name of ``seal_view``."""
+    header = {
+        "schema": SCHEMA,
+        "plan": plan.model_dump(mode="json"),
+        "views": {name: sealed.header for name, sealed in views.items()},
+    }
+    tensors = {f"{n}.{k}": t for n, sealed in views.items() for k, t in sealed.tensors.items()}
+    return pack(header, tensors)
+
+
+def decode_cohort_plan(data: bytes) -> tuple[Plan, dict[str, SealedView]]:
+    """What ``encode_cohort_plan`` wrote. Raises UpdateRejected for anything else."""
+    header, tensors = unpack(data)
+    plan = _read_plan(header)
+    views = header.get("views")
+    if not isinstance(plan.method, CohortMethod) or not isinstance(views, dict):
+        raise UpdateRejected(Verdict.MALFORMED, "the plan is not for an edge aggregator")
+    found: dict[str, SealedView] = {}
+    for group in plan.method.groups:
+        if not isinstance(views.get(group.sent), dict):
+            raise UpdateRejected(Verdict.MALFORMED, f"the view {group.sent[:12]} is missing")
+        prefix = f"{group.sent}."
+        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        found[group.sent] = SealedView(views[group.sent], own)
+    return plan, found
+
+
+def member_plans(plan: Plan) -> list[tuple[Plan, CohortGroup]]:
+    """The plans of an edge's devices: what the edge's says of all of them, and what their group says."""
+    assert isinstance(plan.method, CohortMethod)
+    return [
+        (
+            plan.model_copy(
+                update={
+                    **{name: getattr(group, name) for name in GROUPED},
+                    "deadline_seconds": plan.deadline_seconds * DEVICE_SHARE,
+                    "node": node,
+                    "nonce": nonce,
+                    "seed": seed,
+                }
+            ),
+            group,
+        )
+        for group in plan.method.groups
+        for node, nonce, seed in group.members
+    ]
+
+
+def encode_member_plan(plan: Plan, view: SealedView) -> bytes:
+    """A device's plan with the view that the edge got for it, as the root itself would encode it."""
+    header = {"schema": SCHEMA, "plan": plan.model_dump(mode="json"), "view": view.header}
+    return pack(header, view.tensors)
+
+
 def decode_plan(data: bytes) -> tuple[Plan, SealedView]:
     """The plan, and the view that came with it. Raises UpdateRejected for anything else."""
     header, tensors = unpack(data)
+    plan = _read_plan(header)
+    if not isinstance(header.get("view"), dict):
+        raise UpdateRejected(Verdict.MALFORMED, "the view is not a JSON object")
+    return plan, SealedView(header["view"], tensors)
+
+
+def _read_plan(header: Mapping[str, Any]) -> Plan:
     if header.get("schema") != SCHEMA:
         raise UpdateRejected(Verdict.MALFORMED, f"schema {header.get('schema')!r} is not {SCHEMA}")
     try:
-        plan = Plan.model_validate(header["plan"])
-        view = header["view"]
+        return Plan.model_validate(header["plan"])
     except (KeyError, ValueError, TypeError) as error:
         raise UpdateRejected(Verdict.MALFORMED, f"unreadable plan: {error}") from None
-    if not isinstance(view, dict):
-        raise UpdateRejected(Verdict.MALFORMED, "the view is not a JSON object")
-    return plan, SealedView(view, tensors)
 
 
 def encode_reply(
@@ -222,7 +308,7 @@ def encode_reply(
     layout: str,
     base_digest: str,
     report: Report,
-    update: Update | None,
+    update: Update | Cohort | None,
     dtype: str | None,
     train_a: bool = True,
 ) -> bytes:
@@ -280,7 +366,9 @@ def body_digest(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest() if body else ""
 
 
-def _encode_body(update: Update, dtype: str | None, train_a: bool) -> bytes:
+def _encode_body(update: Update | Cohort, dtype: str | None, train_a: bool) -> bytes:
+    if isinstance(update, Cohort):
+        return pack(*cohort_parts(update))
     header, tensors = update_parts(update, dtype)
     if not train_a:
         header["a"] = "shared"

@@ -6,6 +6,7 @@ FactorMethod        the same, along probes of LoRA's B              -> FactorSca
 HybridMethod        the one below a cut, LoRA above it              -> Pair
 ProjectedMethod     backpropagation through weights, projected      -> ProjectedGradient
 SketchMethod        the same, seen through the public basis         -> Sketch
+CohortMethod        each device of an edge in its own way           -> Cohort
 """
 
 from __future__ import annotations
@@ -248,8 +249,62 @@ class SketchMethod(FirstOrderMethod):
         return f"sketch {self.rank}"
 
 
-Method = Annotated[
+DeviceMethod = Annotated[
     LoraMethod | ZerothOrderMethod | FactorMethod | HybridMethod | ProjectedMethod | SketchMethod,
+    Field(discriminator="family"),
+]
+# A device's name, and the nonce and the seed of its plan.
+MemberPlan = tuple[
+    Annotated[str, Field(min_length=1, max_length=64)],
+    Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")],
+    Seed,
+]
+
+
+class CohortGroup(_Method):
+    """Devices whose plans differ in name, nonce and seed alone.
+
+    ``view``: digest of the view that they get; ``sent``: which of the views in the edge's message that
+    is (``messages.encode_cohort_plan``).
+    """
+
+    action: Literal["train", "evaluate"]
+    method: DeviceMethod
+    local_steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    base_format: BaseFormat
+    wire_dtype: str | None
+    view: str = Field(pattern=r"^([0-9a-f]{64})?$")
+    sent: str = Field(pattern=r"^[0-9a-f]{64}$")
+    members: tuple[MemberPlan, ...] = Field(min_length=1)
+
+
+class CohortMethod(_Method):
+    """What an edge aggregator is asked: to ask its devices, and to answer with the sum."""
+
+    family: Literal["cohort"] = "cohort"
+    groups: tuple[CohortGroup, ...] = Field(min_length=1)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all devices, group by group."""
+        return [name for group in self.groups for name, _, _ in group.members]
+
+    @property
+    def label(self) -> str:
+        """What the edge sends, in a word or two."""
+        return f"sum of {len(self.names)}"
+
+
+Method = Annotated[
+    LoraMethod
+    | ZerothOrderMethod
+    | FactorMethod
+    | HybridMethod
+    | ProjectedMethod
+    | SketchMethod
+    | CohortMethod,
     Field(discriminator="family"),
 ]
 

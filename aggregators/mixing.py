@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
-import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,14 +12,15 @@ import torch
 from torch import Tensor
 
 from aggregators.codec import encode
+from aggregators.cohort import joined, totals_of
 from aggregators.dense import Dense
 from aggregators.factor_scalars import FactorScalars
 from aggregators.layout import Layout
-from aggregators.low_rank import LowRank, stack
-from aggregators.pair import parts_of
+from aggregators.low_rank import LowRank
 from aggregators.projected import ProjectedGradient
 from aggregators.seed_scalars import SeedScalars
 from aggregators.sketch import Sketch
+from aggregators.totals import Total, beyond
 from aggregators.update import Update, require_layout
 
 Weighted = tuple[Any, float]
@@ -80,26 +79,23 @@ def aggregate(
         raise ValueError(f"family_weights names {unknown[0]!r}; there are {', '.join(FAMILIES)}")
     if not all(math.isfinite(value) for value in lambdas.values()):
         raise ValueError(f"family weights {lambdas} are not all finite")
-    groups: dict[str, list[tuple[int, Any]]] = {}
-    for index, (update, _) in enumerate(updates):
-        for part in parts_of(update):
-            groups.setdefault(part.family, []).append((index, part))
+    groups: dict[str, list[tuple[int, Total]]] = {}
+    for index, (update, weight) in enumerate(updates):
+        for total in totals_of(update, weight):
+            groups.setdefault(total.family, []).append((index, total))
     shares = [0.0] * len(updates)
-    totals: dict[str, Update] = {}
+    means: dict[str, Update] = {}
     for family, members in sorted(groups.items()):
-        within = math.fsum(updates[index][1] for index, _ in members)
-        divisor = within if mixing == "add" else everyone
-        weighted = [
-            (part, lambdas.get(family, 1.0) * updates[index][1] / divisor)
-            for index, part in members
-        ]
-        for (index, _), (_, share) in zip(members, weighted, strict=True):
-            shares[index] += share
-        parts = [(part, updates[index][1]) for index, part in members]
-        extra = _without_others(parts) if mixing == "add" else {}
-        scaled = [_scaled(update, share, extra) for update, share in _canonical_order(weighted)]
-        totals |= {key: _total(some) for key, some in _by_pool(family, scaled).items()}
-    return Aggregate(totals, shares, layout)
+        within = math.fsum(total.weight for _, total in members)
+        factor = lambdas.get(family, 1.0) / (within if mixing == "add" else everyone)
+        for index, total in members:
+            shares[index] += total.weight * factor
+        # Divided once, at the end: whoever added what to what before, the sum is the same.
+        more = beyond([total for _, total in members]) if mixing == "add" else {}
+        means |= {
+            key: total.times(factor, more) for key, total in _by_pool(family, members).items()
+        }
+    return Aggregate(means, shares, layout)
 
 
 def average_factors(updates: Sequence[tuple[LowRank, float]], rank: int) -> LowRank:
@@ -134,61 +130,12 @@ def average_factors(updates: Sequence[tuple[LowRank, float]], rank: int) -> LowR
     return LowRank(layout, means)
 
 
-def _without_others(members: Sequence[Weighted]) -> dict[str, float]:
-    """By tensor that only some members of a family have: the family's weight over theirs.
-
-    Updates along one pool of seeds all reach the same tensors.
-    """
-    found = {}
-    held: dict[str, list[float]] = {}
-    for update, weight in members:
-        for name in _tensors(update):
-            held.setdefault(name, []).append(weight)
-    for name, weights in held.items():
-        if len(weights) < len(members):
-            found[name] = math.fsum(weight for _, weight in members) / math.fsum(weights)
-    return found
-
-
-def _tensors(update: Any) -> Collection[str]:
-    if isinstance(update, LowRank):
-        return update.factors
-    if isinstance(update, Dense):
-        return update.tensors
-    if isinstance(update, ProjectedGradient):
-        return update.coordinates
-    if isinstance(update, Sketch):
-        return update.views.keys() | update.whole.keys()
-    return ()
-
-
-def _scaled(update: Any, share: float, extra: Mapping[str, float]) -> Any:
-    """The update times its share, and times what its tensors get beyond that."""
-    groups: dict[float, list[str]] = {}
-    for name in _tensors(update):
-        groups.setdefault(extra.get(name, 1.0), []).append(name)
-    if len(groups) < 2:
-        return update * (share * next(iter(groups), 1.0))
-    parts = [update.only(set(names)) * (share * more) for more, names in sorted(groups.items())]
-    return functools.reduce(operator.add, parts)
-
-
-def _by_pool(family: str, updates: Sequence[Any]) -> dict[str, list[Any]]:
-    """Updates that add: all of a family, but projections by the seed of their probes."""
-    pools = {update.master_seed for update in updates if isinstance(update, ProjectedGradient)}
-    if len(pools) < 2:
-        return {family: list(updates)}
-    return {
-        f"{family}/{seed}": [update for update in updates if update.master_seed == seed]
-        for seed in sorted(pools)
-    }
-
-
-def _total(updates: list[Any]) -> Update:
-    if isinstance(updates[0], LowRank):
-        return stack(updates)  # one copy, where a chain of sums would copy every prefix
-    total: Update = functools.reduce(operator.add, updates)
-    return total
+def _by_pool(family: str, members: Sequence[tuple[int, Total]]) -> dict[str, Total]:
+    """The totals of a family: one, but of projections one by the seed of their probes."""
+    found = sorted(joined(total for _, total in members), key=lambda total: total.pool or 0)
+    if len(found) < 2:
+        return {family: found[0]}
+    return {f"{family}/{total.pool}": total for total in found}
 
 
 def _total_weight(updates: Sequence[Weighted], layout: Layout) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -109,11 +109,6 @@ class ProjectedGradient:
             elements = math.prod(self.layout.shape(name))
             scaled[name] = values * shrinkage(len(values), elements, self.probe)
         return ProjectedGradient(self.layout, self.master_seed, scaled, self.probe)
-
-    def only(self, names: Collection[str]) -> ProjectedGradient:
-        """What it changes of some tensors."""
-        kept = {name: values for name, values in self.coordinates.items() if name in names}
-        return ProjectedGradient(self.layout, self.master_seed, kept, self.probe)
 
     def __mul__(self, coefficient: float) -> ProjectedGradient:
         scaled = {name: values * float(coefficient) for name, values in self.coordinates.items()}

@@ -9,7 +9,7 @@ the changes before.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -147,15 +147,6 @@ class Sketch:
         for name, view in self.views.items():
             found[f"{name}#P"], found[f"{name}#R"] = view.P, view.R
         return found | self.whole
-
-    def only(self, names: Collection[str]) -> Sketch:
-        """What it changes of some tensors."""
-        return Sketch(
-            self.layout,
-            self.basis_digest,
-            {name: (view.P, view.R) for name, view in self.views.items() if name in names},
-            {name: tensor for name, tensor in self.whole.items() if name in names},
-        )
 
     def __mul__(self, coefficient: float) -> Sketch:
         factor = float(coefficient)

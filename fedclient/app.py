@@ -1,4 +1,4 @@
-"""The Flower ClientApp: a thin stub, one bytes object in and one out.
+"""The Flower ClientApp: a thin stub, bytes in and bytes out.
 
 Flower starts a process for every message. With ``worker="SOCKET"`` in the node's configuration that
 process only hands the bytes to the resident worker, and imports neither torch nor transformers. Without
@@ -13,7 +13,8 @@ from functools import lru_cache, partial
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedclient.node import RECORD, Answer, Kind, NodeSettings, Refused
+from fedclient.node import Answer, Kind, NodeSettings, Refused
+from fedhost.payloads import RECORD, Value, from_records, to_records
 
 
 def make_app(answer: Answer) -> ClientApp:
@@ -52,21 +53,22 @@ def settings_of(context: Context) -> NodeSettings:
 def _reply(message: Message, context: Context, kind: Kind, answer: Answer) -> Message:
     settings = settings_of(context)
     started = time.monotonic()
-    record = ConfigRecord()
+    reply: bytes | None = None
+    beside: dict[str, Value] = {}
     try:
-        payload = message.content[RECORD]["payload"]
-        assert isinstance(payload, bytes)
+        payload = from_records(message.content)
+        assert payload is not None
         ask = _ask_worker if settings.worker is not None else partial(_measured, answer)
-        record["payload"], memory = ask(kind, payload, settings)
         # Beside the payload, so that the bytes that are hashed hold nothing of the machine.
-        record["memory"] = memory
+        reply, beside["memory"] = ask(kind, payload, settings)
     except Refused as refusal:
         # Expected failures travel as one line; anything else is a bug and Flower reports it.
-        record["error"] = str(refusal)
-        record["reason"] = refusal.reason
+        beside = {"error": str(refusal), "reason": refusal.reason}
     # Nor do they hold a clock.
-    record["seconds"] = time.monotonic() - started
-    return Message(RecordDict({RECORD: record}), reply_to=message)
+    beside["seconds"] = time.monotonic() - started
+    if reply is None:
+        return Message(RecordDict({RECORD: ConfigRecord(dict(beside))}), reply_to=message)
+    return Message(to_records(reply, beside), reply_to=message)
 
 
 def _measured(

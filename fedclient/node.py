@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-RECORD = "fedbraid"
-
 # What a message asks for; Flower's message types have the same names.
 Kind = Literal["query", "train", "evaluate"]
 

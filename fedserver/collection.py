@@ -96,7 +96,7 @@ class Collector:
         for reply in recall(self._ledger, {node: q.plan for node, q in asked.items()}):
             outcome = self._judged(reply, number, action, asked)
             if outcome is not None and outcome.admitted is not None:
-                updates += outcome.admitted.update is not None
+                updates += outcome.updates
                 outcome.bytes_down = len(asked[reply.node_id].payload)
                 answered[reply.node_id] = outcome
                 self._tell(outcome, number)
@@ -121,7 +121,7 @@ class Collector:
             outcome = self._judged(reply, number, action, asked)
             if outcome is None:
                 continue
-            updates += outcome.admitted is not None and outcome.admitted.update is not None
+            updates += outcome.updates
             if reply.late or reply.node_id in answered:
                 others.append(outcome)
             else:

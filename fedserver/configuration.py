@@ -6,6 +6,7 @@ A scenario file is read here because both the simulator and a deployed Flower Se
 from __future__ import annotations
 
 from fedserver.scenario.data import DataConfiguration
+from fedserver.scenario.edges import EdgeConfiguration
 from fedserver.scenario.file import (
     SCENARIO_FOLDER,
     load,
@@ -28,6 +29,7 @@ __all__ = [
     "SCENARIO_FOLDER",
     "ConfigurationError",
     "DataConfiguration",
+    "EdgeConfiguration",
     "Fault",
     "MixingConfiguration",
     "NodeConfiguration",

@@ -15,9 +15,10 @@ from aggregators import Layout, match_targets
 from aggregators.basis import side_widths
 from aggregators.messages import Plan
 from aggregators.methods import (
+    CohortMethod,
+    DeviceMethod,
     HybridMethod,
     LoraMethod,
-    Method,
     ProjectedMethod,
     SketchMethod,
     ZerothOrderMethod,
@@ -59,6 +60,8 @@ def memory_of(plan: Plan, layout: Layout, view_rank: int = 0, pool_size: int = 0
     view_rank: of the carry that nodes see; pool_size: of the run's zeroth-order probes, 0 for none.
     """
     method = plan.method
+    if isinstance(method, CohortMethod):
+        return Memory(0, 0, 0)  # An edge has no model.
     matrices = match_targets(layout, ("all-linear",))
     sides = sum(sum(layout.shape(name)) for name in matrices)
     whole = layout.elements * BYTES[plan.dtype]
@@ -84,10 +87,11 @@ def upload_bytes(plan: Plan, layout: Layout) -> int:
     if isinstance(plan.method, HybridMethod):
         parts = (plan.method.lower, plan.method.upper)
         return sum(_sent(part, plan, layout, wire) for part in parts)
+    assert not isinstance(plan.method, CohortMethod), "what a sum takes depends on who answers"
     return _sent(plan.method, plan, layout, wire)
 
 
-def _sent(method: Method, plan: Plan, layout: Layout, wire: int) -> int:
+def _sent(method: DeviceMethod, plan: Plan, layout: Layout, wire: int) -> int:
     if isinstance(method, ZerothOrderMethod):
         used = min(method.pool_size, plan.local_steps * method.directions)
         return ENVELOPE + used * (wire + SCALAR_BYTES)
@@ -117,6 +121,7 @@ def device_seconds(node: NodeConfiguration | None, seconds: float, transferred: 
 
 def _training(plan: Plan, layout: Layout) -> int:
     method = plan.method
+    assert not isinstance(method, CohortMethod), "an edge does not train"
     tokens = plan.batch_size * plan.max_length
     if isinstance(method, ZerothOrderMethod):
         return _passing(plan, layout, FORWARD_STREAMS * tokens)
@@ -177,7 +182,7 @@ def _quantised_bytes(plan: Plan, layout: Layout) -> int:
     return int(total)
 
 
-def _trained(method: Method, layout: Layout) -> list[str]:
+def _trained(method: DeviceMethod, layout: Layout) -> list[str]:
     assert not isinstance(method, HybridMethod), "it trains in two ways"
     modules = method.target_modules
     return match_targets(layout, modules) if modules else [spec.name for spec in layout]

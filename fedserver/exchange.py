@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
-RECORD = "fedbraid"
+from fedhost.payloads import RECORD, from_records, to_records
+
 # By how much the node's process grew, its peak of resident memory, and that of its accelerator.
 MEMORY = ("grown", "resident", "accelerator")
 POLL_SECONDS = 0.2
@@ -204,7 +205,7 @@ class Exchange:
 
     def _push(self, sent: _Sent) -> str:
         message = Message(
-            RecordDict({RECORD: ConfigRecord({"payload": sent.payload})}),
+            to_records(sent.payload),
             sent.address,
             sent.kind,
             ttl=sent.ttl,
@@ -298,7 +299,7 @@ def _read(message: Message, node_id: int, round_number: int, late: bool, waited:
     record = message.content.get(RECORD)
     if not isinstance(record, ConfigRecord):
         return Reply(node_id, round_number, b"", "", waited, late)
-    error_text, payload, seconds = (record.get(key) for key in ("error", "payload", "seconds"))
+    error_text, seconds = record.get("error"), record.get("seconds")
     taken = float(seconds) if isinstance(seconds, float) and seconds >= 0 else waited
     if isinstance(error_text, str) and error_text:
         return Reply(node_id, round_number, None, _first_line(error_text), taken, late)
@@ -307,7 +308,7 @@ def _read(message: Message, node_id: int, round_number: int, late: bool, waited:
     return Reply(
         node_id,
         round_number,
-        payload if isinstance(payload, bytes) else b"",
+        from_records(message.content) or b"",
         "",
         taken,
         late,

@@ -34,6 +34,7 @@ from aggregators import (
     overlap_weights,
 )
 from aggregators.codec import pack, unpack
+from aggregators.cohort import Cohort
 from aggregators.pair import parts_of
 from aggregators.presets import PRESETS, Preset
 from aggregators.probe_sum import ProbeSum
@@ -162,7 +163,7 @@ def first_basis(configuration: RunConfiguration, layout: Layout) -> Basis | None
 
 def next_model(
     model: GlobalModel,
-    updates: Sequence[tuple[Update, int]],
+    updates: Sequence[tuple[Update | Cohort, int]],
     configuration: RunConfiguration,
 ) -> tuple[GlobalModel, Mixed]:
     """Fold one round's accepted updates, each with its example count, into the state."""
@@ -182,9 +183,10 @@ def next_model(
         known = changes.get(family, _Change([]))
         changes[family] = _Change([*known.parts, *found.parts], found.basis)
     weights, cosines = dict.fromkeys(changes, 1.0), {}
+    counted = [_examples(update, count) for update, count in updates]
     examples: Counter[str] = Counter()
-    for update, count in updates:
-        examples.update({part.family: count for part in parts_of(update)})
+    for counts in counted:
+        examples.update(counts)
     if mixing.rule == "overlap" and len(changes) > 1:
         products = gram([change.parts for change in changes.values()], layout)
         chosen = overlap_weights(products, [examples[family] for family in changes])
@@ -210,12 +212,10 @@ def next_model(
     everyone = sum(count for _, count in updates)
     shares = [
         sum(
-            weights[part.family]
-            * count
-            / (everyone if mixing.rule == "mean" else examples[part.family])
-            for part in parts_of(update)
+            weights[family] * count / (everyone if mixing.rule == "mean" else examples[family])
+            for family, count in counts.items()
         )
-        for update, count in updates
+        for counts in counted
     ]
     return _with_statistics(following, updates), Mixed(shares, weights, cosines)
 
@@ -279,11 +279,26 @@ def _with_scalars(
     return (pool.add(change), *sums)
 
 
-def _with_statistics(model: GlobalModel, updates: Sequence[tuple[Update, int]]) -> GlobalModel:
+def _examples(update: Update | Cohort, count: int) -> dict[str, int]:
+    """By family, the examples that stand behind an update."""
+    if not isinstance(update, Cohort):
+        return {part.family: count for part in parts_of(update)}
+    found: Counter[str] = Counter()
+    for total in update.totals:
+        found[total.family] += int(total.weight)
+    return dict(found)
+
+
+def _with_statistics(
+    model: GlobalModel, updates: Sequence[tuple[Update | Cohort, int]]
+) -> GlobalModel:
     """The state with what this round's nodes measured, each measurement counting alike."""
     known = model.statistics
     for update, _ in updates:
-        for part in parts_of(update):
+        parts = parts_of(update)
+        if isinstance(update, Cohort):
+            parts = tuple(total.form for total in update.totals)
+        for part in parts:
             found = part.statistics if isinstance(part, (SeedScalars, FactorScalars)) else None
             if found is not None:
                 known = found if known is None else known + found

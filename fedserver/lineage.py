@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aggregators.messages import MOST_HISTORY
+from aggregators.methods import CohortMethod
 from fedserver.control import OPERATOR
 from fedserver.entry import Entry
 from fedserver.ledger import Ledger
@@ -59,9 +60,10 @@ class Lineage:
         To be asked before the outcome's own round is taken in. A node that was accepted only with
         nothing left out does not exist: rounding alone leaves something.
         """
-        if outcome.admitted is None or not outcome.plan.history:
+        plan = outcome.plan
+        if outcome.admitted is None or not plan.history or isinstance(plan.method, CohortMethod):
             return None
-        names = outcome.plan.history[1:]
+        names = plan.history[1:]
         accepted = [
             one
             for one in self._asked.get(outcome.plan.node, [])

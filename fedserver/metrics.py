@@ -90,7 +90,7 @@ def round_row(entry: Entry, evaluation: dict[str, Any] | None) -> dict[str, Any]
         "bytes_up": sum(node["bytes_up"] for node in nodes),
         "bytes_down": sum(node["bytes_down"] for node in nodes),
         "seconds": entry.wall["seconds"],
-        "families": dict(Counter(node["family"] for node in accepted if "family" in node)),
+        "families": dict(Counter(one["family"] for node in accepted for one in _trained(node))),
         "accepted": len(accepted),
         "rejected": len(nodes) - len(accepted),
         "epsilon": None,
@@ -138,17 +138,18 @@ def families(ledger: Ledger) -> dict[str, dict[str, Any]]:
         for family, weight in entry.content["mixing"].get("weights", {}).items():
             weights.setdefault(family, []).append(weight)
         for node in entry.content["nodes"]:
-            if node["verdict"] != "accepted" or "family" not in node:
+            if node["verdict"] != "accepted":
                 continue
-            one = found.setdefault(
-                node["family"],
-                {"nodes": set(), "updates": 0, "bytes_up": 0, "bytes_down": 0, "seconds": 0.0},
-            )
-            one["nodes"].add(node["node"])
-            one["updates"] += 1
-            one["bytes_up"] += node["bytes_up"]
-            one["bytes_down"] += node["bytes_down"]
-            one["seconds"] += entry.wall["nodes"].get(node["node"]) or 0.0
+            for trained in _trained(node):
+                one = found.setdefault(
+                    trained["family"],
+                    {"nodes": set(), "updates": 0, "bytes_up": 0, "bytes_down": 0, "seconds": 0.0},
+                )
+                one["nodes"].add(trained["node"])
+                one["updates"] += 1
+                one["bytes_up"] += trained["bytes_up"]
+                one["bytes_down"] += trained["bytes_down"]
+                one["seconds"] += entry.wall["nodes"].get(trained["node"]) or 0.0
     last = ledger.last("evaluation")
     whole = scores(last.content["entering"]) if last is not None else None
     for entry in ledger.entries(ABLATION):
@@ -264,6 +265,13 @@ def _reported(entry: Entry) -> dict[str, dict[str, Any]]:
         for node in entry.content["nodes"]
         if node["verdict"] == "accepted" and node["report"]["evaluation"] is not None
     }
+
+
+def _trained(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The nodes whose updates came with an accepted row: itself, or those behind an edge."""
+    if "members" not in node:
+        return [node] if "family" in node else []
+    return [m for m in node["members"] if m["verdict"] == "accepted" and m["family"] is not None]
 
 
 def _node_row(node: dict[str, Any], entry: Entry) -> dict[str, Any]:

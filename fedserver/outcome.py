@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aggregators import UpdateRejected, Verdict
+from aggregators.cohort import Cohort
 from aggregators.gate import Admitted, GateContext, admit, norm_of
 from aggregators.messages import Evaluation, Plan
-from aggregators.methods import label
+from aggregators.methods import CohortMethod, label
 from aggregators.signatures import split_signature
 from fedserver import events
 from fedserver.exchange import Reply
@@ -38,6 +39,12 @@ class Outcome:
     measured: Mapping[str, int] = field(default_factory=dict)
     staleness: int = 0
     discount: float = 1.0
+
+    @property
+    def updates(self) -> int:
+        """How many nodes' updates it brings."""
+        update = self.admitted.update if self.admitted is not None else None
+        return update.accepted if isinstance(update, Cohort) else int(update is not None)
 
     @property
     def fresh(self) -> bool:
@@ -154,7 +161,23 @@ def row(outcome: Outcome) -> dict[str, Any]:
                 "norm": norm_of(admitted.update),
                 "family": admitted.update.family,
             }
+        if isinstance(admitted.update, Cohort):
+            found |= {"members": _members(admitted.update, outcome.plan)}
     return found
+
+
+def _members(cohort: Cohort, plan: Plan) -> list[dict[str, Any]]:
+    """What a row says of the nodes behind an edge."""
+    assert isinstance(plan.method, CohortMethod)
+    families = {
+        name: group.method.family if group.action == "train" else None
+        for group in plan.method.groups
+        for name, _, _ in group.members
+    }
+    return [
+        member.model_dump(mode="json", exclude_defaults=True) | {"family": families[member.node]}
+        for member in cohort.members
+    ]
 
 
 def signatures(outcomes: Sequence[Outcome]) -> dict[str, dict[str, str]]:

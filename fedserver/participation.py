@@ -17,26 +17,30 @@ def asked_in(
 ) -> list[Member]:
     """The members that get a message: those that only evaluate, and the chosen ones that train.
 
+    Of an edge with those of its devices that do; the lot is the same whoever stands between.
     ``busy``: names of members that still work on an earlier round's plan, where that excludes them.
     """
-    training = [m for m in members if trains(configuration, m)]
+    training = [n for m in members for n in m.names if _trains(configuration, n)]
     run = configuration.run_id()
 
-    def lot(member: Member) -> bytes:
-        text = f"{run}|participation|{round_number}|{member.capabilities.node}"
-        return hashlib.sha256(text.encode()).digest()
+    def lot(name: str) -> bytes:
+        return hashlib.sha256(f"{run}|participation|{round_number}|{name}".encode()).digest()
 
-    chosen = sorted(training, key=lot)[: configuration.participants(len(training))]
-    names = {member.capabilities.node for member in chosen}
-    return [
-        member
-        for member in members
-        if member.capabilities.node not in busy
-        and (member.capabilities.node in names or not trains(configuration, member))
-    ]
+    chosen = set(sorted(training, key=lot)[: configuration.participants(len(training))])
+    asked = []
+    for member in members:
+        names = {n for n in member.names if n in chosen or not _trains(configuration, n)}
+        if names and member.capabilities.node not in busy:
+            asked.append(member.with_devices(names))
+    return asked
 
 
-def trains(configuration: RunConfiguration, member: Member) -> bool:
-    """Whether a member trains at all; one that the scenario does not name does."""
-    node = configuration.node(member.capabilities.node)
+def training(configuration: RunConfiguration, member: Member) -> int:
+    """How many nodes train where this member is asked."""
+    return sum(_trains(configuration, name) for name in member.names)
+
+
+def _trains(configuration: RunConfiguration, name: str) -> bool:
+    """Whether a node trains at all; one that the scenario does not name does."""
+    node = configuration.node(name)
     return node is None or node.trains

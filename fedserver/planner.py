@@ -11,7 +11,7 @@ from typing import Any
 
 from aggregators import Layout, match_targets
 from aggregators.factor_scalars import lora_scale
-from aggregators.messages import Capabilities, Plan
+from aggregators.messages import Capabilities, DeviceCapabilities, Plan
 from aggregators.methods import (
     MOST_COORDINATES,
     FactorMethod,
@@ -128,7 +128,7 @@ def _refuse_embeddings(key: str, names: Sequence[str]) -> None:
 
 def make_plan(
     configuration: RunConfiguration,
-    capabilities: Capabilities,
+    capabilities: Capabilities | DeviceCapabilities,
     *,
     round_number: int,
     layout: Layout,
@@ -180,7 +180,7 @@ def make_plan(
 
 def make_method(
     configuration: RunConfiguration,
-    capabilities: Capabilities,
+    capabilities: Capabilities | DeviceCapabilities,
     *,
     round_number: int,
     layout: Layout,
@@ -216,7 +216,7 @@ def zeroth_order(configuration: RunConfiguration) -> ZerothOrderMethod:
 
 
 def hybrid(
-    configuration: RunConfiguration, capabilities: Capabilities, layout: Layout
+    configuration: RunConfiguration, capabilities: Capabilities | DeviceCapabilities, layout: Layout
 ) -> HybridMethod:
     """Zeroth-order steps below the cut, by default half of the layers, and the run's LoRA above it."""
     count = layer_count(layout)
@@ -240,7 +240,9 @@ def _settings(configuration: RunConfiguration, name: str) -> dict[str, Any]:
     return found | own
 
 
-def _lora(configuration: RunConfiguration, capabilities: Capabilities) -> LoraMethod:
+def _lora(
+    configuration: RunConfiguration, capabilities: Capabilities | DeviceCapabilities
+) -> LoraMethod:
     preset = PRESETS[configuration.preset]
     node = configuration.node(capabilities.node)
     asked = (node.lora_r if node else None) or configuration.lora_r

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aggregators import Basis
-from aggregators.messages import Plan, encode_plan
+from aggregators.messages import GROUPED, Plan, encode_cohort_plan, encode_plan, seal_view
 from aggregators.methods import (
+    CohortGroup,
+    CohortMethod,
     HybridMethod,
     LoraMethod,
     ProjectedMethod,
@@ -15,7 +17,7 @@ from aggregators.methods import (
     ZerothOrderMethod,
 )
 from aggregators.presets import PRESETS
-from aggregators.view import View
+from aggregators.view import SealedView, View
 from fedserver.configuration import RunConfiguration
 from fedserver.global_model import GlobalModel, first_basis
 from fedserver.planner import make_plan
@@ -45,8 +47,13 @@ def question(
 ) -> Question:
     """What one member is asked in a round that begins with ``model``: the same whenever it is made.
 
-    ``history``: the round's names for what the node's messages leave out (``Lineage``).
+    ``history``: the round's names for what the node's messages leave out (``Lineage``); behind an edge
+    its devices go by the edge's.
     """
+    if member.capabilities.devices:
+        return _cohort_question(
+            configuration, roster, member, model, round_number, action, deadline_seconds, history
+        )
     plan = make_plan(
         configuration,
         member.capabilities,
@@ -56,10 +63,7 @@ def question(
         action=action,
         sums=model.sums,
     )
-    feedback = (
-        isinstance(plan.method, ProjectedMethod | SketchMethod) and plan.method.error_feedback
-    )
-    named = history if feedback and plan.action == "train" else ()
+    named = history if _keeps(plan) else ()
     plan = plan.model_copy(update={"deadline_seconds": deadline_seconds, "history": named})
     basis = model.basis or first_basis(configuration, roster.layout)
     view = _view(configuration, model, plan, basis)
@@ -70,6 +74,58 @@ def question(
         view=view.as_sent(configuration.view_dtype).digest(),
         basis=basis,
     )
+
+
+def _cohort_question(
+    configuration: RunConfiguration,
+    roster: Roster,
+    member: Member,
+    model: GlobalModel,
+    round_number: int,
+    action: str,
+    deadline_seconds: float,
+    history: tuple[str, ...],
+) -> Question:
+    """What an edge is asked: its devices' plans, those that are alike told once, and each view once."""
+    given: dict[str, Any] = {
+        "round_number": round_number,
+        "layout": roster.layout,
+        "base_digest": roster.base_digest,
+        "action": action,
+        "sums": model.sums,
+    }
+    basis = model.basis or first_basis(configuration, roster.layout)
+    groups: dict[str, dict[str, Any]] = {}
+    views: dict[str, SealedView] = {}
+    for device in member.capabilities.devices:
+        plan = make_plan(configuration, device, **given)
+        told = {name: getattr(plan, name) for name in GROUPED}
+        key = plan.model_dump_json(include=set(GROUPED))
+        if key not in groups:
+            view = _view(configuration, model, plan, basis)
+            sent, sealed = seal_view(view, configuration.view_dtype)
+            views[sent] = sealed
+            digest = view.as_sent(configuration.view_dtype).digest()
+            groups[key] = told | {"view": digest, "sent": sent, "members": []}
+        groups[key]["members"].append((plan.node, plan.nonce, plan.seed))
+    found = [CohortGroup.model_validate(group) for _, group in sorted(groups.items())]
+    trains = any(group.action == "train" for group in found)
+    plan = make_plan(configuration, member.capabilities, **given).model_copy(
+        update={
+            "action": "train" if trains else "evaluate",
+            "method": CohortMethod(groups=tuple(found)),
+            "deadline_seconds": deadline_seconds,
+            "history": history if any(_keeps(group) for group in found) else (),
+        }
+    )
+    return Question(member, plan, encode_cohort_plan(plan, views), "", basis)
+
+
+def _keeps(asked: Plan | CohortGroup) -> bool:
+    """Whether a node keeps what its message will leave out."""
+    method = asked.method
+    feedback = isinstance(method, ProjectedMethod | SketchMethod) and method.error_feedback
+    return feedback and asked.action == "train"
 
 
 def _view(

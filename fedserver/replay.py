@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from aggregators import Update, UpdateRejected
+from aggregators.cohort import Cohort
 from aggregators.gate import GateContext, admit
 from aggregators.messages import Plan
 from fedserver.configuration import RunConfiguration
@@ -128,7 +129,7 @@ def states(
             yield Replayed(entry.round, 0, entry.content["state"], digest, target), model
         if entry.kind != "round":
             continue
-        updates: list[tuple[Update, int]] = []
+        updates: list[tuple[Update | Cohort, int]] = []
         for node in entry.content["nodes"]:
             trained = node["verdict"] == "accepted" and node["plan"]["action"] == "train"
             if not trained or node["plan"]["method"]["family"] == skipped:
@@ -148,10 +149,12 @@ def states(
                     f"round {entry.round}: the recorded update of {node['node']!r} no longer"
                     f" passes the gate: {rejection}"
                 ) from None
-            assert admitted.update is not None
-            updates.append(
-                (discounted(admitted.update, node.get("discount", 1.0)), admitted.report.examples)
-            )
+            update = admitted.update
+            if isinstance(update, Cohort) and skipped is not None:
+                update = update.without(skipped)
+            if update is not None:
+                counted = discounted(update, node.get("discount", 1.0))
+                updates.append((counted, admitted.report.examples))
         if entry.content["quorum"] and updates:
             model, _ = next_model(model, updates, configuration)
         if entry.round in targets:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from aggregators import Layout
@@ -25,6 +25,20 @@ class Member:
 
     node_id: int
     capabilities: Capabilities
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the nodes that answer through it: its devices', or its own."""
+        devices = self.capabilities.devices
+        return tuple(d.node for d in devices) if devices else (self.capabilities.node,)
+
+    def with_devices(self, names: Collection[str]) -> Member:
+        """The same with these of its devices alone, if it has devices."""
+        told = self.capabilities
+        if not told.devices:
+            return self
+        kept = tuple(device for device in told.devices if device.node in names)
+        return replace(self, capabilities=told.model_copy(update={"devices": kept}))
 
 
 @dataclass(frozen=True)
@@ -75,13 +89,14 @@ def gather_roster(
     ``enrolled``: public keys by node; where it is given and signatures are required, others stay out.
     ``known``: the keys that nodes signed with so far. A node that either names keeps its key.
     """
-    wanted = len(configuration.nodes)
+    wanted = configuration.answering()
     waited = 0.0
     while len(exchange.nodes()) < wanted and waited < CONNECT_SECONDS:
         exchange.wait(CONNECT_POLL_SECONDS)
         waited += CONNECT_POLL_SECONDS
     found = exchange.nodes()
-    if len(found) < configuration.minimum_updates():
+    # How many are behind an edge, it says itself.
+    if len(found) < (1 if configuration.edges else configuration.minimum_updates()):
         raise ConfigurationError(
             f"{len(found)} of {wanted} nodes connected in {CONNECT_SECONDS:.0f} s; a round needs"
             f" {configuration.minimum_updates()}: start the missing nodes or lower 'quorum'"
@@ -95,8 +110,9 @@ def gather_roster(
         if member is None:
             return problem
         told = member.capabilities
-        if told.node in members:
-            return f"the name {told.node!r} is already taken"
+        taken = {name for known_one in members.values() for name in known_one.names}
+        if twice := sorted({told.node, *member.names} & {*taken, *members}):
+            return f"the name {twice[0]!r} is already taken"
         problem = stranger(told, configuration, enrolled, known or {})
         if not problem:
             members[told.node] = member
@@ -126,10 +142,11 @@ def gather_roster(
     for problem, count in sorted(Counter(failures).items()):
         who = "a node" if count == 1 else f"{count} nodes"
         notify(Notice("warning", f"{who} cannot take part: {problem}"))
-    roster = _agree(members, configuration, notify)
-    if len(roster.members) < configuration.minimum_updates():
+    roster = agree(members, configuration.base_model, notify)
+    taking_part = sum(len(member.names) for member in roster.members)
+    if taking_part < configuration.minimum_updates():
         raise ConfigurationError(
-            f"{len(roster.members)} of {wanted} nodes can take part, a round needs"
+            f"{taking_part} of {len(configuration.nodes)} nodes can take part, a round needs"
             f" {configuration.minimum_updates()}: mend the others or lower 'quorum'"
             + "".join(f"\n  {problem}" for problem in sorted(set(failures)))
         )
@@ -179,7 +196,7 @@ def read_member(node_id: int, payload: bytes) -> tuple[Member | None, str]:
         return None, f"unreadable capabilities: {error}"
 
 
-def _agree(members: dict[str, Member], configuration: RunConfiguration, notify: Listener) -> Roster:
+def agree(members: Mapping[str, Member], base_model: str, notify: Listener) -> Roster:
     """The base model that most nodes hold (ties: the lowest digest); the others are left out."""
     votes = Counter(
         (m.capabilities.base_digest, m.capabilities.layout_json) for m in members.values()
@@ -195,7 +212,7 @@ def _agree(members: dict[str, Member], configuration: RunConfiguration, notify: 
                 Notice(
                     "warning",
                     f"node {name!r} is left out: its base model {told.base_digest[:12]} is not"
-                    f" the run's {digest[:12]} ({configuration.base_model})",
+                    f" the run's {digest[:12]} ({base_model})",
                 )
             )
     return Roster(tuple(kept), Layout.from_json(layout_json), layout_json, digest)

@@ -32,7 +32,7 @@ from fedserver.outcome import (
     signatures,
     sum_evaluations,
 )
-from fedserver.participation import asked_in, trains
+from fedserver.participation import asked_in, training
 from fedserver.planner import check_targets, make_method
 from fedserver.questions import Question, question, view_limits
 from fedserver.replay import last_state, restore, without
@@ -198,10 +198,13 @@ class Coordinator:
         method = make_method(
             self._configuration, member.capabilities, round_number=1, layout=roster.layout
         )
+        sends = label(method, self._configuration.base_format_of(member.capabilities.node))
+        if member.capabilities.devices:
+            sends = f"sum of {len(member.capabilities.devices)}"
         categories = ", ".join(node.categories or ()) if node else ""
         return events.NodeInfo(
             node=member.capabilities.node,
-            sends=label(method, self._configuration.base_format_of(member.capabilities.node)),
+            sends=sends,
             examples=member.capabilities.examples,
             held_out=member.capabilities.held_out,
             description=(node.description if node else "") or categories,
@@ -250,7 +253,7 @@ class Coordinator:
         configuration, roster = self._configuration, churn.roster
         self._emit(events.PhaseStarted(number, "plan"))
         asked = asked_in(configuration, self._present(roster), number, collector.busy)
-        needed = configuration.needed(sum(trains(configuration, member) for member in asked))
+        needed = configuration.needed(sum(training(configuration, member) for member in asked))
         if configuration.asynchronous:
             needed = configuration.minimum_updates()
         needed = self._operations.quorum(number, needed)
@@ -264,13 +267,14 @@ class Coordinator:
         accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
         updates = [o for o in accepted if o.admitted is not None and o.admitted.update is not None]
         self._emit(events.PhaseStarted(number, "aggregate"))
-        quorum = len(updates) >= needed
+        came = sum(outcome.updates for outcome in updates)
+        quorum = came >= needed
         following, mixed = self._fold(model, updates) if quorum else (model, None)
         if not quorum:
             self._emit(
                 events.Notice(
                     "warning",
-                    f"round {number}: {len(updates)} updates accepted,"
+                    f"round {number}: {came} updates accepted,"
                     f" {needed} needed; the model stays as it was",
                 )
             )

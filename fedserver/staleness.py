@@ -7,6 +7,7 @@ the mean stays what its examples give it, so that a discount also holds where it
 from __future__ import annotations
 
 from aggregators import Update
+from aggregators.cohort import Cohort
 from aggregators.messages import Plan
 from aggregators.methods import HybridMethod, LoraMethod, ZerothOrderMethod
 from fedserver.ledger import Ledger
@@ -27,9 +28,11 @@ def still_counts(plan: Plan, round_number: int, rules: RoundKeys) -> bool:
     )
 
 
-def discounted(update: Update, discount: float) -> Update:
-    """The update as it enters the aggregate; one that is not late keeps its bytes."""
-    return update if discount == 1.0 else update * discount
+def discounted(update: Update | Cohort, discount: float) -> Update | Cohort:
+    """The update as it enters the aggregate; one that is not late, as no cohort is, keeps its bytes."""
+    if discount == 1.0 or isinstance(update, Cohort):
+        return update
+    return update * discount
 
 
 def unanswered(ledger: Ledger, rules: RoundKeys) -> list[tuple[str, int]]:

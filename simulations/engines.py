@@ -19,6 +19,7 @@ from fedserver.exchange import Exchange
 from fedserver.ledger import KEYS
 from fedserver.live_log import LiveLog
 from fedserver.rounds import Coordinator
+from simulations.edges import edge_node
 from simulations.faults import away, faulty
 from simulations.local_grid import FIRST_NODE, LocalGrid, SimulatedClock, honest
 
@@ -64,7 +65,7 @@ def run_local(
         told(events.NodeProgress(round_number, node, step, steps, loss))
 
     def started(node_id: int, message: object) -> None:
-        if round_number:
+        if round_number and node_id - FIRST_NODE < len(names):
             told(events.NodeStarted(round_number, names[node_id - FIRST_NODE]))
 
     client = honest(make_client_app(answers_of(Worker(progress))))
@@ -73,9 +74,15 @@ def run_local(
         index: away(node.away, faulty(node.fault or "", client, configuration.deadline_seconds))
         for index, node in enumerate(configuration.nodes)
     }
-    keys = {index: folder / KEYS / "nodes" / f"{index}.pem" for index in answers}
-    signed = keys if configuration.signatures == "required" else None
-    exchange = Exchange(LocalGrid(answers, clock, on_start=started, keys=signed), clock)
+    keys = {
+        index: folder / KEYS / "nodes" / f"{index}.pem"
+        for index in range(len(answers) + len(configuration.edges))
+        if configuration.signatures == "required"
+    }
+    for place, edge in enumerate(configuration.edges):
+        behind = {names.index(name): answers.pop(names.index(name)) for name in edge.nodes}
+        answers[len(names) + place] = edge_node(edge.name, behind, keys, started, told)
+    exchange = Exchange(LocalGrid(answers, clock, on_start=started, keys=keys), clock)
     Coordinator(configuration, exchange, folder, emit=listen, resume=resume).run()
 
 
@@ -83,6 +90,8 @@ def run_flower(
     configuration: RunConfiguration, folder: Path, emit: events.Listener, *, resume: bool = False
 ) -> None:
     """Run under Flower's simulation engine: every node's work is done by a Ray actor."""
+    if configuration.edges:
+        raise ConfigurationError("edges are simulated by --engine local only")
     faults = [node.name for node in configuration.nodes if node.fault or node.away]
     if faults:
         raise ConfigurationError(f"node {faults[0]!r}: faults are simulated by --engine local only")

@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.app import Context, Error, Message, MessageType
 
 from aggregators.codec import pack, unpack
 from aggregators.signatures import join_signature, split_signature
+from fedhost.payloads import from_records, to_records
 from simulations.local_grid import Answer, Delivery
 
-RECORD = "fedbraid"
 PROCESS_DIED = 8  # Flower's error code for a ClientApp process that was killed.
 
 Header = dict[str, Any]
@@ -54,17 +54,15 @@ def away(rounds: Collection[int], answer: Answer) -> Answer:
 def _tampered(
     delivery: Delivery, change: Callable[[Header, Tensors], None], asked: Message
 ) -> Delivery:
-    record = delivery.reply.content[RECORD]
-    assert isinstance(record, ConfigRecord)
-    payload = record["payload"]
-    assert isinstance(payload, bytes)
+    payload = from_records(delivery.reply.content)
+    assert payload is not None
     reply, signature = split_signature(payload)
     header, tensors = unpack(reply)
     change(header, tensors)
     # The signature stays that of what the node meant to send.
     tampered = join_signature(pack(header, tensors), signature)
-    forged = ConfigRecord({**record, "payload": tampered})
-    return Delivery(Message(RecordDict({RECORD: forged}), reply_to=asked), delivery.after)
+    forged = Message(to_records(tampered, {"seconds": 0.0}), reply_to=asked)
+    return Delivery(forged, delivery.after)
 
 
 def _in_body(change: Callable[[Header, Tensors], None]) -> Callable[[Header, Tensors], None]:

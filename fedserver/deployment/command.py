@@ -39,6 +39,13 @@ def up(
     authority: Annotated[
         Path | None, typer.Option(help="The authority of --certificate, for devices to pin.")
     ] = None,
+    dashboard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS:PORT",
+            help="Where people with an account see the dashboard; '' for nowhere.",
+        ),
+    ] = None,
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Stay, for systemd or a container.")
     ] = False,
@@ -50,6 +57,7 @@ def up(
     from fedserver.deployment.processes import check_startable, supervise
 
     changes: dict[str, Any] = {"listen": listen, "names": tuple(name) if name else None}
+    changes["dashboard"] = dashboard
     given = {"certificate": certificate, "key": key, "authority": authority}
     changes |= {k: str(v.expanduser().resolve()) for k, v in given.items() if v is not None}
     folder = open_folder(directory)
@@ -62,6 +70,8 @@ def up(
     command = [sys.executable, "-m", "fedserver.deployment.processes", str(folder.path)]
     start_detached(command, folder.path, lambda: is_healthy(settings.host, settings.port, pinned))
     print(f"https://{settings.address} serves; folder {folder.path}")
+    if settings.dashboard:
+        print(f"https://{settings.dashboard} shows the dashboard")
 
 
 @server_app.command()
@@ -133,7 +143,7 @@ def run(
 
     folder = open_folder(directory)
     configuration = load(scenario, override or ())
-    target = (output or folder.path / "runs" / configuration.name).expanduser().resolve()
+    target = (output or folder.runs / configuration.name).expanduser().resolve()
     file = Path(scenario).expanduser()
     control = FlowerControl(folder.ports().superlink, folder.loopback_identity.authority)
     settings: dict[str, str | bool] = {

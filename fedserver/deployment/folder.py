@@ -42,7 +42,8 @@ class Settings:
     """What the operator chose. ``names``: hosts and addresses by which devices know the server.
 
     ``certificate``, ``key``, ``authority``: given PEM files instead of a certificate of the server's own
-    authority. ``body_megabytes``: the largest request that a node may send.
+    authority. ``body_megabytes``: the largest request that a node may send. ``dashboard``: where the
+    front door shows the dashboard of all runs, "" for nowhere.
     """
 
     listen: str = DEFAULT_LISTEN
@@ -51,6 +52,7 @@ class Settings:
     key: str = ""
     authority: str = ""
     body_megabytes: int = 256
+    dashboard: str = ""
 
     @property
     def host(self) -> str:
@@ -70,25 +72,34 @@ class Settings:
 
     def check(self) -> None:
         """Raise FolderError for what cannot work, or would not be safe."""
-        host, _, port = self.listen.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise FolderError(f"listen {self.listen!r}: write ADDRESS:PORT, e.g. {DEFAULT_LISTEN}")
-        try:
-            loopback = ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            raise FolderError(f"listen {self.host!r}: write an address, e.g. 0.0.0.0") from None
+        loopback = _is_loopback("listen", self.listen)
+        if self.dashboard:
+            loopback = _is_loopback("dashboard", self.dashboard) and loopback
+            if self.dashboard.rpartition(":")[2] == str(self.port):
+                raise FolderError(f"dashboard {self.dashboard!r}: devices connect to that port")
         given = (self.certificate, self.key, self.authority)
         if any(given) and not all(given):
             raise FolderError("a given certificate needs its key and its authority as well")
         if not loopback and not self.names:
             # Without a name in the certificate devices could not check whom they talk to.
             raise FolderError(
-                f"{self.host} is reachable from elsewhere: say with --name HOST by which name, so"
+                "the server is reachable from elsewhere: say with --name HOST by which name, so"
                 " that the TLS certificate holds it"
             )
         for name in self.names:
             if not name or any(c.isspace() or c in "/@;{}\"'" for c in name):
                 raise FolderError(f"name {name!r}: write a host name or an address")
+
+
+def _is_loopback(what: str, listen: str) -> bool:
+    """Whether only this machine can reach an ADDRESS:PORT. Raises FolderError where it is none."""
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise FolderError(f"{what} {listen!r}: write ADDRESS:PORT, e.g. {DEFAULT_LISTEN}")
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        raise FolderError(f"{what} {host!r}: write an address, e.g. 0.0.0.0") from None
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,7 @@ class Ports:
     superlink: int
     superexec_health: int
     gatekeeper: int
+    dashboard: int
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,11 @@ class ServerFolder:
     def registry(self) -> Path:
         """The registry of invitations and nodes."""
         return self.path / "enrolment.db"
+
+    @property
+    def runs(self) -> Path:
+        """The run folders, and the accounts of those who may look at them."""
+        return self.path / "runs"
 
     @property
     def flower(self) -> Path:
@@ -179,7 +196,7 @@ class ServerFolder:
         except FolderError:
             ports = None
         if ports is None or any(accepts(port) for port in asdict(ports).values()):
-            ports = Ports(*free_ports(3))
+            ports = Ports(*free_ports(4))
         write_private(self.path / "ports.json", json.dumps(asdict(ports)))
         self._connect_flower(ports)
         return ports
@@ -188,7 +205,7 @@ class ServerFolder:
         """The ports of the last start. Raises FolderError if there was none."""
         try:
             return Ports(**json.loads((self.path / "ports.json").read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, TypeError):  # An older version had fewer.
             raise FolderError(
                 f"the server has never run: 'fedbraid server up {self.path}'"
             ) from None

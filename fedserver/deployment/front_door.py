@@ -38,6 +38,10 @@ SEND_SECONDS = 60
 NODE_RATE, NODE_BURST, NODE_CONNECTIONS = 50, 200, 32
 ADDRESS_RATE, ADDRESS_BURST, ADDRESS_CONNECTIONS = 500, 1000, 512
 ENROL_RATE, ENROL_BURST, ENROL_CONNECTIONS = 2, 20, 16
+# People, by address: a page takes some ten requests, a password a tenth of a second of hashing.
+VIEW_RATE, VIEW_BURST, VIEW_CONNECTIONS = 20, 100, 64
+LOGIN_RATE, LOGIN_BURST = 1, 10
+VIEW_BODY, STREAM_SECONDS = "64k", 3600
 
 
 class FrontDoorError(Exception):
@@ -46,7 +50,10 @@ class FrontDoorError(Exception):
 
 @dataclass(frozen=True)
 class FrontDoor:
-    """What is to be let through, and where to. ``host`` and ``port``: where devices connect."""
+    """What is to be let through, and where to. ``host`` and ``port``: where devices connect.
+
+    ``dashboard``: ADDRESS:PORT where people do, "" for nowhere.
+    """
 
     host: str
     port: int
@@ -55,6 +62,8 @@ class FrontDoor:
     superlink_authority: Path
     gatekeeper_port: int
     body_megabytes: int
+    dashboard: str = ""
+    dashboard_port: int = 0
 
     def configuration(self, folder: Path) -> str:
         """The whole of nginx.conf. Logs and process id are kept in ``folder``."""
@@ -142,8 +151,36 @@ http {{
 {enrol}
 {fleet}
   }}
+{self._dashboard() if self.dashboard else ""}
 }}
 """
+
+    def _dashboard(self) -> str:
+        # A port of its own: the pages' addresses and their cookie (__Host-) begin at the root.
+        return f"""\
+  limit_req_zone $binary_remote_addr zone=view_rate:2m rate={VIEW_RATE}r/s;
+  limit_req_zone $binary_remote_addr zone=login_rate:2m rate={LOGIN_RATE}r/s;
+  limit_conn_zone $binary_remote_addr zone=view_connections:2m;
+  upstream dashboard {{ server {LOOPBACK}:{self.dashboard_port}; keepalive 8; keepalive_timeout 3s; }}
+  server {{
+    listen {self.dashboard} ssl;
+    ssl_certificate {self.identity.certificate};
+    ssl_certificate_key {self.identity.key};
+    ssl_protocols TLSv1.3;
+    ssl_session_tickets off;
+    ssl_early_data off;
+    client_max_body_size {VIEW_BODY};
+    limit_req zone=view_rate burst={VIEW_BURST} nodelay;
+    limit_conn view_connections {VIEW_CONNECTIONS};
+    # A live view is one answer that goes on.
+    proxy_read_timeout {STREAM_SECONDS}s;
+
+    location / {{ proxy_pass http://dashboard; }}
+    location = /login {{
+      limit_req zone=login_rate burst={LOGIN_BURST} nodelay;
+      proxy_pass http://dashboard;
+    }}
+  }}"""
 
     def _fleet(self, route: str) -> str:
         # If the gatekeeper is down nginx would say 500, at which a SuperNode's heartbeat ends for good.

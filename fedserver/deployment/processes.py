@@ -21,6 +21,7 @@ from fedhost.ports import LOOPBACK, accepts, holder
 from fedhost.probes import answers_grpc, answers_http
 from fedhost.supervision import Child, SupervisionError, Supervisor, status_of
 from fedserver.deployment.certificates import CertificateError, check_given
+from fedserver.deployment.dashboard import require_accounts
 from fedserver.deployment.folder import FolderError, Ports, ServerFolder, Settings, open_folder
 from fedserver.deployment.front_door import FrontDoor, FrontDoorError, is_healthy
 
@@ -53,6 +54,8 @@ def children(folder: ServerFolder, settings: Settings, ports: Ports) -> list[Chi
         superlink_port=ports.superlink,
         superlink_authority=loopback.authority,
         gatekeeper_port=ports.gatekeeper,
+        dashboard=settings.dashboard,
+        dashboard_port=ports.dashboard,
         body_megabytes=settings.body_megabytes,
     )
     superlink = [
@@ -76,12 +79,15 @@ def children(folder: ServerFolder, settings: Settings, ports: Ports) -> list[Chi
         "--health-server-address", f"{LOOPBACK}:{ports.superexec_health}",
     ]  # fmt: skip
     gatekeeper = [sys.executable, "-m", "fedserver.deployment.service", str(folder.path)]
+    dashboard = [sys.executable, "-m", "fedserver.deployment.dashboard", str(folder.path)]
+    shows = [Child("dashboard", dashboard, own, lambda: answers_http(ports.dashboard))]
     return [
         Child("superlink", superlink, own, lambda: superlink_serves(folder, ports)),
         Child(
             "superexec", superexec, own, lambda: answers_grpc(ports.superexec_health)
         ),
         Child("gatekeeper", gatekeeper, own, lambda: answers_http(ports.gatekeeper)),
+        *(shows if settings.dashboard else []),
         Child(
             "nginx", door.write(folder.path / "nginx"), own,
             lambda: is_healthy(settings.host, settings.port, shown.authority),
@@ -96,22 +102,30 @@ def check_startable(folder: ServerFolder, settings: Settings) -> None:
         raise SupervisionError(f"{folder.path} is already running (process {told['pid']})")
     if settings.certificate:
         check_given(folder.identity(settings), datetime.now(UTC))
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as probe:
+    _check_free(settings.listen, "--listen")
+    if settings.dashboard:
+        require_accounts(folder)
+        _check_free(settings.dashboard, "--dashboard")
+
+
+def _check_free(listen: str, option: str) -> None:
+    host, _, digits = listen.rpartition(":")
+    host, port = host.strip("[]"), int(digits)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((settings.host, settings.port))
+            probe.bind((host, port))
         except PermissionError:
             raise FolderError(
-                f"port {settings.port} is for root: choose one above 1023 with --listen"
+                f"port {port} is for root: choose one above 1023 with {option}"
             ) from None
         except OSError as error:
-            if accepts(settings.port, settings.host):
+            if accepts(port, host):
                 raise FolderError(
-                    f"port {settings.port} is taken by {holder(settings.port)}: end that, or choose"
-                    " another one with --listen"
+                    f"port {port} is taken by {holder(port)}: end that, or choose another one with"
+                    f" {option}"
                 ) from None
-            raise FolderError(f"cannot listen on {settings.listen}: {error.strerror}") from None
+            raise FolderError(f"cannot listen on {listen}: {error.strerror}") from None
 
 
 def supervise(path: Path) -> None:

@@ -14,6 +14,7 @@ from aggregators.messages import WireDtype
 from aggregators.methods import BaseFormat, Sampling
 from aggregators.presets import PRESETS, STRANDS, Strand
 from fedserver.scenario.data import DataConfiguration
+from fedserver.scenario.edges import EdgeConfiguration, check_edges
 from fedserver.scenario.mistakes import nearest
 from fedserver.scenario.nodes import NodeConfiguration
 from fedserver.scenario.rounds import RoundKeys
@@ -104,6 +105,9 @@ class RunConfiguration(RoundKeys):
     projected: ProjectedConfiguration = ProjectedConfiguration()
     mixing: MixingConfiguration = MixingConfiguration()
     nodes: tuple[NodeConfiguration, ...] = Field(min_length=1)
+    edges: tuple[EdgeConfiguration, ...] = Field(
+        default=(), description="aggregators between nodes and server; part of no number"
+    )
 
     @field_validator("preset")
     @classmethod
@@ -136,6 +140,13 @@ class RunConfiguration(RoundKeys):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"nodes: name {twice[0]!r} is used twice")
+        check_edges(self.edges, names)
+        if self.edges and PRESETS[self.preset].server == "average_factors":
+            raise ValueError(
+                f"edges: preset {self.preset!r} averages factors, which is no sum; leave edges out"
+            )
+        if self.edges and self.asynchronous:
+            raise ValueError("edges: an edge answers with the sum of a round; asynchronous = false")
         training = sum(node.trains for node in self.nodes)
         if training == 0:
             raise ValueError("nodes: none of them trains")
@@ -244,6 +255,8 @@ class RunConfiguration(RoundKeys):
                 "rounds": True,
                 # Who signed stands beside what was sent, so a deployment has its simulation's head.
                 "signatures": True,
+                # Sums of sums are exact: who adds what on the way changes nothing.
+                "edges": True,
                 # What a device would take is a view of a run, and changes none of its numbers.
                 "nodes": {"__all__": {"speed", "link_mbps"}},
             },
@@ -314,6 +327,10 @@ class RunConfiguration(RoundKeys):
     def largest_rank(self) -> int:
         """The highest rank that any node trains."""
         return max(node.lora_r or self.lora_r for node in self.nodes)
+
+    def answering(self) -> int:
+        """How many answer the server itself: edges, and nodes that are behind none."""
+        return len(self.edges) + len(self.nodes) - sum(len(edge.nodes) for edge in self.edges)
 
     def minimum_updates(self) -> int:
         """The quorum of a round, by default a majority of the nodes that it asks to train."""

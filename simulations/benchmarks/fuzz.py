@@ -29,6 +29,7 @@ from rich.table import Table
 
 from aggregators import UpdateRejected, admit, decode, encode
 from aggregators.codec import METADATA_KEY, pack, unpack
+from aggregators.cohort import Cohort
 from aggregators.messages import open_body
 from simulations.benchmarks.specimens import (
     LAYOUT,
@@ -173,7 +174,9 @@ def _reader(
     def read() -> None:
         if whole:
             payload = with_body(reply, data) if reply else data
-            update = admit(payload, specimen.context).update
+            admitted = admit(payload, specimen.context).update
+            assert not isinstance(admitted, Cohort)
+            update = admitted
         else:
             update = decode(data, LAYOUT, max_bytes=specimen.context.max_bytes)
         if update is not None:

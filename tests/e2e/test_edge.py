@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPSConnection
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ from fedserver.deployment.registry import Registry
 from simulations.benchmarks.edge.large_body import send_large_bodies
 from simulations.benchmarks.edge.replays import replay_request, replay_token
 from simulations.benchmarks.edge.routes import open_routes
-from simulations.benchmarks.edge.server import PULL, Device, Door, Server, running_server
+from simulations.benchmarks.edge.server import PASSWORD, PULL, Device, Door, Server, running_server
 from simulations.benchmarks.edge.slow_sockets import GIVE_UP_SECONDS, hold_sockets
 
 MEGABYTE = 1 << 20
@@ -209,6 +210,23 @@ def test_nothing_but_health_answers_without_credentials(server: Server) -> None:
     made, answered = open_routes(server)
     assert made > 100
     assert answered == {}
+
+
+def test_who_has_an_account_signs_in_to_the_dashboard(server: Server) -> None:
+    port = int(server.settings.dashboard.rpartition(":")[2])
+    form = f"name=operator&password={PASSWORD.replace(' ', '+')}".encode()
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    door = HTTPSConnection(LOOPBACK, port, context=server.tls(), timeout=60.0)
+    door.request("POST", "/login", form, headers)
+    answer = door.getresponse()
+    answer.read()
+    assert answer.status == 303
+    cookie = answer.headers["set-cookie"]
+    assert "secure" in cookie.lower()
+    door.request("GET", "/api/v1/runs", headers={"Cookie": cookie.partition(";")[0]})
+    shown = door.getresponse()
+    assert shown.status == 200, shown.read()
+    door.close()
 
 
 def test_old_tls_is_not_spoken(server: Server) -> None:

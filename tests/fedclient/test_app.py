@@ -18,8 +18,9 @@ from fedclient.answers import answers_of
 from fedclient.app import make_app, settings_of
 from fedclient.base_model import BaseModelError, LoadedModel
 from fedclient.data import DataError
-from fedclient.node import RECORD, NodeSettings
+from fedclient.node import NodeSettings
 from fedclient.worker import NodeError, Worker
+from fedhost.payloads import RECORD
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
-"""Which routes answer somebody who shows no credentials: none but health and readiness."""
+"""Which routes answer somebody who shows no credentials: health, readiness and the sign-in page."""
 
 from __future__ import annotations
 
+import re
 import time
 from http import HTTPStatus
 
@@ -9,6 +10,8 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
 from fedhost.enrolment import AUTHORITY_ROUTE, JOIN_ROUTE, LEAVE_ROUTE, NODE_ROUTE
+from fedserver.dashboard.accounts import Accounts
+from fedserver.dashboard.application import make_application
 from simulations.benchmarks.edge.server import Door, Server
 
 OPEN = ("/health", "/ready")
@@ -41,6 +44,28 @@ def open_routes(server: Server) -> tuple[int, dict[str, int]]:
         status = _status(door, "GET", path, {})
         if status != 200:
             answered[f"GET {path}"] = status
+    door.close()
+    seen, shown = _dashboard_routes(server)
+    return made + seen, answered | shown
+
+
+def _dashboard_routes(server: Server) -> tuple[int, dict[str, int]]:
+    """The same of the dashboard, every route by every method; anybody may see the page to sign in."""
+    runs = server.folder.runs
+    door = Door(server, port=int(server.settings.dashboard.rpartition(":")[2]))
+    answered: dict[str, int] = {}
+    made = 0
+    for route in make_application(runs, Accounts(runs)).routes:
+        path = re.sub(r"\{round(:int)?\}", "1", getattr(route, "path", "/"))
+        path = re.sub(r"\{\w+\}", "any", path)
+        for method in ("GET", "POST"):
+            status = _status(door, method, path, {"Content-Length": "0"})
+            made += 1
+            page = path.startswith(("/login", "/static"))
+            if status not in REFUSALS and not (page and method == "GET"):
+                answered[f"{method} {path}"] = status
+    if (status := _status(door, "GET", "/login", {})) != HTTPStatus.OK:
+        answered["GET /login"] = status
     door.close()
     return made, answered
 

@@ -24,10 +24,12 @@ from fedhost.enrolment import Token, fingerprint_of
 from fedhost.node_signature import public_pem, signed_headers
 from fedhost.ports import LOOPBACK, free_ports
 from fedhost.supervision import status_of, stop
+from fedserver.dashboard.accounts import OPERATOR, Accounts
 from fedserver.deployment.folder import ServerFolder, Settings
 from fedserver.deployment.registry import Registry
 
 HEARTBEAT_SECONDS = 30.0
+PASSWORD = "a password of tests"
 PULL = "/v1/fleet/pull-messages"
 
 
@@ -85,9 +87,11 @@ class Server:
 class Door:
     """One kept connection to the front door; reconnects when the server has closed it."""
 
-    def __init__(self, server: Server, context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, server: Server, context: ssl.SSLContext | None = None, port: int | None = None
+    ) -> None:
         self._connection = http.client.HTTPSConnection(
-            LOOPBACK, server.settings.port, timeout=60.0, context=context or server.tls()
+            LOOPBACK, port or server.settings.port, timeout=60.0, context=context or server.tls()
         )
 
     def ask(
@@ -148,11 +152,15 @@ def _activated(content: bytes) -> int:
 
 @contextmanager
 def running_server(folder: Path) -> Iterator[Server]:
-    """``fedbraid server up`` on a free loopback port; stopped in the end."""
-    listen = f"{LOOPBACK}:{free_ports(1)[0]}"
+    """``fedbraid server up`` on free loopback ports, with a dashboard; stopped in the end."""
+    listen, dashboard = (f"{LOOPBACK}:{port}" for port in free_ports(2))
+    runs = ServerFolder(folder).runs
+    runs.mkdir(parents=True)
+    Accounts(runs).add("operator", OPERATOR, PASSWORD)
     command = [sys.executable, "-m", "simulations.command", "server", "up", str(folder)]
     try:
-        subprocess.run([*command, "--listen", listen], check=True, capture_output=True, text=True)
+        command += ["--listen", listen, "--dashboard", dashboard]
+        subprocess.run(command, check=True, capture_output=True, text=True)
         opened = ServerFolder(folder.resolve())
         yield Server(opened, opened.settings())
     except subprocess.CalledProcessError as error:

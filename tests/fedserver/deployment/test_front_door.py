@@ -12,6 +12,7 @@ import pytest
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
 from fedhost.ports import LOOPBACK, free_ports
+from fedserver.dashboard.accounts import Accounts
 from fedserver.deployment.certificates import make_authority, make_server_certificate
 from fedserver.deployment.folder import FolderError, ServerFolder, Settings
 from fedserver.deployment.front_door import FLEET_ROUTES, FrontDoor, FrontDoorError
@@ -23,8 +24,10 @@ def door(tmp_path: Path) -> Callable[..., FrontDoor]:
     authority = make_authority(tmp_path / "authority")
     identity = make_server_certificate(tmp_path / "own", authority, [])
 
-    def make(host: str = LOOPBACK) -> FrontDoor:
-        return FrontDoor(host, 8443, identity, 8001, authority.certificate, 8002, 64)
+    def make(host: str = LOOPBACK, dashboard: str = "") -> FrontDoor:
+        return FrontDoor(
+            host, 8443, identity, 8001, authority.certificate, 8002, 64, dashboard, 8003
+        )
 
     return make
 
@@ -39,6 +42,36 @@ def test_nginx_accepts_it_and_listens_with_tls_13_only(
         assert len(listens) == 1
         assert "ssl" in listens[0].split()
         assert re.findall(r"ssl_protocols (.*);", dump)[0] == "TLSv1.3"
+
+
+def test_the_dashboard_has_a_port_of_its_own_with_tls_13(
+    door: Callable[..., FrontDoor], tmp_path: Path
+) -> None:
+    for host in (LOOPBACK, "0.0.0.0", "[::]"):
+        command = door(LOOPBACK, f"{host}:8444").write(tmp_path / "nginx")
+        dump = subprocess.run([*command, "-T"], capture_output=True, text=True, check=True).stdout
+        servers = dump.split("  server {")
+        assert len(servers) == 3
+        assert "listen 127.0.0.1:8443 ssl" in servers[1]
+        assert "http://dashboard" not in servers[1].partition("upstream dashboard")[0]
+        assert f"listen {host}:8444 ssl" in servers[2]
+        assert "TLSv1.3;" in servers[2]
+        assert "superlink" not in servers[2].partition("upstream")[0]
+
+
+def test_the_dashboard_is_shown_to_nobody_without_an_account(tmp_path: Path) -> None:
+    folder = ServerFolder(tmp_path / "server")
+    listen, dashboard = (f"{LOOPBACK}:{port}" for port in free_ports(2))
+    settings = folder.prepare({"listen": listen, "dashboard": dashboard})
+    with pytest.raises(FolderError, match="fedbraid accounts add"):
+        check_startable(folder, settings)
+    Accounts(folder.runs).add("me", "operator", "a long password")
+    check_startable(folder, settings)
+    names = [child.name for child in children(folder, settings, folder.choose_ports())]
+    assert names.index("dashboard") < names.index("nginx")
+    assert "dashboard" not in [
+        child.name for child in children(folder, folder.prepare({"dashboard": ""}), folder.ports())
+    ]
 
 
 def test_only_flowers_fleet_routes_lead_to_the_superlink(door: Callable[..., FrontDoor]) -> None:
@@ -74,6 +107,9 @@ def test_what_is_reachable_from_elsewhere_needs_a_name_in_its_certificate() -> N
         Settings(listen="host:8443"),
         Settings(listen="127.0.0.1:70000"),
         Settings(certificate="a.pem"),
+        Settings(dashboard="0.0.0.0:8444"),
+        Settings(dashboard="127.0.0.1:8443"),
+        Settings(dashboard="8444"),
         Settings(names=("a; include /etc/passwd",)),
     ):
         with pytest.raises(FolderError):

@@ -1,0 +1,1 @@
+"""A deployed server under the load of many nodes that train nothing."""
