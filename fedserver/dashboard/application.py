@@ -28,7 +28,7 @@ from fedserver.dashboard.accounts import LOOPBACK, AccountError, Accounts
 from fedserver.dashboard.actions import Desk, scenario_names
 from fedserver.dashboard.exposition import CONTENT_TYPE, exposition
 from fedserver.dashboard.guard import COOKIE, Guard, form_of
-from fedserver.dashboard.html import render
+from fedserver.dashboard.html import compile_templates, render
 from fedserver.dashboard.jobs import JobError, Jobs
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import NotThere, Page, Question, run_address
@@ -58,6 +58,7 @@ def make_application(
     library = Library(root)
     # The first look at a thousand runs takes longer than any later one.
     library.rows()
+    compile_templates()
     site = Site(library, accounts)
     application = Starlette(
         routes=site.routes(),

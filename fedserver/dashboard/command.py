@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import sys
 import webbrowser
@@ -161,6 +162,8 @@ def serve(
     address = f"{'https' if tls else 'http'}://{shown}:{listening.getsockname()[1]}/"
     if not accounts.names():
         address += f"login?invitation={accounts.invite()}"
+    # A round of ten thousand nodes is as many small objects, and none of them is garbage.
+    gc.set_threshold(50_000, 20, 100)
     print(f"dashboard of {folder}: {address}", flush=True)
     if show:
         webbrowser.open(address)

@@ -22,6 +22,11 @@ from fedserver.live_log import EVENTS, LIVE, state_of
 LEDGER, METRICS, SUMMARY, CONTROL = "ledger.db", "metrics.jsonl", "summary.json", "control.db"
 WATCHED = (LEDGER, f"{LEDGER}-wal", METRICS, SUMMARY, LIVE, EVENTS, CONTROL, f"{CONTROL}-wal")
 NODES = b', "nodes": ['
+# A round's clocks hold those of all its nodes; SQLite finds the one that is wanted in their text.
+STARTED = (
+    "CASE WHEN json_valid(wall) THEN"
+    " coalesce(json_extract(wall, '$.started'), json_extract(wall, '$.applied')) END"
+)
 ROUNDS_OF_NODES = 8
 """Of this many of the last rounds a node's part is remembered, however long the run."""
 
@@ -98,11 +103,22 @@ class RunReader:
         """How many updates of a round are signed, and how many there are; without parsing it."""
         with self._ledger() as database:
             row = database.execute(
-                "SELECT content FROM entries WHERE kind = 'round' AND round = ?", (number,)
+                "SELECT content, signatures FROM entries WHERE kind = 'round' AND round = ?",
+                (number,),
             ).fetchone()
+        if row is None:
+            return 0, 0
         # Quotes inside of texts are escaped in canonical JSON, so that a name cannot be counted.
-        text = row[0] if row else ""
-        return text.count('"signature":"'), text.count('"update":"')
+        return len(_parsed(row[1].encode())), row[0].count('"update":"')
+
+    def round_times(self, since: int) -> dict[int, float]:
+        """When each round from ``since`` on began, in seconds since 1970."""
+        with self._ledger() as database:
+            rows = database.execute(
+                f"SELECT round, {STARTED} FROM entries WHERE kind = 'round' AND round >= ?",
+                (since,),
+            ).fetchall()
+        return dict(rows)
 
     def entries(self) -> list[Row]:
         """Height, kind, round, hash, previous hash and size of all entries, newest first."""
@@ -183,16 +199,11 @@ class RunReader:
     def _read_entries(self) -> list[Row]:
         with self._ledger() as database:
             rows = database.execute(
-                "SELECT height, kind, round, hash, previous, length(content), wall FROM entries"
-                " ORDER BY height DESC"
+                "SELECT height, kind, round, hash, previous, length(content),"
+                f" {STARTED} FROM entries ORDER BY height DESC"
             ).fetchall()
-        keys = ("height", "kind", "round", "hash", "previous", "content_bytes")
-        found = []
-        for *columns, wall in rows:
-            times = _parsed(wall.encode())
-            began = times.get("started", times.get("applied"))
-            found.append(dict(zip(keys, columns, strict=True)) | {"time": began})
-        return found
+        keys = ("height", "kind", "round", "hash", "previous", "content_bytes", "time")
+        return [dict(zip(keys, row, strict=True)) for row in rows]
 
     def _read_operator(self) -> list[Row]:
         with self._ledger() as database:
@@ -222,7 +233,8 @@ class RunReader:
                 database.close()
                 with closing(sqlite3.connect(":memory:")) as empty:
                     empty.execute(
-                        "CREATE TABLE entries (height, kind, round, content, previous, hash, wall)"
+                        "CREATE TABLE entries"
+                        " (height, kind, round, content, previous, hash, wall, signatures)"
                     )
                     yield empty
                 return
@@ -245,10 +257,10 @@ class RunReader:
             return found
 
 
-def file_stamp(path: Path) -> Stamp | None:
+def file_stamp(path: Path | str) -> Stamp | None:
     """What changes when a file does; None where there is none."""
     try:
-        found = path.stat()
+        found = os.stat(path)
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
