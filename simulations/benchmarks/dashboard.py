@@ -3,11 +3,12 @@
 python -m simulations.benchmarks.dashboard [--runs 1000] [--nodes 10000] [--viewers 200] [--rounds 0]
 
 A real dashboard process serves folders that ledger and metrics have written; requests and viewers are
-real connections over loopback. ``--rounds N`` also runs N rounds of the quickstart scenario, half of them
-with all viewers on its page, in the order without, with, with, without; so a machine that gets slower
-meets both alike. The run and the dashboard's server have the system's usual priority, the viewers are
-another process of the lowest one: on two cores they have what the server leaves of the second. Beside the
-ratio of the medians stands that of the rounds without viewers among themselves, which no viewer explains.
+real connections over loopback. ``--rounds N`` also runs N rounds of the quickstart scenario, half of
+them with all viewers on its page, in the order without, with, with, without; so a machine that gets
+slower meets both alike. The run and the dashboard's server have the system's usual priority, the viewers
+are another process of the lowest one: on two cores they have what the server leaves of the second. Beside
+the ratio of the medians stands that of the rounds without viewers among themselves, which no viewer
+explains.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ PAINTS = (
     "/runs/big/plan",
     "/runs/big/privacy",
     "/runs/big/robustness",
-    "/runs/big/rounds/3",
+    "/runs/big/rounds/2",
     "/runs/big/ledger",
 )
 CHANGES = 40

@@ -3,8 +3,8 @@
     python -m simulations.benchmarks.viewers ADDRESS PATH COUNT
 
 The first line of standard input is a bearer token. After "on" it opens COUNT event streams and answers
-"on" when each has had its first event; "off" closes them. It runs at the lowest priority: what is left of
-a core beside a simulation and the dashboard's own server.
+"on" when each has had its first event; "off" closes them. It runs at the lowest priority, with what is
+left of a core beside a simulation and the dashboard's own server.
 """
 
 from __future__ import annotations
