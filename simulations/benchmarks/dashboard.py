@@ -3,12 +3,11 @@
 python -m simulations.benchmarks.dashboard [--runs 1000] [--nodes 10000] [--viewers 200] [--rounds 0]
 
 A real dashboard process serves folders that ledger and metrics have written; requests and viewers are
-real connections over loopback. ``--rounds N`` also runs N rounds of the quickstart scenario, half of
-them with all viewers on its page, in the order without, with, with, without; so a machine that gets
-slower meets both alike. The run and the dashboard's server have the system's usual priority, the viewers
-are another process of the lowest one: on two cores they have what the server leaves of the second. Beside
-the ratio of the medians stands that of the rounds without viewers among themselves, which no viewer
-explains.
+real connections over loopback. ``--rounds N`` also runs N rounds of the quickstart scenario with one
+thread, half of them with all viewers on its page, in the order without, with, with, without: a machine
+that gets slower meets both alike. The run and the dashboard's server have one priority, the viewers are
+another process of the lowest one: on two cores they have what the server leaves of the second. Beside
+the ratio of the medians is that of rounds without viewers among themselves, which no viewer explains.
 """
 
 from __future__ import annotations
@@ -239,7 +238,8 @@ def rounds_with_and_without(
     # The first rounds also load and compile; four of them keep the order of the others.
     first = 4
     total = first + rounds
-    configuration = load("quickstart", [f"rounds={total}", "evaluate=false", "local_steps=2"])
+    changes = [f"rounds={total}", "threads=1", "evaluate=false", "local_steps=2"]
+    configuration = load("quickstart", changes)
     seconds: dict[int, float] = {}
     worked: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
