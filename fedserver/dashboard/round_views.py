@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedserver.dashboard.page import NotThere, Page, Question, page_of, run_address
-from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.run_reader import REPORT, Row, RunReader
 from fedserver.dashboard.tables import Column, LazyRows, make_table
 
 PHASES = ("plan", "train", "aggregate", "commit")
@@ -56,6 +56,7 @@ NODES = (
     Column("bytes_up", "Sent", "bytes"),
     Column("bytes_down", "Received", "bytes"),
     Column("seconds", "Took", "seconds"),
+    Column("signed_by", "Signed with", "hash"),
     Column("verdict", "Verdict", "state"),
     Column("reason", "Reason"),
 )
@@ -119,6 +120,7 @@ def header(run: RunReader) -> dict[str, Any]:
         "seconds_left": pace * left if pace is not None and state == "running" else None,
         "started": told.get("started"),
         "head": rounds[-1]["head"] if rounds else None,
+        "report": (run.folder / REPORT).is_file(),
     }
 
 
@@ -222,6 +224,7 @@ def node_row(node: Row, entry: Row) -> Row:
         "bytes_up": node.get("bytes_up"),
         "bytes_down": node.get("bytes_down"),
         "seconds": (entry["wall"].get("nodes") or {}).get(node.get("node")),
+        "signed_by": (entry["signatures"].get(node.get("update")) or {}).get("key"),
         "verdict": node.get("verdict"),
         "reason": node.get("reason"),
     }

@@ -20,8 +20,10 @@ from fedserver.dashboard.activity import Activity
 from fedserver.live_log import EVENTS, LIVE, state_of
 
 LEDGER, METRICS, SUMMARY, CONTROL = "ledger.db", "metrics.jsonl", "summary.json", "control.db"
+REPORT = "report.html"
 WATCHED = (LEDGER, f"{LEDGER}-wal", METRICS, SUMMARY, LIVE, EVENTS, CONTROL, f"{CONTROL}-wal")
 NODES = b', "nodes": ['
+COLUMNS = "height, kind, round, content, previous, hash, wall, signatures"
 # A round's clocks hold those of all its nodes; SQLite finds the one that is wanted in their text.
 STARTED = (
     "CASE WHEN json_valid(wall) THEN"
@@ -79,10 +81,10 @@ class RunReader:
         return found if isinstance(found, dict) else {}
 
     def entry(self, kind: str, number: int) -> Row | None:
-        """The newest ledger entry of a kind and round: its columns, content and wall parsed."""
+        """The newest ledger entry of a kind and round: its columns, JSON texts parsed."""
         with self._ledger() as database:
             row = database.execute(
-                "SELECT height, kind, round, content, previous, hash, wall FROM entries"
+                f"SELECT {COLUMNS} FROM entries"
                 " WHERE kind = ? AND round = ? ORDER BY height DESC LIMIT 1",
                 (kind, number),
             ).fetchone()
@@ -208,8 +210,7 @@ class RunReader:
     def _read_operator(self) -> list[Row]:
         with self._ledger() as database:
             rows = database.execute(
-                "SELECT height, kind, round, content, previous, hash, wall FROM entries"
-                " WHERE kind = 'operator' ORDER BY height"
+                f"SELECT {COLUMNS} FROM entries WHERE kind = 'operator' ORDER BY height"
             ).fetchall()
         return [_entry(row) for row in rows]
 
@@ -225,17 +226,15 @@ class RunReader:
             address += "&immutable=1"
         with closing(sqlite3.connect(address, uri=address != ":memory:", timeout=10)) as database:
             try:
+                # A ledger of an earlier version has no seals, until it is migrated.
                 if not database.execute(
-                    "SELECT 1 FROM sqlite_schema WHERE name = 'entries'"
+                    "SELECT 1 FROM pragma_table_info('entries') WHERE name = 'seal'"
                 ).fetchone():
                     raise sqlite3.DatabaseError
             except sqlite3.DatabaseError:
                 database.close()
                 with closing(sqlite3.connect(":memory:")) as empty:
-                    empty.execute(
-                        "CREATE TABLE entries"
-                        " (height, kind, round, content, previous, hash, wall, signatures)"
-                    )
+                    empty.execute(f"CREATE TABLE entries ({COLUMNS}, seal)")
                     yield empty
                 return
             yield database
@@ -275,7 +274,7 @@ def read_json(path: Path) -> Row:
 
 
 def _entry(row: tuple[Any, ...]) -> Row:
-    height, kind, number, content, previous, digest, wall = row
+    height, kind, number, content, previous, digest, wall, signatures = row
     return {
         "height": height,
         "kind": kind,
@@ -284,6 +283,7 @@ def _entry(row: tuple[Any, ...]) -> Row:
         "previous": previous,
         "hash": digest,
         "wall": _parsed(wall.encode()),
+        "signatures": _parsed(signatures.encode()),
     }
 
 

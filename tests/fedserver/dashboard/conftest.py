@@ -69,7 +69,7 @@ def finished_run(
     from simulations.run import simulate
 
     folder = tmp_path_factory.mktemp("finished") / "mixed"
-    simulate(make_configuration(), folder, _silent, samples=0)
+    simulate(make_configuration(signatures="required"), folder, _silent, samples=0)
     return folder
 
 
