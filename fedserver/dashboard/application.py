@@ -25,7 +25,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from fedserver.control import ControlError
-from fedserver.dashboard import actions, devices, ledger_views, library_views, openapi
+from fedserver.dashboard import actions, devices, ledger_views, library_views, oidc, openapi
 from fedserver.dashboard.accounts import LOOPBACK, AccountError, Accounts
 from fedserver.dashboard.actions import Desk, scenario_names
 from fedserver.dashboard.exposition import CONTENT_TYPE, exposition
@@ -33,6 +33,7 @@ from fedserver.dashboard.guard import COOKIE, Guard, form_of
 from fedserver.dashboard.html import compile_templates, render
 from fedserver.dashboard.jobs import JobError, Jobs
 from fedserver.dashboard.library import Library
+from fedserver.dashboard.oidc import Provider
 from fedserver.dashboard.page import NotThere, Page, Question, run_address
 from fedserver.dashboard.registry import BY_NAME, ROUND, VIEWS, View
 from fedserver.dashboard.replays import Replays
@@ -50,9 +51,13 @@ API = "/api/v1"
 
 
 def make_application(
-    root: Path, accounts: Accounts, *, hosts: Sequence[str] | None = LOOPBACK
+    root: Path,
+    accounts: Accounts,
+    *,
+    hosts: Sequence[str] | None = LOOPBACK,
+    provider: Provider | None = None,
 ) -> Starlette:
-    """The dashboard of all runs below ``root``.
+    """The dashboard of all runs below ``root``. ``provider``: who else may say who somebody is.
 
     Raises:
         VendorError: the browser libraries have not been fetched.
@@ -65,7 +70,7 @@ def make_application(
     # The first look at a thousand runs takes longer than any later one.
     library.rows()
     compile_templates()
-    site = Site(library, accounts)
+    site = Site(library, accounts, provider)
     application = Starlette(
         routes=site.routes(),
         middleware=[Middleware(Guard, accounts=accounts, hosts=hosts)],
@@ -78,9 +83,10 @@ def make_application(
 class Site:
     """The handlers, over one library of runs."""
 
-    def __init__(self, library: Library, accounts: Accounts) -> None:
+    def __init__(self, library: Library, accounts: Accounts, provider: Provider | None) -> None:
         self.library = library
         self.accounts = accounts
+        self.provider = provider
         self.channels = Channels()
         self.desk = Desk(library, Jobs(library.root))
         self.replays = Replays(self.desk.jobs)
@@ -91,6 +97,8 @@ class Site:
         return [
             Mount("/static", StaticFiles(directory=STATIC), name="static"),
             Route("/login", self.login, methods=["GET", "POST"]),
+            Route(oidc.START, self.begin_oidc),
+            Route(oidc.CALLBACK, self.finish_oidc),
             Route("/logout", self.logout, methods=["POST"]),
             Route("/", self.runs),
             Route("/start", self.start, methods=["GET", "POST"]),
@@ -147,6 +155,44 @@ class Site:
             return PlainTextResponse(str(error), 400)
         return _signed_in(cookie, _own_path(form.get("wanted", "")))
 
+    async def begin_oidc(self, request: Request) -> Response:
+        """Off to the OpenID provider."""
+        if self.provider is None:
+            raise NotThere("no OpenID provider is configured here")
+        wanted = _own_path(request.query_params.get("wanted", ""))
+        here = str(request.base_url)
+        try:
+            address, browser = await run_in_threadpool(self.provider.begin, wanted, here)
+        except AccountError as error:
+            return self._login_page(request, str(error), wanted, 502)
+        answer = RedirectResponse(address, 303)
+        # Lax: the way back begins at the provider's page.
+        answer.set_cookie(
+            oidc.COOKIE, browser, max_age=int(oidc.ATTEMPT_SECONDS), path="/", secure=True,
+            httponly=True, samesite="lax",
+        )  # fmt: skip
+        return answer
+
+    async def finish_oidc(self, request: Request) -> Response:
+        """Back from the OpenID provider, with a code or with a refusal."""
+        if self.provider is None:
+            raise NotThere("no OpenID provider is configured here")
+        query = request.query_params
+        browser = request.cookies.get(oidc.COOKIE, "")
+        try:
+            who = await run_in_threadpool(
+                self.provider.finish, query.get("state", ""), query.get("code", ""), browser
+            )
+        except AccountError as error:
+            return self._login_page(request, str(error), "", 401)
+        self.accounts.sign_out(request.scope["cookie"])
+        # A redirect would still be of the provider's making, and the strict cookie not sent with it.
+        html = render("arrived.html.jinja", session=None, target=who.wanted or "/")
+        answer = HTMLResponse(html)
+        _set_session(answer, self.accounts.open_session(who.name, who.role))
+        answer.delete_cookie(oidc.COOKIE, path="/", secure=True, httponly=True, samesite="lax")
+        return answer
+
     async def logout(self, request: Request) -> Response:
         """End the session."""
         try:
@@ -165,6 +211,8 @@ class Site:
             problem=problem,
             wanted=_own_path(wanted),
             has_accounts=bool(self.accounts.names()),
+            provider=self.provider.title if self.provider else "",
+            begin=oidc.START,
         )
         return HTMLResponse(html, status)
 
@@ -480,8 +528,12 @@ def _question(request: Request) -> Question:
 
 def _signed_in(cookie: str, target: str) -> Response:
     answer = RedirectResponse(target or "/", 303)
-    answer.set_cookie(COOKIE, cookie, path="/", secure=True, httponly=True, samesite="strict")
+    _set_session(answer, cookie)
     return answer
+
+
+def _set_session(answer: Response, cookie: str) -> None:
+    answer.set_cookie(COOKIE, cookie, path="/", secure=True, httponly=True, samesite="strict")
 
 
 def _own_path(wanted: str) -> str:

@@ -268,6 +268,46 @@ def test_search_sort_verify_and_downloads_work_by_keyboard_and_click(visit: Visi
     assert visit.wrong == []
 
 
+def test_one_signs_in_at_another_site_and_comes_back_signed_in(
+    finished_run: Path, openid_issuer: Any, tmp_path: Path
+) -> None:
+    """The session's cookie is strict, and the browser comes from the provider's site."""
+    import shutil
+
+    shutil.copytree(finished_run, tmp_path / "runs" / "mixed")
+    settings = tmp_path / "oidc.toml"
+    settings.write_text(
+        f'issuer = "{openid_issuer.address}"\nclient_id = "dashboard"\nsecret_file = "secret"\n'
+        'viewers = ["lab"]\n'
+    )
+    (tmp_path / "secret").write_text("the client's secret")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simulations.command", "dashboard", str(tmp_path / "runs"), "--port",
+         "0", "--oidc", str(settings)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        link = re.search(r"http\S+", process.stdout.readline())
+        assert link is not None
+        with tools.browser() as browser:
+            page = browser.new_page()
+            page.set_default_timeout(PATIENCE)
+            said: list[str] = []
+            page.on("pageerror", lambda error: said.append(str(error)))
+            page.goto(link.group(0) + "runs/mixed/ledger")
+            page.get_by_role("link", name="Sign in with localhost").click()
+            page.get_by_role("heading", name="Chain").wait_for()
+            assert page.url == link.group(0) + "runs/mixed/ledger"
+            assert page.locator(".account .role").inner_text() == "viewer"
+            assert said == []
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+
+
 def test_the_report_is_one_file_that_asks_for_nothing(visit: Visit, tmp_path: Path) -> None:
     """As it is downloaded, opened from a disk: its own policy lets it load and run nothing."""
     page = visit.page
