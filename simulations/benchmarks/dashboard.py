@@ -3,7 +3,7 @@
 python -m simulations.benchmarks.dashboard [--runs 1000] [--nodes 10000] [--viewers 200] [--rounds 0]
 
 A real dashboard process serves folders that ledger and metrics have written; requests and viewers are
-real connections over loopback. ``--rounds N`` also runs N rounds of the quickstart scenario with one
+real connections over loopback. ``--rounds N`` also runs N rounds of six nodes with a tiny model and one
 thread, half of them with all viewers on its page, in the order without, with, with, without: a machine
 that gets slower meets both alike. The run and the dashboard's server have one priority, the viewers are
 another process of the lowest one: on two cores they have what the server leaves of the second. Beside
@@ -234,16 +234,18 @@ def rounds_with_and_without(
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Seconds and processor seconds of the rounds without viewers, and of those with; of one run."""
     from simulations.engines import run_local
+    from simulations.tiny_model import write_scenario
 
     # The first rounds also load and compile; four of them keep the order of the others.
     first = 4
     total = first + rounds
-    changes = [f"rounds={total}", "threads=1", "evaluate=false", "local_steps=2"]
-    configuration = load("quickstart", changes)
+    changes = ["evaluate=false", "local_steps=60", "micro_batch_size=8"]
     seconds: dict[int, float] = {}
     worked: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
+        root = Path(scratch) / "runs"
+        root.mkdir()
+        configuration = load(str(write_scenario(Path(scratch) / "tiny", total, 6)), changes)
         with (
             served(root) as (address, token, _),
             viewers(address, "/runs/run/stream?live=1", token, viewers_count) as watching,

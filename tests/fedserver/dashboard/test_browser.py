@@ -251,7 +251,7 @@ def test_search_sort_verify_and_downloads_work_by_keyboard_and_click(visit: Visi
     visit.open("/runs/mixed/ledger")
     page.get_by_role("link", name="Verify everything").click()
     page.wait_for_selector("#verified >> text=are sound")
-    page.get_by_label("Round", exact=True).select_option("2")
+    page.locator("#replay-round").select_option("2")
     page.get_by_role("button", name="Replay").click()
     page.wait_for_selector("#replayed >> text=has the recorded digest")
     shown = page.locator("#replayed code").all_inner_texts()
@@ -269,7 +269,7 @@ def test_search_sort_verify_and_downloads_work_by_keyboard_and_click(visit: Visi
 
 
 def test_one_signs_in_at_another_site_and_comes_back_signed_in(
-    finished_run: Path, openid_issuer: Any, tmp_path: Path
+    visit: Visit, finished_run: Path, openid_issuer: Any, tmp_path: Path
 ) -> None:
     """The session's cookie is strict, and the browser comes from the provider's site."""
     import shutil
@@ -291,17 +291,18 @@ def test_one_signs_in_at_another_site_and_comes_back_signed_in(
     try:
         link = re.search(r"http\S+", process.stdout.readline())
         assert link is not None
-        with tools.browser() as browser:
-            page = browser.new_page()
-            page.set_default_timeout(PATIENCE)
-            said: list[str] = []
-            page.on("pageerror", lambda error: said.append(str(error)))
-            page.goto(link.group(0) + "runs/mixed/ledger")
-            page.get_by_role("link", name="Sign in with localhost").click()
-            page.get_by_role("heading", name="Chain").wait_for()
-            assert page.url == link.group(0) + "runs/mixed/ledger"
-            assert page.locator(".account .role").inner_text() == "viewer"
-            assert said == []
+        context = visit.page.context.browser.new_context()
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        said: list[str] = []
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(link.group(0) + "runs/mixed/ledger")
+        page.get_by_role("link", name="Sign in with localhost").click()
+        page.get_by_role("heading", name="Chain").wait_for()
+        assert page.url == link.group(0) + "runs/mixed/ledger"
+        assert page.locator(".account .role").inner_text() == "viewer"
+        assert said == []
+        context.close()
     finally:
         process.terminate()
         process.wait()
