@@ -7,9 +7,10 @@ delivered is dropped, and the run goes on.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedserver import events
@@ -31,14 +32,14 @@ def traced(emit: events.Listener) -> events.Listener:
     if endpoint is None:
         return emit
     try:
-        provider = _provider()
+        provider, lost = _provider()
     except ImportError:
         text = (
             f"{endpoint} is set, but traces need pip install 'fedbraid[telemetry]'; there are none"
         )
         emit(events.Notice("warning", text))
         return emit
-    return RoundTraces(emit, provider)
+    return RoundTraces(emit, provider, lost=lost)
 
 
 class RoundTraces:
@@ -50,7 +51,10 @@ class RoundTraces:
         provider: TracerProvider,
         *,
         now: Callable[[], float] = time.time,
+        lost: Callable[[], int] = lambda: 0,
     ) -> None:
+        """``lost``: how many spans could not be delivered."""
+        self._lost = lost
         self._emit = emit
         self._provider = provider
         self._tracer = provider.get_tracer("fedbraid")
@@ -98,6 +102,9 @@ class RoundTraces:
                 self._end_round(moment)
                 self._provider.force_flush(FLUSH_MILLISECONDS)
                 self._provider.shutdown()
+                if self._lost():
+                    text = f"{self._lost()} spans could not be delivered to the traces' endpoint"
+                    self._emit(events.Notice("warning", text))
             case _:
                 pass
 
@@ -160,20 +167,28 @@ class RoundTraces:
         return self._tracer.start_span(name, context, attributes=attributes, start_time=moment)
 
 
-def _provider() -> TracerProvider:
+def _provider() -> tuple[TracerProvider, Callable[[], int]]:
+    """Spans to the endpoint that the environment names; and how many could not be delivered."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 
-    # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES count before this.
-    resource = (
-        Resource.create()
-        if os.environ.get("OTEL_SERVICE_NAME")
-        else Resource.create({SERVICE_NAME: "fedbraid"})
-    )
-    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(
-        BatchSpanProcessor(OTLPSpanExporter(), max_queue_size=LONGEST_QUEUE)
-    )
-    return provider
+    class Exporter(OTLPSpanExporter):
+        """Counts instead of writing into a terminal that shows a run."""
+
+        lost = 0
+
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            result = super().export(spans)
+            if result is not SpanExportResult.SUCCESS:
+                self.lost += len(spans)
+            return result
+
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+    # What OTEL_SERVICE_NAME says counts more than this.
+    named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "fedbraid"}
+    provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
+    exporter = Exporter()
+    provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=LONGEST_QUEUE))
+    return provider, lambda: exporter.lost

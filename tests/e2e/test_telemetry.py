@@ -107,15 +107,18 @@ def test_an_endpoint_receives_them_and_no_head_changes(
     configuration: RunConfiguration, receiver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port, requests = receiver
-    heads = {}
+    heads, warned = {}, {}
     for name, endpoint in (("off", ""), ("on", port), ("nobody there", 9)):
         if endpoint:
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{endpoint}")
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
-        run_local(configuration, tmp_path / name, lambda event: None)
+        heard: list[events.Event] = []
+        run_local(configuration, tmp_path / name, heard.append)
+        warned[name] = sum("could not be delivered" in str(event) for event in heard)
         heads[name] = ledger_head(tmp_path / name)
         assert bool(requests) == (name != "off")
     assert len(set(heads.values())) == 1
+    assert warned == {"off": 0, "on": 0, "nobody there": 1}
     resources = [one for request in requests for one in request.resource_spans]
     services = {
         attribute.value.string_value
