@@ -15,6 +15,7 @@ from fedserver.exchange import Clock, Exchange, MachineClock
 from fedserver.live_log import LiveLog
 from fedserver.metrics import nothing_learnt
 from fedserver.rounds import Coordinator
+from fedserver.telemetry import traced
 
 
 def make_app(
@@ -31,7 +32,7 @@ def make_app(
     @application.main()
     def main(grid: Grid, context: Context) -> None:
         exchange = Exchange(grid, clock or MachineClock())
-        listener = LiveLog(folder, emit)
+        listener = traced(LiveLog(folder, emit))
         Coordinator(configuration, exchange, folder, emit=listener, resume=resume).run()
 
     return application
@@ -59,7 +60,7 @@ def deployed(grid: Grid, context: Context) -> None:
         configuration,
         Exchange(grid, MachineClock()),
         folder,
-        emit=LiveLog(folder, _print_event),
+        emit=traced(LiveLog(folder, _print_event)),
         resume=bool(settings.get("resume", False)),
         key_file=Path(sealing_key) if sealing_key else None,
         enrolled=EnrolledKeys(Path(registry)) if registry else None,

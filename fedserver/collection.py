@@ -6,6 +6,7 @@ enters the round in which it comes, once, or gets the verdict "late".
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -107,8 +108,10 @@ class Collector:
                 others.append(outcome)
                 self._tell(outcome, number)
         self._arrived_late.clear()
+        payloads = {node: q.payload for node, q in asked.items() if node not in answered}
+        sent = events.PlansSent(number, len(payloads), sum(map(len, payloads.values())))
         replies = self._exchange.ask(
-            {node: question.payload for node, question in asked.items() if node not in answered},
+            payloads,
             TRAIN if trains else EVALUATE,
             number,
             deadline,
@@ -116,6 +119,7 @@ class Collector:
             grace=rules.closing_seconds if trains else None,
             wait_for_late=trains and rules.late == "discount",
             newcomers=newcomers,
+            sent=lambda: self._emit(sent),
         )
         for reply in replies:
             outcome = self._judged(reply, number, action, asked)
@@ -171,7 +175,9 @@ class Collector:
             basis=question.basis,
             public_key=question.member.capabilities.public_key,
         )
+        began = time.perf_counter()
         outcome = judge(reply, context, self._seen, late_counts=counts)
+        outcome.gate_seconds = time.perf_counter() - began
         if outcome.admitted is not None:
             outcome.blob = remember(self._ledger, outcome)
             if reply.late:

@@ -103,6 +103,15 @@ class PhaseStarted:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlansSent:
+    """The plans of a round, ``bytes`` in all, have been handed to the transport; now nodes work."""
+
+    round: int
+    nodes: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class NodeStarted:
     """A node has received its plan."""
 
@@ -123,7 +132,10 @@ class NodeProgress:
 
 @dataclasses.dataclass(frozen=True)
 class NodeReplied:
-    """A node's reply has passed the gate, or has not: then ``verdict`` and ``reason`` say why."""
+    """A node's reply has passed the gate, or has not: then ``verdict`` and ``reason`` say why.
+
+    ``seconds``: the node's own work, as it says; ``gate_seconds``: the server's judging of the reply.
+    """
 
     round: int
     node: str
@@ -135,6 +147,8 @@ class NodeReplied:
     bytes_up: int
     bytes_down: int
     seconds: float
+    family: str = ""
+    gate_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +232,7 @@ Event: TypeAlias = (
     RunStarted
     | RoundStarted
     | PhaseStarted
+    | PlansSent
     | NodeStarted
     | NodeProgress
     | NodeReplied

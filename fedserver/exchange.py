@@ -151,8 +151,9 @@ class Exchange:
         grace: float | None = None,
         wait_for_late: bool = False,
         newcomers: Newcomers | None = None,
+        sent: Callable[[], None] = lambda: None,
     ) -> Iterator[Reply]:
-        """Send each node its bytes and yield replies, late ones of earlier rounds too.
+        """Send each node its bytes, call ``sent``, and yield replies, late ones of earlier rounds too.
 
         Ends when all have answered, after ``deadline`` seconds, or ``grace`` seconds after ``enough``
         says so of what was yielded. ``wait_for_late``: not before answers to earlier questions have
@@ -166,6 +167,7 @@ class Exchange:
         self._known.update(payloads)
         for node_id, payload in payloads.items():
             self._send(_Sent(node_id, round_number, kind, payload, ttl, node_id), waiting)
+        sent()
         if grace is not None and enough():
             # A server before this one had heard enough.
             closing = start + grace
@@ -189,11 +191,11 @@ class Exchange:
                     continue
                 late = identity in self._overdue
                 # A node that answers twice is seen twice; both copies belong to the same question.
-                sent = waiting.get(identity) or self._overdue.get(identity)
-                if sent is None or self._lost(sent, identity, message, waiting, late):
+                question = waiting.get(identity) or self._overdue.get(identity)
+                if question is None or self._lost(question, identity, message, waiting, late):
                     continue
                 taken = self._clock.now() - start
-                yield _read(message, sent.node_id, sent.round, late, taken)
+                yield _read(message, question.node_id, question.round, late, taken)
             for message in pulled:
                 waiting.pop(message.metadata.reply_to_message_id, None)
                 self._overdue.pop(message.metadata.reply_to_message_id, None)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from aggregators import LowRank
 from aggregators.presets import PRESETS
 from aggregators.view import View
-from fedserver import metrics
+from fedserver import metrics, quantities
 from fedserver.configuration import RunConfiguration
 from fedserver.ledger import Ledger, LedgerError
 from fedserver.replay import restore
@@ -120,10 +120,23 @@ def export_merged(folder: Path, target: Path, base_folder: Path, *, exact: bool 
 def model_card(folder: Path, configuration: RunConfiguration, rank: int | None = None) -> str:
     """A model card in Markdown: where the model comes from and what was measured.
 
-    rank: of an adapter; None for merged weights.
+    Base, rounds, families and head are the ledger's; the summary, which a finished run has, holds the
+    evaluation of base and model over the same nodes. rank: of an adapter; None for merged weights.
     """
     summary = _read_summary(folder)
-    lines = [
+    ledger = Ledger(folder)
+    try:
+        genesis, last = ledger.last("genesis"), ledger.last("round")
+        families, lines, head = (
+            metrics.families(ledger),
+            metrics.rows(ledger, configuration),
+            ledger.head,
+        )
+    finally:
+        ledger.close()
+    rounds = last.round if last is not None else 0
+    base_digest = str(genesis.content["base_digest"]) if genesis is not None else "unknown"
+    text = [
         "---",
         f"base_model: {json.dumps(configuration.base_model)}",
         f"library_name: {'transformers' if rank is None else 'peft'}",
@@ -143,42 +156,56 @@ def model_card(folder: Path, configuration: RunConfiguration, rank: int | None =
         held = ", ".join(node.categories or ()) or configuration.data.source
         strand = configuration.strand(node.name)
         way = f"LoRA, rank {node.lora_r or configuration.lora_r}" if strand == "lora" else strand
-        lines.append(f"| {node.name} | {way} | {held} |")
-    lines += ["", "| | before | after |", "|---|---|---|"]
+        text.append(f"| {node.name} | {way} | {held} |")
+    text += ["", *_evaluation(summary, lines), ""]
+    done = f"{rounds}" if rounds == configuration.rounds else f"{rounds} of {configuration.rounds}"
+    text += [
+        f"- base model: {configuration.base_model}, digest `{base_digest}`",
+        f"- rounds: {done}",
+        f"- nodes: {len(configuration.nodes)}",
+        f"- families of updates: {_families(families)}",
+        "- differential privacy: none was used, so no ε and no δ bound what the model may tell about"
+        " the nodes' data",
+        f"- ledger head: `{head}`",
+        "",
+    ]
+    return "\n".join(text)
+
+
+def _evaluation(summary: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
+    """Base and model where both were evaluated; of a run that has not finished the newest loss."""
     before, after = summary.get("before"), summary.get("after")
+    if after is None:
+        known = [line for line in lines if line["eval_loss"] is not None]
+        if not known:
+            return ["The model was not evaluated."]
+        newest = known[-1]
+        return [
+            f"Evaluation loss of the model after round {newest['round']}:"
+            f" {newest['eval_loss']:.4f} nats per answer token, over held-out examples of all nodes."
+        ]
+    table = ["| | before | after |", "|---|---|---|"]
     for key, label in (
         ("loss", "evaluation loss"),
         ("perplexity", "perplexity"),
         ("accuracy", "token accuracy"),
     ):
-        lines.append(f"| {label} | {_number(before, key)} | {_number(after, key)} |")
-    lines += [
-        "",
-        "Evaluation is over held-out examples of all nodes, summed by answer token.",
-        "",
-        f"- rounds: {summary.get('rounds', 'unknown')}",
-        f"- families of updates: {_families(summary)}",
-        f"- base digest: `{summary.get('base_digest', 'unknown')}`",
-        f"- ledger head: `{summary.get('head', 'unknown')}`",
-        "- differential privacy: none",
-        "",
-    ]
-    return "\n".join(lines)
+        table.append(f"| {label} | {_number(before, key)} | {_number(after, key)} |")
+    told = "Evaluation is over held-out examples of all nodes, summed by answer token."
+    return [*table, "", told]
 
 
 def _number(scores: dict[str, Any] | None, key: str) -> str:
     return "not measured" if scores is None else f"{scores[key]:.4f}"
 
 
-def _families(summary: dict[str, Any]) -> str:
+def _families(found: dict[str, dict[str, Any]]) -> str:
     """ "low rank (6 from 2 nodes), sketch (6 from 2 nodes)"."""
-    found = summary.get("families")
-    if not isinstance(found, dict) or not found:
-        return "unknown"
-    return ", ".join(
-        f"{name.replace('_', ' ')} ({one['updates']} from {one['nodes']} nodes)"
+    told = [
+        f"{name.replace('_', ' ')} ({one['updates']} from {quantities.plural(one['nodes'], 'node')})"
         for name, one in sorted(found.items())
-    )
+    ]
+    return ", ".join(told) or "none was accepted"
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:

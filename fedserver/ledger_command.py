@@ -137,7 +137,13 @@ def show_key(folder: Folder) -> None:
 
 
 @ledger_app.command()
-def replay(folder: Folder, as_json: Json = False) -> None:
+def replay(
+    folder: Folder,
+    last: Annotated[
+        int | None, typer.Option("--round", min=1, help="Stop after this round.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Aggregate every round again from its recorded updates and compare the state's digest."""
     # Replaying and verifying need torch; showing does not.
     from fedserver.replay import Replayed
@@ -146,7 +152,7 @@ def replay(folder: Folder, as_json: Json = False) -> None:
 
     def tell(replayed: Replayed) -> None:
         if as_json:
-            print(json.dumps({**vars(replayed), "equal": replayed.equal}))
+            print(json.dumps({**vars(replayed), "equal": replayed.equal}), flush=True)
         else:
             verdict = "equal" if replayed.equal else f"DIFFERS: found {replayed.found[:16]}"
             what = f"round {replayed.round}: {replayed.updates} updates"
@@ -157,7 +163,7 @@ def replay(folder: Folder, as_json: Json = False) -> None:
     ledger = Ledger(folder)
     if problems := ledger.verify(state=False):
         raise LedgerError(f"{folder} is not sound, so it is not replayed:\n" + "\n".join(problems))
-    found = run(ledger, recorded_configuration(ledger), tell)
+    found = run(ledger, recorded_configuration(ledger), tell, last=last)
     ledger.close()
     raise typer.Exit(0 if all(replayed.equal for replayed in found) else 1)
 

@@ -39,6 +39,7 @@ class Outcome:
     measured: Mapping[str, int] = field(default_factory=dict)
     staleness: int = 0
     discount: float = 1.0
+    gate_seconds: float = 0.0
 
     @property
     def updates(self) -> int:
@@ -202,4 +203,6 @@ def replied(outcome: Outcome, number: int) -> events.NodeReplied:
         bytes_up=outcome.bytes_up,
         bytes_down=outcome.bytes_down,
         seconds=outcome.seconds,
+        family=outcome.plan.method.family,
+        gate_seconds=outcome.gate_seconds,
     )

@@ -91,12 +91,21 @@ def replay(
     ledger: Ledger,
     configuration: RunConfiguration,
     tell: Callable[[Replayed], None] = lambda replayed: None,
+    *,
+    last: int | None = None,
 ) -> list[Replayed]:
-    """Fold all accepted updates, through the gate again, from the base to the last round."""
+    """Fold all accepted updates, through the gate again, from the base to the ``last`` round.
+
+    Raises LedgerError: the ledger has no such round.
+    """
     replayed = []
     for result, _ in states(ledger, configuration):
         replayed.append(result)
         tell(result)
+        if result.round == last and result.rolled_back_to is None:
+            return replayed
+    if last is not None:
+        raise LedgerError(f"{ledger.folder}: round {last} is not in the ledger")
     return replayed
 
 

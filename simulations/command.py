@@ -211,6 +211,27 @@ def export_merged(
     print(write(folder, target, _base_of(folder), exact=exact))
 
 
+@export_app.command("report")
+def export_report(folder: Folder) -> None:
+    """The run's report.html anew: one file with all plots and numbers that loads nothing."""
+    from simulations.report import write_report
+
+    print(write_report(folder))
+
+
+@export_app.command("tensorboard")
+def export_tensorboard(
+    folder: Folder,
+    target: Annotated[Path, typer.Option("--output", "--to", help="Folder to write.")] = Path(
+        "tensorboard"
+    ),
+) -> None:
+    """Losses, bytes, replies and norms of every round as TensorBoard event files."""
+    from simulations.tensorboard_export import export_tensorboard as write
+
+    print(write(folder, target))
+
+
 def _base_of(folder: Path) -> Path:
     from fedclient.base_model import resolve
     from fedserver.ledger import Ledger
@@ -250,6 +271,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
         ("fedclient.base_model", "BaseModelError"),
         ("fedclient.data", "DataError"),
         ("simulations.run_directory", "RunDirectoryError"),
+        ("simulations.tensorboard_export", "TensorBoardMissing"),
         ("fedhost.enrolment", "EnrolmentRefused"),
         ("fedhost.supervision", "SupervisionError"),
         ("fedserver.deployment.certificates", "CertificateError"),

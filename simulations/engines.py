@@ -19,6 +19,7 @@ from fedserver.exchange import Exchange
 from fedserver.ledger import KEYS
 from fedserver.live_log import LiveLog
 from fedserver.rounds import Coordinator
+from fedserver.telemetry import traced
 from simulations.edges import edge_node
 from simulations.faults import away, faulty
 from simulations.local_grid import FIRST_NODE, LocalGrid, SimulatedClock, honest
@@ -51,7 +52,7 @@ def run_local(
     """Run all nodes in this process, one after another, with one shared base model."""
     names = [node.name for node in configuration.nodes]
     round_number = 0
-    told = LiveLog(folder, emit)
+    told = traced(LiveLog(folder, emit))
 
     def listen(event: events.Event) -> None:
         nonlocal round_number

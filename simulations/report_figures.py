@@ -44,6 +44,12 @@ def figures(run: Run, nodes: Sequence[str]) -> dict[str, Markup | str]:
             _percent,
         ),
         "bytes": _bytes(run),
+        "epsilon": _curve(
+            "epsilon",
+            "Privacy budget spent",
+            [(r.round, r.epsilon) for r in run.rounds if r.epsilon is not None],
+            lambda epsilon: f"{epsilon:.3g}",
+        ),
     }
 
 
@@ -56,8 +62,8 @@ def _loss_lines(run: Run, nodes: Sequence[str]) -> tuple[list[Series], str]:
         for name, points in _training(run, chosen).items()
     ]
     mean = tuple((float(r.round), r.loss) for r in run.rounds if r.loss is not None)
-    if not few and mean:
-        lines.append(Series("training, mean", mean, tone=1))
+    if mean and len(nodes) > 1:
+        lines.append(Series("training, mean", mean, tone=None if few else 1))
     curve = tuple((float(x), y) for x, y in run.curve())
     if curve:
         lines.append(Series("evaluation", curve, main=True))
@@ -68,7 +74,8 @@ def _loss_lines(run: Run, nodes: Sequence[str]) -> tuple[list[Series], str]:
     else:
         caption = "This run was not evaluated."
     if few:
-        caption += " The other lines are each node's training loss at the end of a round, on its"
+        caption += " The mean is weighted as the updates are. The other lines are each node's"
+        caption += " training loss at the end of a round, on its"
     else:
         of = "all" if len(chosen) == len(nodes) else f"{len(chosen)} of"
         caption += f" The thin lines are {of} {len(nodes)} nodes' training loss, each on its"

@@ -16,6 +16,7 @@ from typing import Any
 import fedserver
 from fedserver.control import APPLIED, EXCLUDING, OPERATOR, ControlError, ControlQueue, Request
 from fedserver.dashboard.accounts import Session
+from fedserver.dashboard.devices import deployment_of
 from fedserver.dashboard.jobs import Jobs
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Page, Question, page_of
@@ -23,6 +24,7 @@ from fedserver.dashboard.round_views import header
 from fedserver.dashboard.run_reader import RunReader
 from fedserver.dashboard.tables import Column, make_table
 from fedserver.ledger import Ledger
+from fedserver.sealing import server_key_file
 
 ALIVE = ("running", "paused")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -77,7 +79,7 @@ class Desk:
         )
         if action == "export":
             if state not in ALIVE:
-                _record(run.folder, queue, asked, number)
+                _record(run.folder, queue, asked, number, self._sealing_key(run.folder))
             target = str(run.folder / arguments["to"])
             command = ["export", "peft", str(run.folder), "--to", target]
             self.jobs.start(f"export after round {number}", run.identity, command, run.folder)
@@ -87,6 +89,13 @@ class Desk:
             self.jobs.start("continue the run", run.identity, command, run.folder)
             return "continuing"
         return "asked: it is applied before the next round begins"
+
+    def _sealing_key(self, folder: Path) -> Path | None:
+        """The key of the deployment's runs; None for a run that has one of its own."""
+        if server_key_file(folder).exists():
+            return None
+        deployment = deployment_of(self.library.root)
+        return None if deployment is None else deployment.sealing_key
 
     def start(self, form: Mapping[str, str], who: Session) -> str:
         """Start a simulation of a scenario below the served folder; returns the run's name.
@@ -182,8 +191,10 @@ def arguments_of(action: str, form: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def _record(folder: Path, queue: ControlQueue, request: Request, number: int) -> None:
-    ledger = Ledger(folder, write=True)
+def _record(
+    folder: Path, queue: ControlQueue, request: Request, number: int, key_file: Path | None
+) -> None:
+    ledger = Ledger(folder, write=True, key_file=key_file)
     try:
         wall = {"asked": request.asked, "applied": time.time()}
         ledger.append(OPERATOR, number, request.content(), wall)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from starlette.applications import Starlette
@@ -12,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import (
+    FileResponse,
     HTMLResponse,
     JSONResponse,
     PlainTextResponse,
@@ -23,30 +25,39 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from fedserver.control import ControlError
-from fedserver.dashboard import actions, ledger_views, library_views, openapi
+from fedserver.dashboard import actions, devices, ledger_views, library_views, oidc, openapi
 from fedserver.dashboard.accounts import LOOPBACK, AccountError, Accounts
 from fedserver.dashboard.actions import Desk, scenario_names
 from fedserver.dashboard.exposition import CONTENT_TYPE, exposition
 from fedserver.dashboard.guard import COOKIE, Guard, form_of
-from fedserver.dashboard.html import render
+from fedserver.dashboard.html import compile_templates, render
 from fedserver.dashboard.jobs import JobError, Jobs
 from fedserver.dashboard.library import Library
+from fedserver.dashboard.oidc import Provider
 from fedserver.dashboard.page import NotThere, Page, Question, run_address
 from fedserver.dashboard.registry import BY_NAME, ROUND, VIEWS, View
-from fedserver.dashboard.run_reader import RunReader
+from fedserver.dashboard.replays import Replays
+from fedserver.dashboard.run_reader import REPORT, RunReader
 from fedserver.dashboard.streams import Channels, version
 from fedserver.dashboard.tables import Choice, to_csv
 from fedserver.dashboard.vendor import VendorError, missing
 from fedserver.ledger import LedgerError
+
+if TYPE_CHECKING:
+    from fedserver.deployment.invitation import Invitation
 
 STATIC = Path(__file__).resolve().parent / "static"
 API = "/api/v1"
 
 
 def make_application(
-    root: Path, accounts: Accounts, *, hosts: Sequence[str] | None = LOOPBACK
+    root: Path,
+    accounts: Accounts,
+    *,
+    hosts: Sequence[str] | None = LOOPBACK,
+    provider: Provider | None = None,
 ) -> Starlette:
-    """The dashboard of all runs below ``root``.
+    """The dashboard of all runs below ``root``. ``provider``: who else may say who somebody is.
 
     Raises:
         VendorError: the browser libraries have not been fetched.
@@ -58,7 +69,8 @@ def make_application(
     library = Library(root)
     # The first look at a thousand runs takes longer than any later one.
     library.rows()
-    site = Site(library, accounts)
+    compile_templates()
+    site = Site(library, accounts, provider)
     application = Starlette(
         routes=site.routes(),
         middleware=[Middleware(Guard, accounts=accounts, hosts=hosts)],
@@ -71,11 +83,13 @@ def make_application(
 class Site:
     """The handlers, over one library of runs."""
 
-    def __init__(self, library: Library, accounts: Accounts) -> None:
+    def __init__(self, library: Library, accounts: Accounts, provider: Provider | None) -> None:
         self.library = library
         self.accounts = accounts
+        self.provider = provider
         self.channels = Channels()
         self.desk = Desk(library, Jobs(library.root))
+        self.replays = Replays(self.desk.jobs)
 
     def routes(self) -> list[Route | Mount]:
         """Every address."""
@@ -83,11 +97,15 @@ class Site:
         return [
             Mount("/static", StaticFiles(directory=STATIC), name="static"),
             Route("/login", self.login, methods=["GET", "POST"]),
+            Route(oidc.START, self.begin_oidc),
+            Route(oidc.CALLBACK, self.finish_oidc),
             Route("/logout", self.logout, methods=["POST"]),
             Route("/", self.runs),
             Route("/start", self.start, methods=["GET", "POST"]),
             Route("/metrics", self.metrics),
             Route("/compare", self.compare),
+            Route("/devices", self.devices),
+            Route("/devices/invite", self.invite, methods=["POST"]),
             Route("/server", self.server),
             Route("/stream", self.library_stream),
             Route(f"{run}", self.run_view),
@@ -95,15 +113,21 @@ class Site:
             Route(f"{run}/ledger/verify", self.verify),
             Route(f"{run}/actions/{{action}}", self.act, methods=["POST"]),
             Route(f"{run}/rounds/{{round:int}}", self.one_round),
+            Route(f"{run}/rounds/{{round:int}}/replay", self.replay),
+            Route(f"{run}/ledger/replay", self.start_replay, methods=["POST"]),
+            Route(f"{run}/report.html", self.report),
             Route(f"{run}/{{view}}", self.run_view),
             Route(f"{API}/openapi.json", self.document),
             Route(f"{API}/runs", self.runs),
             Route(f"{API}/runs.csv", self.runs),
             Route(f"{API}/compare", self.compare),
             Route(f"{API}/compare/{{table}}.csv", self.compare),
+            Route(f"{API}/devices", self.devices),
+            Route(f"{API}/devices/{{table}}.csv", self.devices),
             Route(f"{API}/server", self.server),
             Route(f"{API}{run}/ledger/verify", self.verify),
             Route(f"{API}{run}/rounds/{{round:int}}", self.one_round),
+            Route(f"{API}{run}/rounds/{{round:int}}/replay", self.replay),
             Route(f"{API}{run}/rounds/{{round:int}}/{{table}}.csv", self.one_round),
             Route(f"{API}{run}/{{view}}", self.run_view),
             Route(f"{API}{run}/{{view}}/{{table}}.csv", self.run_view),
@@ -131,6 +155,44 @@ class Site:
             return PlainTextResponse(str(error), 400)
         return _signed_in(cookie, _own_path(form.get("wanted", "")))
 
+    async def begin_oidc(self, request: Request) -> Response:
+        """Off to the OpenID provider."""
+        if self.provider is None:
+            raise NotThere("no OpenID provider is configured here")
+        wanted = _own_path(request.query_params.get("wanted", ""))
+        here = str(request.base_url)
+        try:
+            address, browser = await run_in_threadpool(self.provider.begin, wanted, here)
+        except AccountError as error:
+            return self._login_page(request, str(error), wanted, 502)
+        answer = RedirectResponse(address, 303)
+        # Lax: the way back begins at the provider's page.
+        answer.set_cookie(
+            oidc.COOKIE, browser, max_age=int(oidc.ATTEMPT_SECONDS), path="/", secure=True,
+            httponly=True, samesite="lax",
+        )  # fmt: skip
+        return answer
+
+    async def finish_oidc(self, request: Request) -> Response:
+        """Back from the OpenID provider, with a code or with a refusal."""
+        if self.provider is None:
+            raise NotThere("no OpenID provider is configured here")
+        query = request.query_params
+        browser = request.cookies.get(oidc.COOKIE, "")
+        try:
+            who = await run_in_threadpool(
+                self.provider.finish, query.get("state", ""), query.get("code", ""), browser
+            )
+        except AccountError as error:
+            return self._login_page(request, str(error), "", 401)
+        self.accounts.sign_out(request.scope["cookie"])
+        # A redirect would still be of the provider's making, and the strict cookie not sent with it.
+        html = render("arrived.html.jinja", session=None, target=who.wanted or "/")
+        answer = HTMLResponse(html)
+        _set_session(answer, self.accounts.open_session(who.name, who.role))
+        answer.delete_cookie(oidc.COOKIE, path="/", secure=True, httponly=True, samesite="lax")
+        return answer
+
     async def logout(self, request: Request) -> Response:
         """End the session."""
         try:
@@ -149,6 +211,8 @@ class Site:
             problem=problem,
             wanted=_own_path(wanted),
             has_accounts=bool(self.accounts.names()),
+            provider=self.provider.title if self.provider else "",
+            begin=oidc.START,
         )
         return HTMLResponse(html, status)
 
@@ -175,6 +239,63 @@ class Site:
             library_views.server, self.library, self.channels.viewers, self.desk.jobs.json()
         )
         return self._answer(request, page, "server.html.jinja")
+
+    async def devices(self, request: Request) -> Response:
+        """Who has joined the deployment, and who may."""
+        page = await run_in_threadpool(devices.devices, self.library.root, _question(request))
+        return self._answer(request, page, "devices.html.jinja")
+
+    async def invite(self, request: Request) -> Response:
+        """An enrolment token for a device: the one answer that ever holds it."""
+        made, problem = None, ""
+        root = self.library.root
+        try:
+            form = await form_of(request)
+            who = request.scope["session"]
+            made = await run_in_threadpool(devices.invite, root, form, who)
+        except PermissionError as error:
+            return PlainTextResponse(str(error), 403)
+        except (ControlError, LedgerError, ValueError) as error:
+            problem = str(error)
+        status = 409 if problem else 201
+        if "application/json" in request.headers.get("accept", ""):
+            told = {"error": problem} if made is None else {**vars(made), "command": made.command}
+            return JSONResponse(told, status)
+        page = await run_in_threadpool(devices.devices, root, Question())
+        html = self._page(
+            request, page, "devices.html.jinja", path="/devices", problem=problem, made=made
+        )
+        return HTMLResponse(html, status)
+
+    async def start_replay(self, request: Request) -> Response:
+        """Replay a run to a round."""
+        run = await run_in_threadpool(self._reader, request)
+        try:
+            form = await form_of(request)
+            number = int(form.get("round", ""))
+            await run_in_threadpool(self.replays.start, run, number)
+        except PermissionError as error:
+            return PlainTextResponse(str(error), 403)
+        except JobError as error:
+            return PlainTextResponse(str(error), 409)
+        except ValueError:
+            return PlainTextResponse("give the number of a round", 409)
+        return RedirectResponse(run_address(run.identity, "rounds", number, "replay"), 303)
+
+    async def replay(self, request: Request) -> Response:
+        """How far the replay of a round is, and what it gave."""
+        run = await run_in_threadpool(self._reader, request)
+        page = await run_in_threadpool(self.replays.page, run, request.path_params["round"])
+        return self._answer(request, page, "replay.html.jinja", view=ROUND)
+
+    async def report(self, request: Request) -> Response:
+        """The run's report as a file: a page of its own, which this server's policy is not for."""
+        run = await run_in_threadpool(self._reader, request)
+        path = run.folder / REPORT
+        if not path.is_file():
+            raise NotThere("the run has no report yet: fedbraid export report writes one")
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", run.identity)
+        return FileResponse(path, media_type="text/html", filename=f"{name}-report.html")
 
     async def run_view(self, request: Request) -> Response:
         """One view of one run."""
@@ -343,6 +464,7 @@ class Site:
         shown: str = "",
         problem: str = "",
         path: str = "",
+        made: Invitation | None = None,
     ) -> str:
         path = path or request.url.path
         run = page.data.get("run")
@@ -351,6 +473,7 @@ class Site:
             page,
             session=request.scope["session"],
             problem=problem,
+            made=made,
             jobs=self.desk.jobs.json(run) if run else [],
             path=path,
             stream=stream,
@@ -405,8 +528,12 @@ def _question(request: Request) -> Question:
 
 def _signed_in(cookie: str, target: str) -> Response:
     answer = RedirectResponse(target or "/", 303)
-    answer.set_cookie(COOKIE, cookie, path="/", secure=True, httponly=True, samesite="strict")
+    _set_session(answer, cookie)
     return answer
+
+
+def _set_session(answer: Response, cookie: str) -> None:
+    answer.set_cookie(COOKIE, cookie, path="/", secure=True, httponly=True, samesite="strict")
 
 
 def _own_path(wanted: str) -> str:

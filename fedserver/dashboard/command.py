@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import sys
 import webbrowser
@@ -13,6 +14,7 @@ from typing import Annotated
 import typer
 
 from fedserver.dashboard.accounts import LOOPBACK, ROLES, VIEWER, AccountError, Accounts
+from fedserver.dashboard.oidc import Provider, read_settings
 
 PORT = 8265
 Root = Annotated[Path, typer.Argument(help="A run folder, or a folder of many.")]
@@ -39,11 +41,16 @@ def dashboard(
         str,
         typer.Option(metavar="URL", help="POST alerts there as JSON: loss, quorum, silence ..."),
     ] = "",
+    oidc: Annotated[
+        Path | None,
+        typer.Option(help="TOML file of an OpenID provider to sign in by.", dir_okay=False),
+    ] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
 ) -> None:
     """Serve the runs of a folder: live status, every round, and actions for operators."""
     accounts = Accounts(folder)
-    check_binding(folder, host, certificate, key, accounts)
+    provider = Provider(*read_settings(oidc)) if oidc is not None else None
+    check_binding(folder, host, certificate, key, accounts, provider)
     if alerts and not alerts.startswith(("http://", "https://")):
         raise DashboardError(f"{alerts} is no http or https address to send alerts to")
     serve(
@@ -55,6 +62,7 @@ def dashboard(
         key=key,
         alerts=alerts,
         show=open_browser,
+        provider=provider,
     )
 
 
@@ -100,7 +108,12 @@ def token(
 
 
 def check_binding(
-    folder: Path, host: str, certificate: Path | None, key: Path | None, accounts: Accounts
+    folder: Path,
+    host: str,
+    certificate: Path | None,
+    key: Path | None,
+    accounts: Accounts,
+    provider: Provider | None = None,
 ) -> None:
     """Refuse what would show runs to a network unprotected.
 
@@ -117,10 +130,10 @@ def check_binding(
         raise DashboardError(
             f"{host} is not loopback: give --certificate and --key, or reach 127.0.0.1 through ssh -L"
         )
-    if not accounts.names():
+    if not accounts.names() and provider is None:
         raise DashboardError(
             f"{host} is not loopback: make an account first with fedbraid accounts add {folder} NAME"
-            " --role operator"
+            " --role operator, or name an OpenID provider with --oidc"
         )
 
 
@@ -144,8 +157,9 @@ def serve(
     key: Path | None = None,
     alerts: str = "",
     show: bool = False,
+    provider: Provider | None = None,
 ) -> None:
-    """Serve until stopped. Without accounts the terminal shows a link that signs in once."""
+    """Serve until stopped. Without accounts or provider the terminal shows a link that works once."""
     import uvicorn
 
     from fedserver.dashboard.alerts import Watchdog
@@ -153,14 +167,16 @@ def serve(
 
     tls = certificate is not None
     hosts = None if tls else (*LOOPBACK, host)
-    application = make_application(folder, accounts, hosts=hosts)
+    application = make_application(folder, accounts, hosts=hosts, provider=provider)
     if alerts:
         Watchdog(application.state.site.library, alerts).start()
     listening = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"{'https' if tls else 'http'}://{shown}:{listening.getsockname()[1]}/"
-    if not accounts.names():
+    if not accounts.names() and provider is None:
         address += f"login?invitation={accounts.invite()}"
+    # A round of ten thousand nodes is as many small objects, and none of them is garbage.
+    gc.set_threshold(50_000, 20, 100)
     print(f"dashboard of {folder}: {address}", flush=True)
     if show:
         webbrowser.open(address)

@@ -11,10 +11,12 @@ from starlette.requests import Request, cookie_parser
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fedserver.dashboard import oidc
 from fedserver.dashboard.accounts import Accounts, Session
 
 COOKIE = "__Host-fedbraid"
-PUBLIC = ("/login", "/static/")
+STATIC = "/static/"
+PUBLIC = ("/login", oidc.START, oidc.CALLBACK)
 LARGEST_BODY = 1 << 16
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self';"
@@ -54,7 +56,7 @@ class Guard:
                 answer = MutableHeaders(scope=message)
                 for key, value in HEADERS.items():
                     answer[key] = value
-                if not path.startswith("/static/"):
+                if not path.startswith(STATIC):
                     answer["cache-control"] = "no-store"
             await send(message)
 
@@ -77,7 +79,7 @@ class Guard:
             session = self._accounts.bearer(token.strip())
             scope["bearer"] = session is not None
         scope["session"], scope["cookie"] = session, cookie
-        public = path == PUBLIC[0] or path.startswith(PUBLIC[1])
+        public = path in PUBLIC or path.startswith(STATIC)
         if session is None and not public:
             if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
                 scope["path"], scope["wanted"] = "/login", _address(scope)

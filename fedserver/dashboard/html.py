@@ -37,6 +37,13 @@ def render(template: str, page: Page | None = None, **context: Any) -> str:
     return _environment().get_template(template).render(**context)
 
 
+def compile_templates() -> None:
+    """Compile all templates, so that no visitor waits for it."""
+    environment = _environment()
+    for name in environment.list_templates():
+        environment.get_template(name)
+
+
 def cell(row: dict[str, Any], column: Column) -> Markup:
     """One value as its column's kind reads, with the exact value in the markup."""
     value = row.get(column.key)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from fedserver.checkpoint import read_checkpoint
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
 from fedserver.dashboard.run_reader import Row, RunReader
 from fedserver.dashboard.tables import Column, Table, make_table
 from fedserver.ledger import GENESIS_PREVIOUS, Ledger, LedgerError
+from fedserver.statements import SealError, open_seal
 
 ENTRIES = (
     Column("height", "Height", "count"),
@@ -38,6 +40,8 @@ LOG = (
     Column("text", "What"),
 )
 LOG_LINES = 200
+MOST_OFFERED = 500
+"""So many of the last rounds are offered for a replay; every round's own page offers it too."""
 QUIET = {"time", "event", "round", "node", "level", "text"}
 
 
@@ -58,6 +62,8 @@ def ledger(run: RunReader, question: Question) -> Page:
         "base_digest": genesis.get("base_digest"),
         "layout": genesis.get("layout"),
         "run_id": genesis.get("run"),
+        "sealed_by": _sealing_key(run),
+        "rounds_recorded": [e["round"] for e in entries if e["kind"] == "round"][:MOST_OFFERED],
     }
     actions = [
         {
@@ -118,6 +124,14 @@ def log(run: RunReader, question: Question) -> Page:
         total=len(found),
     )
     return page_of({**header(run), "more": more}, table)
+
+
+def _sealing_key(run: RunReader) -> str | None:
+    """The public key that the run's checkpoint is signed with; None where that cannot be read."""
+    try:
+        return open_seal(read_checkpoint(run.folder)).key
+    except SealError:
+        return None
 
 
 def words_of(values: Row) -> str:

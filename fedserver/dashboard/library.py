@@ -29,6 +29,8 @@ OPEN_READERS = 64
 SCAN_SECONDS = 2.0
 LOOK_SECONDS = 0.25
 """Within this time nobody looks at the files again, however many ask."""
+SETTLED_NANOSECONDS = 2_000_000_000
+"""A folder that changed less long ago than this may change once more within the same clock tick."""
 
 
 class Library:
@@ -39,6 +41,7 @@ class Library:
         self._lock = threading.RLock()
         self._rows: dict[str, tuple[Any, Row]] = {}
         self._folders: dict[str, Path] = {}
+        self._listings: dict[str, tuple[int, list[str] | None]] = {}
         self._scanned = -SCAN_SECONDS
         self._seen: list[Row] = []
         self._looked = -LOOK_SECONDS
@@ -62,11 +65,12 @@ class Library:
     def reader(self, name: str) -> RunReader | None:
         """The run of that name, None where there is none. Only folders that a scan found are opened."""
         with self._lock:
-            folder = self.folders().get(name)
-            if folder is None:
-                # It may have begun since the last scan.
+            folder = self._folders.get(name)
+            if folder is None or not folder.is_dir():
+                # It may have begun, or have gone, since the last scan.
                 folder = self.folders(anew=True).get(name)
             if folder is None:
+                self._readers.pop(name, None)
                 return None
             reader = self._readers.pop(name, None) or RunReader(folder, name)
             self._readers[name] = reader
@@ -80,28 +84,61 @@ class Library:
             now = time.monotonic()
             if anew or now - self._scanned >= SCAN_SECONDS:
                 found: dict[str, Path] = {}
-                self._scan(self.root, "", DEPTH, found)
-                self._folders, self._scanned = found, now
+                listings: dict[str, tuple[int, list[str] | None]] = {}
+                self._scan(str(self.root), "", DEPTH, found, listings)
+                self._folders, self._listings, self._scanned = found, listings, now
                 self._rows = {name: row for name, row in self._rows.items() if name in found}
             return self._folders
 
-    def _scan(self, folder: Path, prefix: str, depth: int, found: dict[str, Path]) -> None:
+    def _scan(
+        self,
+        folder: str,
+        prefix: str,
+        depth: int,
+        found: dict[str, Path],
+        listings: dict[str, tuple[int, list[str] | None]],
+    ) -> None:
+        """File the runs at and below a folder in ``found``; each folder is listed once a change."""
+        listing = self._listing(folder)
+        if listing is None:
+            return
+        listings[folder] = listing
+        below = listing[1]
+        if below is None:
+            found[prefix or identity(os.path.basename(folder))] = Path(folder)
+        elif depth:
+            for name in below:
+                inner = f"{prefix}:{identity(name)}" if prefix else identity(name)
+                self._scan(f"{folder}/{name}", inner, depth - 1, found, listings)
+
+    def _listing(self, folder: str) -> tuple[int, list[str] | None] | None:
+        """When a folder changed (0: too lately to rely on it), and what is below it: None in a run's.
+
+        The whole is None where the folder cannot be read.
+        """
         try:
+            changed = os.stat(folder).st_mtime_ns
+            held = self._listings.get(folder)
+            if held is not None and held[0] == changed:
+                return held
+            settled = time.time_ns() - changed > SETTLED_NANOSECONDS
             with os.scandir(folder) as listing:
                 entries = {entry.name: entry for entry in listing}
         except OSError:
-            return
-        if LEDGER in entries or METRICS in entries or LIVE in entries:
-            found[prefix or identity(folder.name)] = folder
-            return
-        if depth:
-            for name in sorted(entries):
-                if not name.startswith(".") and entries[name].is_dir(follow_symlinks=False):
-                    below = f"{prefix}:{identity(name)}" if prefix else identity(name)
-                    self._scan(folder / name, below, depth - 1, found)
+            return None
+        below = None
+        if not (LEDGER in entries or METRICS in entries or LIVE in entries):
+            below = [
+                name
+                for name in sorted(entries)
+                if not name.startswith(".") and entries[name].is_dir(follow_symlinks=False)
+            ]
+        return (changed if settled else 0), below
 
     def _row(self, name: str, folder: Path) -> Row:
-        stamps = tuple(file_stamp(folder / file) for file in (LIVE, SUMMARY, METRICS))
+        # A thousand runs: joining texts is several times as fast as joining paths.
+        at = str(folder)
+        stamps = tuple(file_stamp(f"{at}/{file}") for file in (LIVE, SUMMARY, METRICS))
         held = self._rows.get(name)
         if held is not None and held[0] == stamps:
             return dict(held[1])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedserver.control import EXCLUDING
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header, size_of, words
 from fedserver.dashboard.run_reader import ROUNDS_OF_NODES, Row, RunReader
-from fedserver.dashboard.tables import Column, make_table
+from fedserver.dashboard.tables import Column, LazyRows, make_table
 
 FLEET = (
     Column("node", "Node"),
@@ -29,6 +31,13 @@ FLEET = (
     Column("held_out", "Held out", "count"),
     Column("version", "Version"),
 )
+TOLD = {
+    "device_class", "device", "threads", "memory_bytes", "link_mbps", "battery", "examples", "held_out",
+    "version",
+}  # fmt: skip
+"""Columns of what nodes say of themselves, or a scenario of them; one that nobody says is left out."""
+MISSED = {"link_mbps", "battery", "memory_bytes", "device"}
+"""Those of them that the page names where they are missing."""
 PLAN = (
     Column("node", "Node"),
     Column("family", "Family"),
@@ -67,52 +76,62 @@ def fleet(run: RunReader, question: Question) -> Page:
     activity, recent = run.activity(), run.recent_nodes()
     configured = {node["name"]: node for node in run.configuration().get("nodes", ())}
     standing = standings(run)
-    times = {entry["round"]: entry["time"] for entry in run.entries() if entry["kind"] == "round"}
-    names = {**activity.members, **configured, **{n["node"]: n for r in recent.values() for n in r}}
-    latest, heard = _latest(recent), _heard(recent)
-    live = run.live().get("state") in ("running", "paused")
-    rows = []
-    for name in sorted(names):
-        told, asked = activity.members.get(name, {}), configured.get(name, {})
-        number, part = latest.get(name, (None, {}))
-        current = activity.nodes.get(name, {}) if live else {}
-        status = standing.get(name) or current.get("status") or part.get("verdict") or "silent"
-        rows.append(
-            {
-                "node": name,
-                "status": status,
-                "last_round": number,
-                "last_seen": current.get("answered")
-                or current.get("since")
-                or times.get(heard.get(name)),
-                "device_class": told.get("description") or asked.get("description") or None,
-                "strand": words(asked.get("strand")) or words(part.get("family")) or None,
-                "device": told.get("device") or None,
-                "threads": told.get("threads"),
-                "memory_bytes": told.get("memory_bytes"),
-                "model_memory_bytes": part.get("memory_bytes"),
-                "link_mbps": told.get("link_mbps", asked.get("link_mbps")),
-                "battery": told.get("battery"),
-                "examples": told.get("examples"),
-                "held_out": told.get("held_out"),
-                "version": told.get("version") or None,
-            }
+    times = run.round_times(min(recent)) if recent else {}
+    past = _past(recent)
+    members, none = activity.members, Past()
+    live = activity.nodes if run.live().get("state") in ("running", "paused") else {}
+
+    def status(name: str) -> str:
+        return str(
+            standing.get(name)
+            or live.get(name, {}).get("status")
+            or past.get(name, none).row.get("verdict")
+            or "silent"
         )
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row["status"]] = counts.get(row["status"], 0) + 1
-    untold = [
-        column.title.partition(" (")[0].lower()
-        for column in FLEET
-        if column.key in ("link_mbps", "battery", "memory_bytes", "device")
-        and all(row[column.key] is None for row in rows)
-    ]
-    data = {**header(run), "counts": counts, "untold": untold, "rounds_read": ROUNDS_OF_NODES}
-    shown = [c for c in FLEET if c.key == "node" or any(row[c.key] is not None for row in rows)]
+
+    def row(name: str) -> Row:
+        told, asked, before = members.get(name, {}), configured.get(name, {}), past.get(name, none)
+        current = live.get(name, {})
+        return {
+            "node": name,
+            "status": status(name),
+            "last_round": before.accepted,
+            "last_seen": current.get("answered")
+            or current.get("since")
+            or (times.get(before.heard) if before.heard else None),
+            "device_class": told.get("description") or asked.get("description") or None,
+            "strand": words(asked.get("strand")) or words(before.row.get("family")) or None,
+            "device": told.get("device") or None,
+            "threads": told.get("threads"),
+            "memory_bytes": told.get("memory_bytes"),
+            "model_memory_bytes": before.row.get("memory_bytes"),
+            "link_mbps": told.get("link_mbps", asked.get("link_mbps")),
+            "battery": told.get("battery"),
+            "examples": told.get("examples"),
+            "held_out": told.get("held_out"),
+            "version": told.get("version") or None,
+        }
+
+    names = sorted({*members, *configured, *past})
+    counts = Counter(map(status, names))
+    untold = [c for c in FLEET if c.key in TOLD and not _anybody_says(c.key, members, configured)]
+    data = {
+        **header(run),
+        "counts": dict(counts),
+        "untold": [
+            column.title.partition(" (")[0].lower() for column in untold if column.key in MISSED
+        ],
+        "rounds_read": ROUNDS_OF_NODES,
+    }
     return page_of(
         data,
         make_table(
-            "fleet", "Nodes", shown, rows, question.choice, empty="No node has been met yet."
+            "fleet",
+            "Nodes",
+            [column for column in FLEET if column not in untold],
+            LazyRows(names, row),
+            question.choice,
+            empty="No node has been met yet.",
         ),
     )
 
@@ -123,25 +142,24 @@ def plan(run: RunReader, question: Question) -> Page:
     entry = run.round_entry(rounds[-1]["round"]) if rounds else None
     configuration = run.configuration()
     configured = {node["name"]: node for node in configuration.get("nodes", ())}
-    rows = []
-    for node in (entry["content"]["nodes"] if entry else ()):  # fmt: skip
+
+    def row(node: Row) -> Row:
         asked = node.get("plan") or {}
         method = asked.get("method") or {}
-        rows.append(
-            {
-                "node": node["node"],
-                "family": words(method.get("family")),
-                "size": size_of(method),
-                "steps": asked.get("local_steps"),
-                "batch": asked.get("batch_size"),
-                "learning_rate": asked.get("learning_rate"),
-                "dtype": asked.get("dtype"),
-                "wire_dtype": asked.get("wire_dtype"),
-                "targets": ", ".join(method.get("target_modules") or ()) or "all weights",
-                "deadline_seconds": asked.get("deadline_seconds"),
-                "why": why(configuration, configured.get(node["node"], {}), asked),
-            }
-        )
+        return {
+            "node": node["node"],
+            "family": words(method.get("family")),
+            "size": size_of(method),
+            "steps": asked.get("local_steps"),
+            "batch": asked.get("batch_size"),
+            "learning_rate": asked.get("learning_rate"),
+            "dtype": asked.get("dtype"),
+            "wire_dtype": asked.get("wire_dtype"),
+            "targets": ", ".join(method.get("target_modules") or ()) or "all weights",
+            "deadline_seconds": asked.get("deadline_seconds"),
+            "why": why(configuration, configured.get(node["node"], {}), asked),
+        }
+
     data = {**header(run), "shown": entry["round"] if entry else None}
     return page_of(
         data,
@@ -149,7 +167,7 @@ def plan(run: RunReader, question: Question) -> Page:
             "plan",
             "Plans",
             PLAN,
-            rows,
+            LazyRows(entry["content"].get("nodes", ()) if entry else (), row),
             question.choice,
             empty="No round was planned and committed.",
         ),
@@ -273,26 +291,33 @@ def standings(run: RunReader) -> dict[str, str]:
     return found
 
 
-def _latest(recent: dict[int, list[Row]]) -> dict[str, tuple[int | None, Row]]:
-    """By node: the last round in which it was accepted (None: in none), and its newest row."""
-    found: dict[str, tuple[int | None, Row]] = {}
+@dataclass
+class Past:
+    """A node in the last rounds: the last in which it was accepted and in which anything came from it,
+    and its newest row."""
+
+    accepted: int | None = None
+    heard: int | None = None
+    row: Row = field(default_factory=dict)
+
+
+def _past(recent: dict[int, list[Row]]) -> dict[str, Past]:
+    found: dict[str, Past] = {}
     for number in sorted(recent):
         for node in recent[number]:
-            before = found.get(node["node"], (None, {}))[0]
-            accepted = node["verdict"] == "accepted"
-            if node["verdict"] != "late" or node["node"] not in found:
-                found[node["node"]] = (number if accepted else before, node)
+            past = found.setdefault(node["node"], Past())
+            if node["verdict"] == "accepted":
+                past.accepted = number
+            if node["verdict"] != "missing":
+                past.heard = number
+            if node["verdict"] != "late" or not past.row:
+                past.row = node
     return found
 
 
-def _heard(recent: dict[int, list[Row]]) -> dict[str, int]:
-    """By node: the last round in which anything came from it."""
-    return {
-        node["node"]: number
-        for number in sorted(recent)
-        for node in recent[number]
-        if node["verdict"] != "missing"
-    }
+def _anybody_says(key: str, *sources: Mapping[str, Row]) -> bool:
+    key = "description" if key == "device_class" else key
+    return any(row.get(key) not in (None, "") for rows in sources for row in rows.values())
 
 
 def _family_medians(nodes: Sequence[Row]) -> dict[str, float]:

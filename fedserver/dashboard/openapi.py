@@ -55,11 +55,16 @@ def document(views: Sequence[View], one_round: View) -> dict[str, Any]:
         "/runs": _get("All runs, the newest first.", TABLE),
         "/runs.csv": _get("The same as CSV, whole.", TABLE[1:], csv=True),
         "/compare": _get("Runs over each other.", [SEVERAL_RUNS]),
+        "/devices": _get("The deployment's nodes and open invitations.", TABLE),
         "/server": _get("This machine, this process, and the runs under way.", []),
         "/runs/{run}/ledger/verify": _get("Hash every entry and blob again.", [RUN]),
     }
     for name in ("compared", "settings"):
         paths[f"/compare/{name}.csv"] = _get("A comparison's table.", [SEVERAL_RUNS], csv=True)
+    for name in ("joined", "invited", "invitations"):
+        paths[f"/devices/{name}.csv"] = _get("A table of the deployment as CSV.", [], csv=True)
+    replay = "The replay of a round, as far as it is: recorded and replayed digest."
+    paths["/runs/{run}/rounds/{round}/replay"] = _get(replay, [RUN, ROUND_NUMBER])
     addresses = [(f"/runs/{{run}}/{view.name or 'live'}", view, [RUN]) for view in views]
     addresses.append(("/runs/{run}/rounds/{round}", one_round, [RUN, ROUND_NUMBER]))
     for address, view, parameters in addresses:

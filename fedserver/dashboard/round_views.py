@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedserver.dashboard.page import NotThere, Page, Question, page_of, run_address
-from fedserver.dashboard.run_reader import Row, RunReader
-from fedserver.dashboard.tables import Column, make_table
+from fedserver.dashboard.run_reader import REPORT, Row, RunReader
+from fedserver.dashboard.tables import Column, LazyRows, make_table
 
 PHASES = ("plan", "train", "aggregate", "commit")
 PACE_ROUNDS = 5
@@ -56,6 +56,7 @@ NODES = (
     Column("bytes_up", "Sent", "bytes"),
     Column("bytes_down", "Received", "bytes"),
     Column("seconds", "Took", "seconds"),
+    Column("signed_by", "Signed with", "hash"),
     Column("verdict", "Verdict", "state"),
     Column("reason", "Reason"),
 )
@@ -119,6 +120,7 @@ def header(run: RunReader) -> dict[str, Any]:
         "seconds_left": pace * left if pace is not None and state == "running" else None,
         "started": told.get("started"),
         "head": rounds[-1]["head"] if rounds else None,
+        "report": (run.folder / REPORT).is_file(),
     }
 
 
@@ -161,14 +163,16 @@ def curves(rounds: Sequence[Row]) -> dict[str, list[Any]]:
 
 def rounds(run: RunReader, question: Question) -> Page:
     """Every committed round."""
-    rows = [
-        row
-        | {
-            "families": words_of_families(row.get("families")),
-            "address": run_address(run.identity, "rounds", row["round"]),
-        }
-        for row in reversed(run.rounds())
-    ]
+    rows = LazyRows(
+        run.rounds()[::-1],
+        lambda row: (
+            row
+            | {
+                "families": words_of_families(row.get("families")),
+                "address": run_address(run.identity, "rounds", row["round"]),
+            }
+        ),
+    )
     table = make_table(
         "rounds", "Rounds", ROUNDS, rows, question.choice, empty="No round was committed yet."
     )
@@ -181,7 +185,7 @@ def one_round(run: RunReader, question: Question) -> Page:
     if entry is None:
         raise NotThere(f"round {question.round} was not committed")
     content, wall = entry["content"], entry["wall"]
-    rows = [node_row(node, entry) for node in content.get("nodes", ())]
+    rows = LazyRows(content.get("nodes", ()), lambda node: node_row(node, entry))
     row = next((row for row in run.rounds() if row["round"] == question.round), {})
     last = run.rounds()[-1]["round"] if run.rounds() else question.round
     data = {
@@ -220,6 +224,7 @@ def node_row(node: Row, entry: Row) -> Row:
         "bytes_up": node.get("bytes_up"),
         "bytes_down": node.get("bytes_down"),
         "seconds": (entry["wall"].get("nodes") or {}).get(node.get("node")),
+        "signed_by": (entry["signatures"].get(node.get("update")) or {}).get("key"),
         "verdict": node.get("verdict"),
         "reason": node.get("reason"),
     }

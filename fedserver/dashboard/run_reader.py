@@ -20,8 +20,15 @@ from fedserver.dashboard.activity import Activity
 from fedserver.live_log import EVENTS, LIVE, state_of
 
 LEDGER, METRICS, SUMMARY, CONTROL = "ledger.db", "metrics.jsonl", "summary.json", "control.db"
+REPORT = "report.html"
 WATCHED = (LEDGER, f"{LEDGER}-wal", METRICS, SUMMARY, LIVE, EVENTS, CONTROL, f"{CONTROL}-wal")
 NODES = b', "nodes": ['
+COLUMNS = "height, kind, round, content, previous, hash, wall, signatures"
+# A round's clocks hold those of all its nodes; SQLite finds the one that is wanted in their text.
+STARTED = (
+    "CASE WHEN json_valid(wall) THEN"
+    " coalesce(json_extract(wall, '$.started'), json_extract(wall, '$.applied')) END"
+)
 ROUNDS_OF_NODES = 8
 """Of this many of the last rounds a node's part is remembered, however long the run."""
 
@@ -74,10 +81,10 @@ class RunReader:
         return found if isinstance(found, dict) else {}
 
     def entry(self, kind: str, number: int) -> Row | None:
-        """The newest ledger entry of a kind and round: its columns, content and wall parsed."""
+        """The newest ledger entry of a kind and round: its columns, JSON texts parsed."""
         with self._ledger() as database:
             row = database.execute(
-                "SELECT height, kind, round, content, previous, hash, wall FROM entries"
+                f"SELECT {COLUMNS} FROM entries"
                 " WHERE kind = ? AND round = ? ORDER BY height DESC LIMIT 1",
                 (kind, number),
             ).fetchone()
@@ -98,11 +105,22 @@ class RunReader:
         """How many updates of a round are signed, and how many there are; without parsing it."""
         with self._ledger() as database:
             row = database.execute(
-                "SELECT content FROM entries WHERE kind = 'round' AND round = ?", (number,)
+                "SELECT content, signatures FROM entries WHERE kind = 'round' AND round = ?",
+                (number,),
             ).fetchone()
+        if row is None:
+            return 0, 0
         # Quotes inside of texts are escaped in canonical JSON, so that a name cannot be counted.
-        text = row[0] if row else ""
-        return text.count('"signature":"'), text.count('"update":"')
+        return len(_parsed(row[1].encode())), row[0].count('"update":"')
+
+    def round_times(self, since: int) -> dict[int, float]:
+        """When each round from ``since`` on began, in seconds since 1970."""
+        with self._ledger() as database:
+            rows = database.execute(
+                f"SELECT round, {STARTED} FROM entries WHERE kind = 'round' AND round >= ?",
+                (since,),
+            ).fetchall()
+        return dict(rows)
 
     def entries(self) -> list[Row]:
         """Height, kind, round, hash, previous hash and size of all entries, newest first."""
@@ -183,22 +201,16 @@ class RunReader:
     def _read_entries(self) -> list[Row]:
         with self._ledger() as database:
             rows = database.execute(
-                "SELECT height, kind, round, hash, previous, length(content), wall FROM entries"
-                " ORDER BY height DESC"
+                "SELECT height, kind, round, hash, previous, length(content),"
+                f" {STARTED} FROM entries ORDER BY height DESC"
             ).fetchall()
-        keys = ("height", "kind", "round", "hash", "previous", "content_bytes")
-        found = []
-        for *columns, wall in rows:
-            times = _parsed(wall.encode())
-            began = times.get("started", times.get("applied"))
-            found.append(dict(zip(keys, columns, strict=True)) | {"time": began})
-        return found
+        keys = ("height", "kind", "round", "hash", "previous", "content_bytes", "time")
+        return [dict(zip(keys, row, strict=True)) for row in rows]
 
     def _read_operator(self) -> list[Row]:
         with self._ledger() as database:
             rows = database.execute(
-                "SELECT height, kind, round, content, previous, hash, wall FROM entries"
-                " WHERE kind = 'operator' ORDER BY height"
+                f"SELECT {COLUMNS} FROM entries WHERE kind = 'operator' ORDER BY height"
             ).fetchall()
         return [_entry(row) for row in rows]
 
@@ -214,16 +226,15 @@ class RunReader:
             address += "&immutable=1"
         with closing(sqlite3.connect(address, uri=address != ":memory:", timeout=10)) as database:
             try:
+                # A ledger of an earlier version has no seals, until it is migrated.
                 if not database.execute(
-                    "SELECT 1 FROM sqlite_schema WHERE name = 'entries'"
+                    "SELECT 1 FROM pragma_table_info('entries') WHERE name = 'seal'"
                 ).fetchone():
                     raise sqlite3.DatabaseError
             except sqlite3.DatabaseError:
                 database.close()
                 with closing(sqlite3.connect(":memory:")) as empty:
-                    empty.execute(
-                        "CREATE TABLE entries (height, kind, round, content, previous, hash, wall)"
-                    )
+                    empty.execute(f"CREATE TABLE entries ({COLUMNS}, seal)")
                     yield empty
                 return
             yield database
@@ -245,10 +256,10 @@ class RunReader:
             return found
 
 
-def file_stamp(path: Path) -> Stamp | None:
+def file_stamp(path: Path | str) -> Stamp | None:
     """What changes when a file does; None where there is none."""
     try:
-        found = path.stat()
+        found = os.stat(path)
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
@@ -263,7 +274,7 @@ def read_json(path: Path) -> Row:
 
 
 def _entry(row: tuple[Any, ...]) -> Row:
-    height, kind, number, content, previous, digest, wall = row
+    height, kind, number, content, previous, digest, wall, signatures = row
     return {
         "height": height,
         "kind": kind,
@@ -272,6 +283,7 @@ def _entry(row: tuple[Any, ...]) -> Row:
         "previous": previous,
         "hash": digest,
         "wall": _parsed(wall.encode()),
+        "signatures": _parsed(signatures.encode()),
     }
 
 

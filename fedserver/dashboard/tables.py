@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 Row = dict[str, Any]
 PAGE = 50
@@ -70,6 +70,29 @@ class Choice:
     words: str = ""
     sort: str = ""
     whole: bool = False
+
+
+class LazyRows(Sequence[Row]):
+    """Rows of ``made`` from ``keys``, each when it is looked at: a page of ten thousand makes fifty.
+
+    Searching, sorting and CSV look at all of them.
+    """
+
+    def __init__(self, keys: Sequence[Any], made: Callable[[Any], Row]) -> None:
+        self._keys = keys
+        self._made = made
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return [self._made(key) for key in self._keys[index]]
+        return self._made(self._keys[index])
 
 
 def make_table(

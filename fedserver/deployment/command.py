@@ -82,22 +82,14 @@ def invite(
     as_json: Json = False,
 ) -> None:
     """Print a token with which one device may join, once."""
-    from fedhost.enrolment import Token, fingerprint_of
     from fedserver.deployment.folder import open_folder
+    from fedserver.deployment.invitation import invite as make
 
-    folder = open_folder(directory)
-    settings = folder.settings()
-    token = Token.new(fingerprint_of(folder.identity(settings).authority.read_bytes()))
-    registry = _registry(folder.registry)
-    try:
-        registry.invite(name, token, time.time() + hours * 3600)
-    finally:
-        registry.close()
-    url = f"https://{settings.address}"
+    made = make(open_folder(directory), name, hours)
     if as_json:
-        print(json.dumps({"url": url, "token": str(token), "name": name, "hours": hours}))
+        print(json.dumps({"url": made.url, "token": made.token, "name": name, "hours": hours}))
     else:
-        print(f"fedbraid client join {url} --token {token}")
+        print(made.command)
 
 
 @server_app.command()

@@ -3,8 +3,11 @@
 python -m simulations.benchmarks.dashboard [--runs 1000] [--nodes 10000] [--viewers 200] [--rounds 0]
 
 A real dashboard process serves folders that ledger and metrics have written; requests and viewers are
-real connections over loopback. ``--rounds N`` also runs N rounds of the quickstart scenario, every
-second one of them with all viewers on its page, and compares their medians.
+real connections over loopback. ``--rounds N`` also runs N rounds of six nodes with a tiny model and one
+thread, half of them with all viewers on its page, in the order without, with, with, without: a machine
+that gets slower meets both alike. The run and the dashboard's server have one priority, the viewers are
+another process of the lowest one: on two cores they have what the server leaves of the second. Beside
+the ratio of the medians is that of rounds without viewers among themselves, which no viewer explains.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -35,6 +37,7 @@ from fedserver.configuration import RunConfiguration, load, parse
 from fedserver.dashboard.accounts import VIEWER, Accounts
 from fedserver.ledger import Ledger
 from fedserver.live_log import EVENTS, LiveLog
+from simulations.benchmarks.viewers import view, viewers
 
 ROUNDS, SMALL_ROUNDS = 3, 2
 PAINTS = (
@@ -42,7 +45,10 @@ PAINTS = (
     "/runs/big",
     "/runs/big/rounds",
     "/runs/big/fleet",
-    "/runs/big/rounds/3",
+    "/runs/big/plan",
+    "/runs/big/privacy",
+    "/runs/big/robustness",
+    "/runs/big/rounds/2",
     "/runs/big/ledger",
 )
 CHANGES = 40
@@ -76,12 +82,16 @@ def main(arguments: list[str] | None = None) -> None:
             resident = process.memory_info().rss
             table.add_row("memory of the server", f"{resident / 1e6:.0f} MB", "200 MB")
     if asked.rounds:
-        alone, seen = rounds_with_and_without(asked.rounds, asked.viewers)
-        table.add_row(
-            f"median round: alone, with {asked.viewers} viewers, ratio",
-            f"{alone:.2f} s, {seen:.2f} s, {seen / alone:.3f}",
-            "1.03",
-        )
+        times = rounds_with_and_without(asked.rounds, asked.viewers)
+        for kind, (alone, seen) in times.items():
+            medians = statistics.median(alone), statistics.median(seen)
+            table.add_row(
+                f"{kind} of a round: alone, with {asked.viewers} viewers, ratio",
+                f"{medians[0]:.2f} s, {medians[1]:.2f} s, {medians[1] / medians[0]:.3f}",
+                "1.03",
+            )
+            halves = statistics.median(alone[1::2]) / statistics.median(alone[::2])
+            table.add_row(f"{kind} of a round: alone against alone", f"{halves:.3f}", "")
     Console().print(table)
 
 
@@ -118,10 +128,15 @@ def write_run(
         log(events.RoundStarted(number))
         rows = [_node(name, number) for name in names]
         content = {
-            "quorum": True, "entering": None, "nodes": rows, "state": "0" * 64, "carry_rank": 8,
-            "view_rank": 8, "seeds": 0, "tail_energy": 0.0,
+            "quorum": True, "mixing": {}, "entering": None, "entering_by_format": {}, "nodes": rows,
+            "state": "0" * 64, "carry_rank": 8, "view_rank": 8, "seeds": 0, "tail_energy": 0.0,
         }  # fmt: skip
-        wall = {"started": 1e9 + number, "seconds": 60.0, "nodes": dict.fromkeys(names, 30.0)}
+        wall = {
+            "started": 1e9 + number,
+            "seconds": 60.0,
+            "nodes": dict.fromkeys(names, 30.0),
+            "memory": {},
+        }
         ledger.append("round", number, content, wall)
     metrics.write(ledger, configuration, folder / "metrics.jsonl")
     ledger.close()
@@ -140,6 +155,7 @@ def write_run(
 def _node(name: str, number: int) -> dict[str, Any]:
     return {
         "node": name, "round": number, "sends": "rank 8", "verdict": "accepted", "reason": "",
+        "base_format": "full", "choice": "",
         "plan": {
             "action": "train", "local_steps": 10, "batch_size": 8, "learning_rate": 1e-3, "seed": 7,
             "nonce": "0" * 32, "run": "0" * 32, "dtype": "float32", "deadline_seconds": 3600.0,
@@ -190,7 +206,7 @@ async def watched(folder: Path, address: str, token: str, viewers: int) -> list[
     arrived: list[list[float]] = [[] for _ in range(viewers)]
     ready = [asyncio.Event() for _ in range(viewers)]
     tasks = [
-        asyncio.create_task(_view(address, f"/runs/{folder.name}/stream?live=1", token, box, event))
+        asyncio.create_task(view(address, f"/runs/{folder.name}/stream?live=1", token, box, event))
         for box, event in zip(arrived, ready, strict=True)
     ]
     await asyncio.gather(*(event.wait() for event in ready))
@@ -213,53 +229,52 @@ async def watched(folder: Path, address: str, token: str, viewers: int) -> list[
     return delays
 
 
-async def _view(
-    address: str, path: str, token: str, arrived: list[float], ready: asyncio.Event
-) -> None:
-    host, _, port = address.removeprefix("http://").partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
-    writer.write(
-        f"GET {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
-    )
-    try:
-        while line := await reader.readline():
-            if line.startswith(b"data:"):
-                arrived.append(time.time())
-                ready.set()
-    finally:
-        writer.close()
-
-
-def rounds_with_and_without(rounds: int, viewers: int) -> tuple[float, float]:
-    """Median seconds of rounds without viewers, and of those with; they take turns in one run."""
+def rounds_with_and_without(
+    rounds: int, viewers_count: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds and processor seconds of the rounds without viewers, and of those with; of one run."""
     from simulations.engines import run_local
+    from simulations.tiny_model import write_scenario
 
-    configuration = load("quickstart", [f"rounds={rounds}", "evaluate=false", "local_steps=2"])
+    # The first rounds also load and compile; four of them keep the order of the others.
+    first = 4
+    total = first + rounds
+    changes = ["evaluate=false", "local_steps=60", "micro_batch_size=8"]
+    seconds: dict[int, float] = {}
+    worked: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        with served(root) as (address, token, _):
-            loop = asyncio.new_event_loop()
-            threading.Thread(target=loop.run_forever, daemon=True).start()
-            watching: list[Any] = []
+        root = Path(scratch) / "runs"
+        root.mkdir()
+        configuration = load(str(write_scenario(Path(scratch) / "tiny", total, 6)), changes)
+        with (
+            served(root) as (address, token, _),
+            viewers(address, "/runs/run/stream?live=1", token, viewers_count) as watching,
+        ):
 
             def listen(event: events.Event) -> None:
-                if isinstance(event, events.RoundStarted) and event.round % 2 == 0:
-                    for _ in range(viewers):
-                        view = _view(address, "/runs/run/stream?live=1", token, [], asyncio.Event())
-                        watching.append(asyncio.run_coroutine_threadsafe(view, loop))
+                # The round's own clock starts after RoundStarted and stops before RoundCommitted.
+                if isinstance(event, events.RoundStarted):
+                    if _with_viewers(event.round):
+                        watching.turn("on")
+                    worked[event.round] = -time.process_time()
                 elif isinstance(event, events.RoundCommitted):
-                    for one in watching:
-                        one.cancel()
-                    watching.clear()
+                    worked[event.round] += time.process_time()
+                    seconds[event.round] = event.seconds
+                    if _with_viewers(event.round):
+                        watching.turn("off")
 
             run_local(configuration, root / "run", listen)
-            loop.call_soon_threadsafe(loop.stop)
-        lines = (root / "run" / "metrics.jsonl").read_text().splitlines()
-        seconds = {row["round"]: row["seconds"] for row in map(json.loads, lines)}
-    # The first two rounds also load and compile.
-    alone = [taken for number, taken in seconds.items() if number % 2 and number > 2]
-    seen = [taken for number, taken in seconds.items() if number % 2 == 0 and number > 2]
-    return statistics.median(alone), statistics.median(seen)
+    found = {}
+    for kind, times in (("time", seconds), ("processor time", worked)):
+        counted = {number: taken for number, taken in times.items() if number > first}
+        alone = [taken for number, taken in counted.items() if not _with_viewers(number)]
+        found[kind] = (alone, [t for number, t in counted.items() if _with_viewers(number)])
+    return found
+
+
+def _with_viewers(number: int) -> bool:
+    """Rounds 2 and 3 of every four: without, with, with, without."""
+    return number % 4 in (2, 3)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,28 @@ def test_peft_and_merged_exports_equal_the_base_plus_the_change(
     assert "base_model:" in (adapter / "README.md").read_text()
 
 
+def test_the_card_says_what_the_ledger_says(run: Path, tiny_model_folder: Path) -> None:
+    """Of a finished run, and of one that is exported while it goes on."""
+    ledger = Ledger(run)
+    genesis, height = ledger.last("genesis"), ledger.head
+    ledger.close()
+    assert genesis is not None
+    for _ in range(2):
+        card = (export_peft(run, run / "card", tiny_model_folder) / "README.md").read_text()
+        for words in (
+            genesis.content["base_digest"],
+            height,
+            "rounds: 3\n",
+            "nodes: 2\n",
+            "low rank (6 from 2 nodes)",
+            "differential privacy: none was used",
+        ):
+            assert words in card
+        assert ("| evaluation loss |" in card) == (run / "summary.json").exists()
+        assert ("Evaluation loss of the model after round" in card) != ("| before |" in card)
+        (run / "summary.json").unlink(missing_ok=True)
+
+
 def test_the_exact_export_holds_what_the_view_leaves_out(run: Path) -> None:
     view, whole = (final_change(run, exact=exact)[1].adapter for exact in (False, True))
     assert view is not None

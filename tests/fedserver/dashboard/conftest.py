@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -69,7 +70,7 @@ def finished_run(
     from simulations.run import simulate
 
     folder = tmp_path_factory.mktemp("finished") / "mixed"
-    simulate(make_configuration(), folder, _silent, samples=0)
+    simulate(make_configuration(signatures="required"), folder, _silent, samples=0)
     return folder
 
 
@@ -108,6 +109,21 @@ def sign_in(client: TestClient) -> Callable[..., str]:
         return str(session.csrf)
 
     return sign
+
+
+@pytest.fixture(scope="session")
+def openid_issuer() -> Iterator[Any]:
+    """A provider that signs with a real RSA key, on a loopback name that is another site's."""
+    path = Path(__file__).with_name("openid_provider.py")
+    specification = importlib.util.spec_from_file_location("openid_provider", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    issuer = module.Issuer()
+    yield issuer
+    issuer.server.shutdown()
+    issuer.server.server_close()
 
 
 def _silent(event: events.Event) -> None:

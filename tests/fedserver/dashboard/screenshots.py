@@ -77,7 +77,7 @@ def take(runs: Path, target: Path) -> None:
     paths = {view.name or "live": f"{here}/{view.name}".rstrip("/") for view in VIEWS}
     query = "&".join(f"run={name}" for name in names)
     paths |= {"runs": "/", "round": f"{here}/rounds/2", "compare": f"/compare?{query}",
-              "server": "/server", "start": "/start"}  # fmt: skip
+              "server": "/server", "start": "/start", "devices": "/devices"}  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "simulations.command", "dashboard", str(runs), "--port", "0"],
         stdout=subprocess.PIPE,

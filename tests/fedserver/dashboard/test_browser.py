@@ -217,6 +217,7 @@ def test_every_view_opens_clean_and_accessible(visit: Visit, width: int, scheme:
     page.emulate_media(color_scheme=scheme)
     source = tools.axe()
     paths = ["/", "/server", "/start", "/compare?run=mixed&run=live", "/runs/mixed/rounds/2"]
+    paths += ["/devices", "/runs/mixed/rounds/2/replay"]
     paths += [f"/runs/mixed/{view.name}".rstrip("/") for view in VIEWS]
     for path in paths:
         visit.open(path)
@@ -250,6 +251,13 @@ def test_search_sort_verify_and_downloads_work_by_keyboard_and_click(visit: Visi
     visit.open("/runs/mixed/ledger")
     page.get_by_role("link", name="Verify everything").click()
     page.wait_for_selector("#verified >> text=are sound")
+    page.locator("#replay-round").select_option("2")
+    page.get_by_role("button", name="Replay").click()
+    page.wait_for_selector("#replayed >> text=has the recorded digest")
+    shown = page.locator("#replayed code").all_inner_texts()
+    visit.open("/runs/mixed/rounds/2")
+    recorded = page.locator("dt:has-text('State after it') + dd").inner_text()
+    assert shown == [recorded, recorded]
     visit.open("/runs/mixed/rounds")
     page.get_by_role("link", name="Evaluation loss", exact=True).click()
     page.wait_for_selector("th[aria-sort=ascending]")
@@ -258,6 +266,70 @@ def test_search_sort_verify_and_downloads_work_by_keyboard_and_click(visit: Visi
     assert Path(download.value.path()).read_text().startswith("round,loss,eval_loss")
     assert page.locator(".chart canvas").count() == 1
     assert visit.wrong == []
+
+
+def test_one_signs_in_at_another_site_and_comes_back_signed_in(
+    visit: Visit, finished_run: Path, openid_issuer: Any, tmp_path: Path
+) -> None:
+    """The session's cookie is strict, and the browser comes from the provider's site."""
+    import shutil
+
+    shutil.copytree(finished_run, tmp_path / "runs" / "mixed")
+    settings = tmp_path / "oidc.toml"
+    settings.write_text(
+        f'issuer = "{openid_issuer.address}"\nclient_id = "dashboard"\nsecret_file = "secret"\n'
+        'viewers = ["lab"]\n'
+    )
+    (tmp_path / "secret").write_text("the client's secret")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simulations.command", "dashboard", str(tmp_path / "runs"), "--port",
+         "0", "--oidc", str(settings)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        link = re.search(r"http\S+", process.stdout.readline())
+        assert link is not None
+        context = visit.page.context.browser.new_context()
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        said: list[str] = []
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(link.group(0) + "runs/mixed/ledger")
+        page.get_by_role("link", name="Sign in with localhost").click()
+        page.get_by_role("heading", name="Chain").wait_for()
+        assert page.url == link.group(0) + "runs/mixed/ledger"
+        assert page.locator(".account .role").inner_text() == "viewer"
+        assert said == []
+        context.close()
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+
+
+def test_the_report_is_one_file_that_asks_for_nothing(visit: Visit, tmp_path: Path) -> None:
+    """As it is downloaded, opened from a disk: its own policy lets it load and run nothing."""
+    page = visit.page
+    visit.open("/runs/mixed/rounds")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Report").click()
+    kept = tmp_path / "report.html"
+    download.value.save_as(kept)
+    alone = page.context.new_page()
+    asked: list[str] = []
+    said: list[str] = []
+    alone.on("request", lambda request: asked.append(request.url))
+    alone.on("console", lambda message: said.append(message.text))
+    alone.on("pageerror", lambda error: said.append(str(error)))
+    alone.goto(kept.as_uri())
+    assert [url for url in asked if not url.startswith("data:")] == [kept.as_uri()]
+    assert said == []
+    # The style sheet is the one that the policy names, or no line would have a width.
+    line = alone.locator("path.line.main").first
+    assert line.evaluate("e => getComputedStyle(e).strokeWidth") == "3.4px"
+    alone.close()
 
 
 def test_a_run_is_started_stopped_rolled_back_exported_and_continued(

@@ -1,0 +1,195 @@
+"""Devices of the deployment that is served: who has joined, who may, and who let them.
+
+An invitation belongs to no run, so it is recorded in a ledger of the dashboard's own, beside the
+accounts: sealed and chained like a run's, and checked by the same ``fedbraid ledger verify``.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedserver.control import OPERATOR, ControlError
+from fedserver.dashboard.accounts import FOLDER, Session
+from fedserver.dashboard.ledger_views import words_of
+from fedserver.dashboard.page import Page, Question, page_of
+from fedserver.dashboard.run_reader import Row
+from fedserver.dashboard.tables import Column, make_table
+from fedserver.ledger import Ledger, LedgerError
+
+if TYPE_CHECKING:
+    from fedserver.deployment.folder import ServerFolder
+    from fedserver.deployment.invitation import Invitation
+
+SETTINGS = "server.toml"
+NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
+HOURS, MOST_HOURS = 24.0, 24.0 * 30
+JOINED = (
+    Column("name", "Node"),
+    Column("state", "State", "state"),
+    Column("joined", "Joined", "time"),
+    Column("revoked", "Revoked", "time"),
+    Column("update_key", "Signs with", "hash"),
+)
+INVITED = (
+    Column("name", "Node"),
+    Column("expires", "Token valid until", "time"),
+)
+INVITATIONS = (
+    Column("height", "Entry", "count"),
+    Column("action", "Action"),
+    Column("arguments", "With"),
+    Column("who", "Who"),
+    Column("role", "Role"),
+    Column("reason", "Reason"),
+    Column("time", "When", "time"),
+    Column("hash", "Hash", "hash"),
+)
+
+
+def deployment_of(root: Path) -> ServerFolder | None:
+    """The server's folder that is served, itself or by its runs; None where it is none."""
+    from fedserver.deployment.folder import ServerFolder
+
+    for folder in (root, root.parent) if root.name == "runs" else (root,):
+        if (folder / SETTINGS).is_file():
+            return ServerFolder(folder)
+    return None
+
+
+def devices(root: Path, question: Question) -> Page:
+    """The nodes of the deployment, open invitations, and what operators did about them."""
+    folder = deployment_of(root)
+    joined: list[Row] = []
+    invited: list[Row] = []
+    if folder is not None and folder.registry.is_file():
+        from fedserver.deployment.registry import Registry
+
+        registry = Registry(folder.registry)
+        try:
+            joined = [
+                {
+                    "name": node.name,
+                    "state": "revoked" if node.revoked is not None else "member",
+                    "joined": node.joined,
+                    "revoked": node.revoked,
+                    "update_key": node.update_key,
+                }
+                for node in registry.nodes()
+            ]
+            found = registry.open_invitations(time.time())
+            invited = [{"name": name, "expires": found[name]} for name in sorted(found)]
+        finally:
+            registry.close()
+    data = {
+        "folder": str(root),
+        "deployment": None if folder is None else str(folder.path),
+        "address": None if folder is None else f"https://{folder.settings().address}",
+        "hours": HOURS,
+        "ledger": str(_ledger_folder(root)),
+    }
+    return page_of(
+        data,
+        make_table(
+            "joined", "Joined", JOINED, joined, question.choice, empty="No device has joined yet."
+        ),
+        make_table(
+            "invited", "Open invitations", INVITED, invited, question.choice,
+            empty="No invitation is open.", searchable=False,
+        ),
+        make_table(
+            "invitations", "Recorded actions", INVITATIONS, _recorded(root), question.choice,
+            empty="Nobody has invited a device from this dashboard.", searchable=False,
+        ),
+    )  # fmt: skip
+
+
+def invite(root: Path, form: Mapping[str, str], who: Session) -> Invitation:
+    """Make an enrolment token and record who did, for which node and why; the token is not recorded.
+
+    Raises:
+        ControlError: no deployment is served, or something is missing or wrong in the form.
+        LedgerError: it cannot be recorded; then no token was made.
+    """
+    from fedhost.enrolment import EnrolmentRefused
+    from fedserver.deployment.folder import FolderError
+    from fedserver.deployment.invitation import invite as make
+
+    folder = deployment_of(root)
+    if folder is None:
+        raise ControlError(
+            f"{root} is no deployment, so no device can join: 'fedbraid server up DIR' makes one"
+        )
+    name, reason = form.get("name", "").strip(), form.get("reason", "").strip()
+    if not NODE_NAME.fullmatch(name):
+        raise ControlError("a node's name is letters, digits, spaces and . _ -, at most 64 of them")
+    if not reason:
+        raise ControlError("say why: the reason stands in the ledger")
+    try:
+        hours = float(form.get("hours", "").strip() or HOURS)
+    except ValueError:
+        raise ControlError(f"hours: {form['hours']!r} is no number") from None
+    if not 0 < hours <= MOST_HOURS:
+        raise ControlError(f"a token holds for up to {MOST_HOURS:.0f} hours")
+    # Opened first: where nothing can be recorded, nothing is made.
+    target = _ledger_folder(root)
+    target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    ledger = Ledger(target, create=True)
+    try:
+        made = make(folder, name, hours)
+        content = {
+            "action": "invite",
+            "arguments": {"node": name, "hours": hours},
+            "who": who.name,
+            "role": who.role,
+            "reason": reason[:500],
+        }
+        try:
+            ledger.append(OPERATOR, 0, content, {"applied": time.time()})
+        except BaseException:
+            _withdraw(folder, name)
+            raise
+        return made
+    except (EnrolmentRefused, FolderError) as error:
+        raise ControlError(str(error)) from None
+    finally:
+        ledger.close()
+
+
+def _withdraw(folder: ServerFolder, name: str) -> None:
+    from fedserver.deployment.registry import Registry
+
+    registry = Registry(folder.registry)
+    try:
+        registry.revoke(name, time.time())
+    finally:
+        registry.close()
+
+
+def _recorded(root: Path) -> list[Row]:
+    """The dashboard's own ledger, the newest first."""
+    try:
+        ledger = Ledger(_ledger_folder(root))
+    except LedgerError:
+        return []
+    try:
+        entries = list(ledger.entries(OPERATOR))
+    finally:
+        ledger.close()
+    return [
+        {
+            "height": entry.height,
+            **{key: entry.content.get(key) for key in ("action", "who", "role", "reason")},
+            "arguments": words_of(entry.content.get("arguments") or {}),
+            "time": entry.wall.get("applied"),
+            "hash": entry.hash,
+        }
+        for entry in reversed(entries)
+    ]
+
+
+def _ledger_folder(root: Path) -> Path:
+    return root / FOLDER / "ledger"

@@ -1,0 +1,159 @@
+"""Enrolment tokens from the dashboard: shown once, recorded, usable once, and only in a deployment."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from starlette.testclient import TestClient
+
+from fedhost.enrolment import EnrolmentRefused, JoinRequest, Token
+from fedserver.dashboard.accounts import OPERATOR, VIEWER, Accounts
+from fedserver.dashboard.application import make_application
+from fedserver.dashboard.guard import COOKIE
+from fedserver.deployment.folder import ServerFolder
+from fedserver.deployment.registry import Registry
+from fedserver.ledger import Ledger
+
+WHY = "a laptop for the school"
+
+
+@pytest.fixture
+def deployment(finished_run: Path, tmp_path: Path) -> ServerFolder:
+    folder = ServerFolder(tmp_path / "server")
+    folder.prepare({"listen": "127.0.0.1:8443"})
+    shutil.copytree(finished_run, folder.path / "runs" / "mixed")
+    return folder
+
+
+@pytest.fixture(params=["", "runs"])
+def root(request: pytest.FixtureRequest, deployment: ServerFolder) -> Path:
+    """The deployment is served itself, or by its runs."""
+    return deployment.path / request.param
+
+
+@pytest.fixture
+def visitor(root: Path) -> Iterator[Callable[[str], tuple[TestClient, str]]]:
+    accounts = Accounts(root)
+    application = make_application(root, accounts, hosts=["testserver"])
+    with TestClient(application, base_url="https://testserver") as client:
+
+        def sign_in(role: str) -> tuple[TestClient, str]:
+            cookie = accounts.open_session(f"a-{role}", role)
+            client.cookies.set(COOKIE, cookie)
+            session = accounts.session(cookie)
+            assert session is not None
+            return client, session.csrf
+
+        yield sign_in
+
+
+def join(folder: ServerFolder, token: str) -> str:
+    """What the enrolment service does with a device's request, its signatures apart."""
+    key = generate_private_key(SECP256R1()).public_key()
+    pem = key.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    request = JoinRequest(
+        secret=Token.parse(token).secret.hex(),
+        transport_key=pem.decode(),
+        update_key="ab" * 32,
+        transport_signature="00" * 32,
+        update_signature="00" * 64,
+    )
+    registry = Registry(folder.registry)
+    try:
+        return registry.redeem(request, now=0.0).name
+    finally:
+        registry.close()
+
+
+def test_a_token_is_shown_once_recorded_and_lets_one_device_join(
+    visitor: Callable[[str], tuple[TestClient, str]], deployment: ServerFolder, root: Path
+) -> None:
+    client, csrf = visitor(OPERATOR)
+    form = {"csrf": csrf, "name": "school laptop", "hours": "2", "reason": WHY}
+    html = client.post("/devices/invite", data=form, headers={"accept": "text/html"})
+    assert html.status_code == 201
+    assert html.headers["cache-control"] == "no-store"
+    answer = client.post("/devices/invite", data=form, headers={"accept": "application/json"})
+    token = answer.json()["token"]
+    assert (
+        answer.json()["command"] == f"fedbraid client join https://127.0.0.1:8443 --token {token}"
+    )
+    ledger = Ledger(root / ".dashboard" / "ledger")
+    entries = list(ledger.entries())
+    assert ledger.verify() == []
+    ledger.close()
+    assert [entry.content["arguments"] for entry in entries] == [
+        {"node": "school laptop", "hours": 2.0}
+    ] * 2
+    assert {(e.content["action"], e.content["who"], e.content["reason"]) for e in entries} == {
+        ("invite", "a-operator", WHY)
+    }
+    first = html.text.partition("--token ")[2].partition("<")[0]
+    for path in ("/devices", "/api/v1/devices", "/api/v1/devices/invitations.csv", "/server"):
+        told = client.get(path, headers={"accept": "text/html"}).text
+        for secret in (first, token, Token.parse(token).secret.hex()):
+            assert secret not in told
+    for file in (root / ".dashboard").rglob("*"):
+        if file.is_file():
+            assert token.encode() not in file.read_bytes()
+    # The second one of that name has made the first void.
+    with pytest.raises(EnrolmentRefused, match="no invitation"):
+        join(deployment, first)
+    assert join(deployment, token) == "school laptop"
+    with pytest.raises(EnrolmentRefused):
+        join(deployment, token)
+    again = client.post("/devices/invite", data=form, headers={"accept": "application/json"})
+    assert again.status_code == 409
+    assert "joined already" in again.json()["error"]
+    tables = client.get("/api/v1/devices").json()["tables"]
+    assert [row["name"] for row in tables["joined"]["rows"]] == ["school laptop"]
+    assert tables["invited"]["total"] == 0
+    assert tables["invitations"]["total"] == 2
+
+
+def test_it_needs_an_operator_a_reason_a_name_and_the_sessions_token(
+    visitor: Callable[[str], tuple[TestClient, str]], root: Path
+) -> None:
+    client, csrf = visitor(VIEWER)
+    good = {"csrf": csrf, "name": "school", "reason": WHY}
+    assert client.post("/devices/invite", data=good).status_code == 403
+    client, csrf = visitor(OPERATOR)
+    assert client.post("/devices/invite", data=good).status_code == 403
+    good["csrf"] = csrf
+    for wrong in (
+        {"reason": " "},
+        {"name": ""},
+        {"name": "<b>"},
+        {"name": "x" * 65},
+        {"hours": "-1"},
+        {"hours": "nan"},
+        {"hours": "soon"},
+        {"hours": "1e9"},
+    ):
+        assert client.post("/devices/invite", data=good | wrong).status_code == 409, wrong
+    assert client.get("/api/v1/devices").json()["tables"]["invitations"]["total"] == 0
+    # Where nothing can be recorded, no token is made.
+    held = Ledger(root / ".dashboard" / "ledger", create=True)
+    assert client.post("/devices/invite", data=good).status_code == 409
+    held.close()
+    assert client.get("/api/v1/devices").json()["tables"]["invited"]["total"] == 0
+
+
+def test_runs_alone_are_no_deployment_and_the_page_says_so(
+    client: TestClient, sign_in: Callable[[str], str]
+) -> None:
+    csrf = sign_in("olga")
+    page = client.get("/devices", headers={"accept": "text/html"}).text
+    assert "No deployment" in page
+    assert "/devices/invite" not in page
+    form = {"csrf": csrf, "name": "school", "reason": WHY}
+    answer = client.post("/devices/invite", data=form, headers={"accept": "application/json"})
+    assert answer.status_code == 409
+    assert "no deployment" in answer.json()["error"]
