@@ -183,18 +183,20 @@ def _read_update(body: bytes, context: GateContext, report: Report) -> Update | 
         check_cohort(
             cohort, method, report.examples, context.layout, context.basis, context.max_examples
         )
-        for mean in cohort.means:
-            _check_norm(mean, context)
+        _check_change(max(_check_norm(mean, context) for mean in cohort.means), report)
         return cohort
     update = _read(header, tensors, method, context)
-    norm = _check_norm(update, context)
+    _check_change(_check_norm(update, context), report)
+    return update
+
+
+def _check_change(norm: float, report: Report) -> None:
     if norm == 0.0 and not report.unchanged:
         raise UpdateRejected(
             Verdict.EMPTY, "every number is zero: there is no change, and the report names none"
         )
     if norm > 0.0 and report.unchanged:
         raise UpdateRejected(Verdict.MALFORMED, "a change came with a report that there is none")
-    return update
 
 
 def _read(

@@ -204,6 +204,7 @@ def _sum(plan: Plan, layout: Layout, outcomes: Sequence[Outcome]) -> bytes:
         steps=sum(one.steps for one in reports),
         evaluation=Evaluation.model_validate(evaluation) if evaluation else None,
         base_format=plan.base_format,
+        unchanged=bool(updates) and all(one.unchanged for one in reports),
     )
     return encode_reply(
         run=plan.run,
