@@ -1,4 +1,4 @@
-"""``fedbraid ledger``: show, verify, replay, prove, check, migrate."""
+"""``fedbraid ledger``: show, verify, replay, likeness, prove, check, migrate."""
 
 from __future__ import annotations
 
@@ -65,6 +65,36 @@ def verify(folder: Folder, key: Key = None, as_json: Json = False) -> None:
         )
     ledger.close()
     raise typer.Exit(1 if problems else 0)
+
+
+@ledger_app.command()
+def likeness(
+    folder: Folder,
+    round_number: Annotated[int, typer.Option("--round", min=1)],
+    as_json: Json = False,
+) -> None:
+    """How alike the nodes' changes of a round are, across families: cosines, and their lengths."""
+    from fedserver.likeness import likeness as measure
+    from fedserver.run_folder import recorded_configuration
+
+    ledger = Ledger(folder)
+    found = measure(ledger, recorded_configuration(ledger), round_number)
+    ledger.close()
+    lengths, cosines = found.lengths.tolist(), found.cosines.tolist()
+    if as_json:
+        for node, family, length, row in zip(
+            found.nodes, found.families, lengths, cosines, strict=True
+        ):
+            told = dict(zip(found.nodes, row, strict=True))
+            print(json.dumps({"node": node, "family": family, "length": length, "cosines": told}))
+        return
+    table = Table("node", "family", "length", *found.nodes, box=box.SIMPLE_HEAD)
+    for node, family, length, row in zip(
+        found.nodes, found.families, lengths, cosines, strict=True
+    ):
+        table.add_row(node, family, f"{length:.4g}", *(f"{cosine:+.2f}" for cosine in row))
+    table.caption = f"cosines, each within about {2 * found.error:.2f}"
+    Console().print(table)
 
 
 @ledger_app.command()

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from aggregators.presets import STRANDS
 from fedserver.scenario.data import DataConfiguration
 from fedserver.scenario.mistakes import nearest
 from fedserver.scenario.nodes import NodeConfiguration
@@ -64,11 +65,14 @@ def explain(problems: Sequence[Mapping[str, Any]]) -> list[str]:
         short = found[0]["type"] in ("too_short", "missing")
         if short and any(other.startswith(f"{place}.") for other in places):
             del places[place]
-    return [f"{place}: {_what(found)}" for place, found in places.items()]
+    # What is of the whole scenario names its keys itself.
+    return [
+        f"{place}: {_what(found)}" if place else _what(found) for place, found in places.items()
+    ]
 
 
 def _place(problem: Mapping[str, Any]) -> str:
-    return ".".join(map(str, _location(problem))) or "scenario"
+    return ".".join(map(str, _location(problem)))
 
 
 def _location(problem: Mapping[str, Any]) -> tuple[int | str, ...]:
@@ -90,14 +94,10 @@ def _location(problem: Mapping[str, Any]) -> tuple[int | str, ...]:
 
 
 def _inside(rest: Sequence[int | str]) -> tuple[int | str, ...]:
-    if rest and isinstance(rest[0], int):
+    """The place in a list, or the key of a table of factors; () for the name of a union's kind."""
+    if rest and (isinstance(rest[0], int) or rest[0] in STRANDS or rest[-1] == "[key]"):
         return (rest[0],)
-    if len(rest) > 1 and rest[-1] == "[key]":
-        return (rest[0],)
-    return (rest[0],) if rest and rest[0] in _STRANDS else ()
-
-
-_STRANDS = ("lora", "zeroth-order", "projected")
+    return ()
 
 
 def _what(problems: Sequence[Mapping[str, Any]]) -> str:
