@@ -137,8 +137,11 @@ def _known(file: Path) -> dict[str, Run]:
     found = {}
     for line in whole:
         row = json.loads(line)
-        identity, _ = row.pop("run"), row.pop("about")
-        found[identity] = Run(**row)
+        before, after = (
+            {node: (total, tokens) for node, (total, tokens) in row[key].items()}
+            for key in ("before", "after")
+        )
+        found[row["run"]] = Run(before, after, row["lambdas"], row["seconds"])
     return found
 
 

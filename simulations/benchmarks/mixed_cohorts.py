@@ -203,7 +203,7 @@ def _compare(place: Place, seeds: int, rounds: int) -> None:
     console.width = console.width if console.is_terminal else 150
     for unlike in (True, False):
         kind = "unlike" if unlike else "like"
-        outcomes = []
+        outcomes, overlaps = [], []
         for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
             for cohort, (group, rule) in COHORTS.items():
                 asked = scenario(
@@ -211,12 +211,20 @@ def _compare(place: Place, seeds: int, rounds: int) -> None:
                 )
                 found = told.run(place, asked, f"seed {seed}, {kind} data, {cohort}")
                 outcomes.append(outcome(found, seed, cohort, strong, unlike=unlike))
+                overlaps += found.lambdas if rule == "overlap" else []
         console.print(losses(outcomes))
         console.print(advantages(outcomes))
+        print(f"overlap counted once, mean factors: {_means(overlaps)}")
     seconds = math.fsum(run.seconds for run in place.runs.values())
     print(
         f"{len(place.runs)} runs took {seconds / 60:.1f} min of one processor, models not counted"
     )
+
+
+def _means(rounds: Sequence[Mapping[str, float]]) -> str:
+    """Of each family over all rounds."""
+    found = ((family, math.fsum(one[family] for one in rounds)) for family in rounds[0])
+    return ", ".join(f"{family} {total / len(rounds):.4f}" for family, total in found)
 
 
 if __name__ == "__main__":
