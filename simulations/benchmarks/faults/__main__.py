@@ -39,7 +39,9 @@ LOST_SECONDS = 240.0
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one run. ``served``: seconds until a node's answer counted again, by node."""
+    """What became of one run. ``served``: seconds until a node's answer counted again, by node; 0 for
+    one that the fault did not keep from answering.
+    """
 
     end: str
     sound: bool
@@ -61,7 +63,11 @@ def suffer(laboratory: Laboratory, fault: Fault) -> Finding:
     run = laboratory.start_run(fault.name, fault.overrides)
     wait_until(lambda: run.ended or run.round() >= 1)
     lifted = fault.inflict(laboratory, run)
+    # A run that needed every answer and is over by now had the node's all along.
+    throughout = run.ended and run.wait() == 0 and ledger_head(run.folder) == expected
     served = _serving_again(laboratory, run, fault, lifted)
+    if throughout:
+        served = {node: None if late is None else 0.0 for node, late in served.items()}
     code = run.wait()
     words = "ended"
     if code != 0:
@@ -85,7 +91,8 @@ def _serving_again(
 ) -> dict[str, float | None]:
     """By node, seconds from the fault's end to its first answer that counted; None: there was none.
 
-    Where the run is over by then, or had stopped, a roll call asks: a run of one round.
+    Where the run is over by then, or had stopped, a roll call asks: a run of one round, whose
+    beginning is counted.
     """
     served: dict[str, float | None] = dict.fromkeys(lifted)
     runs, until = [run], time.monotonic() + LOST_SECONDS
