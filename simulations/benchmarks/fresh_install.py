@@ -23,6 +23,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedhost.ports import LOOPBACK, accepts
@@ -143,7 +144,9 @@ def _tell(console: Console, steps: list[Step], documented: int, checks: int) -> 
     """Print the table; how many runs there were if all went well and ended alike, else 0."""
     table = Table("command", "s", "", title="docs/deployment.md, as printed")
     for step in steps:
-        table.add_row(step.command, f"{step.seconds:.0f}", "worked" if step.code == 0 else "FAILED")
+        table.add_row(
+            escape(step.command), f"{step.seconds:.0f}", "worked" if step.code == 0 else "FAILED"
+        )
     console.print(table)
     heads = [found[1] for step in steps if (found := HEAD.search(step.output))]
     good = len(steps) == documented + checks and len(set(heads)) == 1

@@ -19,6 +19,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from simulations.benchmarks.chaos.host import live_apart
@@ -114,9 +115,6 @@ def _serving_again(
 def main(
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this fault.")] = None,
     devices: Annotated[int, typer.Option(min=2)] = 5,
-    seed_folder: Annotated[
-        Path | None, typer.Option("--folder", help="Keep everything here instead of deleting it.")
-    ] = None,
 ) -> None:
     """Print one row a fault: how the run ended, and when the nodes served again."""
     known = [fault.name for fault in CATALOGUE]
@@ -129,15 +127,14 @@ def main(
         sys.exit(f"error: {error}")
     progress, found = Console(stderr=True), {}
     with tempfile.TemporaryDirectory(prefix="fedbraid-") as name:
-        folder = seed_folder or Path(name)
         progress.print(f"{devices} devices join")
-        with Laboratory(folder, devices) as laboratory:
+        with Laboratory(Path(name), devices) as laboratory:
             for fault in CATALOGUE:
                 if only and fault.name not in only:
                     continue
                 progress.print(f"{fault.name} …")
                 finding = found[fault.name] = suffer(laboratory, fault)
-                progress.print(f"{fault.name}: {finding}")
+                progress.print(f"{fault.name}: {finding}", markup=False)
                 if not finding.good:
                     progress.print(laboratory.logs(), markup=False, highlight=False)
     _print(found, devices)
@@ -151,7 +148,7 @@ def _print(found: dict[str, Finding], devices: int) -> None:
     for name, finding in found.items():
         times = [f"{t:.0f}" if t is not None else "never" for t in finding.served.values()]
         table.add_row(
-            name, finding.end, ", ".join(finding.named), " ".join(times),
+            name, escape(finding.end), ", ".join(finding.named), " ".join(times),
             "good" if finding.good else "BAD",
         )  # fmt: skip
     Console().print(table)
