@@ -16,6 +16,7 @@ from functools import partial
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.heartbeat import HeartbeatFailure, HeartbeatSender
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
@@ -30,7 +31,7 @@ UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
 
 
 def patient_invoker() -> RetryInvoker:
-    """Flower's retries, which also go on after a broken handshake and after an error of the server."""
+    """Flower's retries, which go on after a broken handshake, too, and after what may pass."""
     invoker = make_simple_http_retry_invoker()
     flowers: Callable[[Exception], bool] = invoker.should_giveup or (lambda error: False)
     first = last = float("-inf")
@@ -39,8 +40,7 @@ def patient_invoker() -> RetryInvoker:
         nonlocal first, last
         if isinstance(error, httpx.TransportError):
             return UNTRUSTED in str(error)
-        failed = isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 500
-        if not failed:
+        if not isinstance(error, httpx.HTTPStatusError) or not _may_pass(error.response):
             return flowers(error)
         now = time.monotonic()
         if now - last > SERVER_ERROR_SECONDS:
@@ -50,6 +50,14 @@ def patient_invoker() -> RetryInvoker:
 
     invoker.should_giveup = should_giveup
     return invoker
+
+
+def _may_pass(response: httpx.Response) -> bool:
+    """Whether it is an error of the server, or it believes this node to be connected still."""
+    if response.status_code == httpx.codes.INTERNAL_SERVER_ERROR:
+        return True
+    told = FlowerError.from_json(response.text)
+    return told is not None and told.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
 
 
 class Heartbeat(HeartbeatSender):

@@ -41,6 +41,7 @@ GONE_SECONDS = 8.0
 STUCK_SECONDS = 900.0
 LOOK_SECONDS = 0.2
 JOINING_SHARE = 0.2
+SOON_SECONDS = 2.0
 
 
 @dataclass
@@ -141,13 +142,16 @@ def _kill_until_done(
 ) -> None:
     began = time.monotonic()
     due = began + chance.uniform(*pause)
+    before = "joining"
     while not run.done():
         run.tend()
-        now = time.monotonic()
+        now, phase = time.monotonic(), run.phase()
+        if phase != before:
+            # The last phase takes seconds: without this hardly a kill would meet it.
+            due, before = min(due, now + chance.uniform(0, SOON_SECONDS)), phase
         if now - began > STUCK_SECONDS * (1 + sum(found.killed.values())):
             raise TimeoutError(run.deployment.logs())
         if now >= due and sum(found.killed.values()) < kills:
-            phase = run.phase()
             # Most of a run's time is its beginning; most of the kills should not be.
             if phase != "joining" or chance.random() < JOINING_SHARE:
                 # Kinds first: there is one ServerApp and there are many model processes.

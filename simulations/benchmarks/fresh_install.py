@@ -23,6 +23,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedhost.ports import LOOPBACK, accepts
@@ -135,16 +136,24 @@ def main(
         progress.print(f"{len(commands)} documented commands, then {len(extra)} checks")
         steps = run_in_one_shell([*commands, *extra], folder, environment)
         run_in_one_shell([". env/bin/activate", *down], folder, environment)
+        good = _tell(console, steps, len(commands), len(extra)) == 2 + device
+    raise typer.Exit(0 if good else 1)
+
+
+def _tell(console: Console, steps: list[Step], documented: int, checks: int) -> int:
+    """Print the table; how many runs there were if all went well and ended alike, else 0."""
     table = Table("command", "s", "", title="docs/deployment.md, as printed")
     for step in steps:
-        table.add_row(step.command, f"{step.seconds:.0f}", "worked" if step.code == 0 else "FAILED")
+        table.add_row(
+            escape(step.command), f"{step.seconds:.0f}", "worked" if step.code == 0 else "FAILED"
+        )
     console.print(table)
     heads = [found[1] for step in steps if (found := HEAD.search(step.output))]
-    good = len(steps) == len(commands) + len(extra) and len(set(heads)) == 1
-    console.print(f"{len(commands)} commands; ledger heads: {', '.join(h[:16] for h in heads)}")
+    good = len(steps) == documented + checks and len(set(heads)) == 1
+    console.print(f"{documented} commands; ledger heads: {', '.join(h[:16] for h in heads)}")
     if not good:
         console.print(steps[-1].output[-3000:], markup=False)
-    raise typer.Exit(0 if good and len(heads) == 2 + device else 1)
+    return len(heads) if good else 0
 
 
 if __name__ == "__main__":

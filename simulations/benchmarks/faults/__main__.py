@@ -19,6 +19,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from simulations.benchmarks.chaos.host import live_apart
@@ -39,7 +40,9 @@ LOST_SECONDS = 240.0
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one run. ``served``: seconds until a node's answer counted again, by node."""
+    """What became of one run. ``served``: seconds until a node's answer counted again, by node; 0 for
+    one that the fault did not keep from answering.
+    """
 
     end: str
     sound: bool
@@ -61,7 +64,11 @@ def suffer(laboratory: Laboratory, fault: Fault) -> Finding:
     run = laboratory.start_run(fault.name, fault.overrides)
     wait_until(lambda: run.ended or run.round() >= 1)
     lifted = fault.inflict(laboratory, run)
+    # A run that needed every answer and is over by now had the node's all along.
+    throughout = run.ended and run.wait() == 0 and ledger_head(run.folder) == expected
     served = _serving_again(laboratory, run, fault, lifted)
+    if throughout:
+        served = {node: None if late is None else 0.0 for node, late in served.items()}
     code = run.wait()
     words = "ended"
     if code != 0:
@@ -85,7 +92,8 @@ def _serving_again(
 ) -> dict[str, float | None]:
     """By node, seconds from the fault's end to its first answer that counted; None: there was none.
 
-    Where the run is over by then, or had stopped, a roll call asks: a run of one round.
+    Where the run is over by then, or had stopped, a roll call asks: a run of one round, whose
+    beginning is counted.
     """
     served: dict[str, float | None] = dict.fromkeys(lifted)
     runs, until = [run], time.monotonic() + LOST_SECONDS
@@ -107,9 +115,6 @@ def _serving_again(
 def main(
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this fault.")] = None,
     devices: Annotated[int, typer.Option(min=2)] = 5,
-    seed_folder: Annotated[
-        Path | None, typer.Option("--folder", help="Keep everything here instead of deleting it.")
-    ] = None,
 ) -> None:
     """Print one row a fault: how the run ended, and when the nodes served again."""
     known = [fault.name for fault in CATALOGUE]
@@ -122,15 +127,14 @@ def main(
         sys.exit(f"error: {error}")
     progress, found = Console(stderr=True), {}
     with tempfile.TemporaryDirectory(prefix="fedbraid-") as name:
-        folder = seed_folder or Path(name)
         progress.print(f"{devices} devices join")
-        with Laboratory(folder, devices) as laboratory:
+        with Laboratory(Path(name), devices) as laboratory:
             for fault in CATALOGUE:
                 if only and fault.name not in only:
                     continue
                 progress.print(f"{fault.name} …")
                 finding = found[fault.name] = suffer(laboratory, fault)
-                progress.print(f"{fault.name}: {finding}")
+                progress.print(f"{fault.name}: {finding}", markup=False)
                 if not finding.good:
                     progress.print(laboratory.logs(), markup=False, highlight=False)
     _print(found, devices)
@@ -144,7 +148,7 @@ def _print(found: dict[str, Finding], devices: int) -> None:
     for name, finding in found.items():
         times = [f"{t:.0f}" if t is not None else "never" for t in finding.served.values()]
         table.add_row(
-            name, finding.end, ", ".join(finding.named), " ".join(times),
+            name, escape(finding.end), ", ".join(finding.named), " ".join(times),
             "good" if finding.good else "BAD",
         )  # fmt: skip
     Console().print(table)

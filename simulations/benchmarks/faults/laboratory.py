@@ -123,9 +123,10 @@ class Run:
 
     def wait(self) -> int:
         """Its exit code; what it said is in ``told``."""
-        output, _ = self.process.communicate(timeout=PATIENCE_SECONDS)
-        self.told = output.strip()
-        return self.process.returncode
+        if not self.told:
+            output, _ = self.process.communicate(timeout=PATIENCE_SECONDS)
+            self.told = output.strip()
+        return self.process.wait()
 
 
 @dataclass
