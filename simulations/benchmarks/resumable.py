@@ -42,6 +42,7 @@ from aggregators import Layout, LowRank
 from aggregators.keys import load, public_hex
 from aggregators.messages import Capabilities, Report, decode_plan, encode_reply
 from aggregators.signatures import sign_reply
+from fedclient.deployment.joining import join
 from fedclient.deployment.settings import NodeFolder
 from fedhost.payloads import PART_BYTES, from_records, to_records
 from fedhost.ports import LOOPBACK
@@ -145,7 +146,8 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with running_server(folder / "server") as server:
-            device = server.enrol(NAME, folder / NAME).folder
+            device = NodeFolder(folder / NAME)
+            join(server.url, str(server.invite(NAME)), device, {})
             for seed, (name, part) in enumerate((("parts", PART_BYTES), ("whole", 1 << 30))):
                 fedhost.payloads.PART_BYTES = part
                 found[name] = send(server, device, name, seed, megabytes, (cut, cuts))
