@@ -8,6 +8,9 @@ added to what first. A term is cut once, to a multiple of 2**-160; nothing is ro
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +67,14 @@ class ExactNumbers:
         used = self.digits.ne(0).any(dim=1).nonzero()[:, 0].tolist() or [0]
         return self.digits[used[0] : used[-1] + 1].to(torch.int32), used[0]
 
+    @classmethod
+    def sum(cls, parts: Iterable[ExactNumbers]) -> ExactNumbers:
+        """The sum of numbers of one length, at least one vector and fewer than 2**30."""
+        digits = functools.reduce(operator.add, (part.digits for part in parts))
+        return cls(_carried(digits))
+
     def __add__(self, other: ExactNumbers) -> ExactNumbers:
-        return ExactNumbers(_carried(self.digits + other.digits))
+        return ExactNumbers.sum([self, other])
 
     def at(self, places: Tensor, count: int) -> ExactNumbers:
         """The numbers at ``places`` (int64 [n], each once) among ``count``; the others are 0."""
