@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv nginx chromium demo test lint format bench docs screenshots gpu-check neon-check sanitize clean
+.PHONY: help venv nginx chromium demo test lint format bench docs screenshots gpu-check neon-check arm-check sanitize clean
 
 help:
 	@echo "make demo       fine-tune a language model across six unlike devices, and report"
@@ -24,6 +24,7 @@ help:
 	@echo "make gpu-check  check and time GPU kernels   make clean      remove what builds left behind"
 	@echo "make screenshots  pictures of the dashboard   make chromium   the browser that tests need"
 	@echo "make neon-check the kernels' bits on ARM     make sanitize   the kernels' tests under ASan, UBSan"
+	@echo "make arm-check  the same, and the stub on ARM"
 
 venv: $(STAMP)
 
@@ -92,6 +93,10 @@ gpu-check: venv
 # Needs cmake, qemu-user and a cross-compiler, and says how to get what is missing.
 neon-check: venv
 	$(BIN)/python tests/kernels/native/neon_check.py
+
+# Needs qemu-user, and fetches Debian's Python for arm64 into build/arm.
+arm-check: neon-check
+	$(BIN)/python tests/fedclient/resident/arm_check.py
 
 sanitize: venv
 	$(BIN)/python tests/kernels/native/sanitize.py

@@ -1,6 +1,6 @@
 """Exact sums of real numbers: fixed point, so that the order and the grouping of terms never matter.
 
-A number is a sum of digits times powers of 2**32, from 2**-160 up to 2**96, each digit in
+A number is a sum of digits times powers of 2**32, from 2**-160 up to 2**128, each digit in
 [-2**31, 2**31): every number has one such form, which two sums of the same terms share whatever was
 added to what first. A term is cut once, to a multiple of 2**-160; nothing is rounded afterwards until
 ``float64`` makes one number of the digits, by one order of operations.
@@ -8,17 +8,21 @@ added to what first. A term is cut once, to a multiple of 2**-160; nothing is ro
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 DIGIT_BITS = 32
-DIGITS = 8
+DIGITS = 9
 LOWEST = -160  # a power of two: the unit of the last digit
 MANTISSA_BITS = 53
-# Of a term's absolute value; sums of 2**30 of them still fit.
-LARGEST_TERM = 2.0**64
+# Of a term's absolute value: more than the gate's largest norm times its largest weight. Sums of 2**38
+# such terms fit.
+LARGEST_TERM = 2.0**88
 _BASE = 1 << DIGIT_BITS
 
 
@@ -44,10 +48,7 @@ class ExactNumbers:
         high = ((size >> DIGIT_BITS) << shift) + (low >> DIGIT_BITS)
         digits = torch.zeros(DIGITS, len(values), dtype=torch.int64)
         for offset, digit in enumerate((low & (_BASE - 1), high & (_BASE - 1), high >> DIGIT_BITS)):
-            # The two highest places are beyond any term, so that what is 0 there may go anywhere.
-            digits.scatter_add_(
-                0, (first + offset).clamp_max(DIGITS - 1)[None], (sign * digit)[None]
-            )
+            digits.scatter_add_(0, (first + offset)[None], (sign * digit)[None])
         return cls(_carried(digits))
 
     @classmethod
@@ -66,8 +67,14 @@ class ExactNumbers:
         used = self.digits.ne(0).any(dim=1).nonzero()[:, 0].tolist() or [0]
         return self.digits[used[0] : used[-1] + 1].to(torch.int32), used[0]
 
+    @classmethod
+    def sum(cls, parts: Iterable[ExactNumbers]) -> ExactNumbers:
+        """The sum of numbers of one length, at least one vector and fewer than 2**30."""
+        digits = functools.reduce(operator.add, (part.digits for part in parts))
+        return cls(_carried(digits))
+
     def __add__(self, other: ExactNumbers) -> ExactNumbers:
-        return ExactNumbers(_carried(self.digits + other.digits))
+        return ExactNumbers.sum([self, other])
 
     def at(self, places: Tensor, count: int) -> ExactNumbers:
         """The numbers at ``places`` (int64 [n], each once) among ``count``; the others are 0."""

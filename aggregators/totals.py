@@ -196,15 +196,15 @@ def in_order(update: LowRank) -> LowRank:
 
 def _joined(form: Any, totals: Sequence[Total]) -> dict[str, ExactNumbers]:
     """The numbers of totals added part by part; those along a pool by the seeds' indices."""
-    found: dict[str, ExactNumbers] = {}
+    found: dict[str, list[ExactNumbers]] = {}
     for total in totals:
         for key, part in total.numbers.items():
             placed = part
             if key == SCALARS:
                 indices = _indices(form)
                 placed = part.at(torch.searchsorted(indices, _indices(total.form)), len(indices))
-            found[key] = found[key] + placed if key in found else placed
-    return found
+            found.setdefault(key, []).append(placed)
+    return {key: ExactNumbers.sum(parts) for key, parts in found.items()}
 
 
 def _held(totals: Sequence[Total]) -> dict[str, float]:

@@ -219,7 +219,8 @@ class Coordinator:
         members = {member.capabilities.node: member for member in roster.members}
         states = {entry.round: entry.content["state"] for entry in ledger.entries("round")}
         for name, number in unanswered(ledger, self._configuration):
-            if name not in members:
+            # A sum that comes late is refused, so that an edge is not asked for it again.
+            if name not in members or members[name].capabilities.devices:
                 continue
             before = self._operations.entering(number)
             model = GlobalModel.empty(roster.layout)

@@ -79,7 +79,9 @@ class Fleet:
         self._nodes = nodes
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._threads = [threading.Thread(target=self._work) for _ in range(connections)]
+        self._threads = [
+            threading.Thread(target=self._work, daemon=True) for _ in range(connections)
+        ]
         self.traffic = Traffic()
         self.failures: list[str] = []
 
