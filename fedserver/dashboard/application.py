@@ -88,6 +88,7 @@ class Site:
         self.accounts = accounts
         self.provider = provider
         self.channels = Channels()
+        self.meters = library_views.Meters()
         self.desk = Desk(library, Jobs(library.root))
         self.replays = Replays(self.desk.jobs)
 
@@ -236,7 +237,11 @@ class Site:
     async def server(self, request: Request) -> Response:
         """The machine."""
         page = await run_in_threadpool(
-            library_views.server, self.library, self.channels.viewers, self.desk.jobs.json()
+            library_views.server,
+            self.library,
+            self.channels.viewers,
+            self.desk.jobs.json(),
+            self.meters,
         )
         return self._answer(request, page, "server.html.jinja")
 

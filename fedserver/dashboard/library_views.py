@@ -139,7 +139,33 @@ def compare(library: Library, question: Question) -> Page:
     )  # fmt: skip
 
 
-def server(library: Library, viewers: int, jobs: Sequence[Mapping[str, Any]]) -> Page:
+class Meters:
+    """Shares of processors since somebody looked last: the first look at a process has none."""
+
+    def __init__(self) -> None:
+        self._processes: dict[int, psutil.Process] = {}
+        psutil.cpu_percent()
+
+    def read(self, pid: int) -> dict[str, float | None]:
+        """Processor share and memory of a process; None where it has gone, or is looked at first."""
+        try:
+            held = self._processes.get(pid)
+            if held is None or not held.is_running():
+                self._processes = {p: one for p, one in self._processes.items() if one.is_running()}
+                held = self._processes[pid] = psutil.Process(pid)
+                held.cpu_percent()
+                return {"cpu_share": None, "memory_bytes": held.memory_info().rss}
+            return {
+                "cpu_share": held.cpu_percent() / 100,
+                "memory_bytes": held.memory_info().rss,
+            }
+        except psutil.Error:
+            return {"cpu_share": None, "memory_bytes": None}
+
+
+def server(
+    library: Library, viewers: int, jobs: Sequence[Mapping[str, Any]], meters: Meters
+) -> Page:
     """This machine, this process, and the processes of the runs that are under way."""
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(library.root)
     own = psutil.Process()
@@ -148,21 +174,13 @@ def server(library: Library, viewers: int, jobs: Sequence[Mapping[str, Any]]) ->
         if row["state"] not in ("running", "paused"):
             continue
         pid = str(row["live"].get("process", "")).partition("@")[0]
-        used: dict[str, float | None]
-        try:
-            process = psutil.Process(int(pid))
-            used = {
-                "cpu_share": process.cpu_percent(0.0) / 100,
-                "memory_bytes": process.memory_info().rss,
-            }
-        except (psutil.Error, ValueError):
-            used = {"cpu_share": None, "memory_bytes": None}
+        used = meters.read(int(pid)) if pid.isdigit() else {}
         rows.append({"run": row["name"], "pid": pid, **used})
     data = {
         "folder": str(library.root),
         "cores": os.cpu_count(),
         "load": [round(value, 2) for value in os.getloadavg()],
-        "cpu_share": psutil.cpu_percent(0.0) / 100,
+        "cpu_share": psutil.cpu_percent() / 100,
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
         "disk_bytes": disk.total,
