@@ -1,6 +1,6 @@
 """What the dashboard costs: first paint over many runs and nodes, delay of events, memory, and rounds.
 
-python -m simulations.benchmarks.dashboard [--runs 1000] [--nodes 10000] [--viewers 200] [--rounds 0] [--steps 60]
+python -m simulations.benchmarks.dashboard [--runs 1000] [--nodes 10000] [--viewers 200] [--rounds 0]
 
 A real dashboard process serves folders that ledger and metrics have written; requests and viewers are
 real connections over loopback. ``--rounds N`` also runs N rounds of six nodes with a tiny model and one
