@@ -53,6 +53,8 @@ PROCESSES = (
     Column("memory_bytes", "Memory", "bytes"),
 )
 MOST_COMPARED = 24
+SHORTEST_LOOK = 0.5
+"""Processor seconds between two looks at the machine: of less no share can be made."""
 STARTED = time.time()
 
 
@@ -144,7 +146,19 @@ class Meters:
 
     def __init__(self) -> None:
         self._processes: dict[int, psutil.Process] = {}
-        psutil.cpu_percent()
+        self._before = _processor_seconds()
+        self._share = 0.0
+
+    def machine(self) -> float:
+        """The processors' share that was at work since the last look, or since the start.
+
+        psutil's own memory is of a thread, and every request may be another one's.
+        """
+        busy, whole = _processor_seconds()
+        if whole - self._before[1] >= SHORTEST_LOOK:
+            self._share = (busy - self._before[0]) / (whole - self._before[1])
+            self._before = busy, whole
+        return self._share
 
     def read(self, pid: int) -> dict[str, float | None]:
         """Processor share and memory of a process; None where it has gone, or is looked at first."""
@@ -161,6 +175,14 @@ class Meters:
             }
         except psutil.Error:
             return {"cpu_share": None, "memory_bytes": None}
+
+
+def _processor_seconds() -> tuple[float, float]:
+    """Of all processors: at work, and altogether."""
+    times = psutil.cpu_times()._asdict()
+    # A guest's time is also the user's.
+    whole = sum(times.values()) - times.get("guest", 0.0) - times.get("guest_nice", 0.0)
+    return whole - times["idle"] - times.get("iowait", 0.0), whole
 
 
 def server(
@@ -180,7 +202,7 @@ def server(
         "folder": str(library.root),
         "cores": os.cpu_count(),
         "load": [round(value, 2) for value in os.getloadavg()],
-        "cpu_share": psutil.cpu_percent() / 100,
+        "cpu_share": meters.machine(),
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
         "disk_bytes": disk.total,
