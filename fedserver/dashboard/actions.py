@@ -15,6 +15,7 @@ from typing import Any
 
 import fedserver
 from fedserver.control import APPLIED, EXCLUDING, OPERATOR, ControlError, ControlQueue, Request
+from fedserver.dashboard import recording
 from fedserver.dashboard.accounts import Session
 from fedserver.dashboard.devices import deployment_of
 from fedserver.dashboard.jobs import Jobs
@@ -23,8 +24,7 @@ from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
 from fedserver.dashboard.run_reader import RunReader
 from fedserver.dashboard.tables import Column, make_table
-from fedserver.ledger import Ledger
-from fedserver.sealing import server_key_file
+from fedserver.ledger import KEYS
 
 ALIVE = ("running", "paused")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -92,7 +92,7 @@ class Desk:
 
     def _sealing_key(self, folder: Path) -> Path | None:
         """The key of the deployment's runs; None for a run that has one of its own."""
-        if server_key_file(folder).exists():
+        if (folder / KEYS).is_dir():
             return None
         deployment = deployment_of(self.library.root)
         return None if deployment is None else deployment.sealing_key
@@ -194,10 +194,6 @@ def arguments_of(action: str, form: Mapping[str, str]) -> dict[str, Any]:
 def _record(
     folder: Path, queue: ControlQueue, request: Request, number: int, key_file: Path | None
 ) -> None:
-    ledger = Ledger(folder, write=True, key_file=key_file)
-    try:
-        wall = {"asked": request.asked, "applied": time.time()}
-        ledger.append(OPERATOR, number, request.content(), wall)
-    finally:
-        ledger.close()
+    wall = {"asked": request.asked, "applied": time.time()}
+    recording.append(folder, OPERATOR, number, request.content(), wall, key_file=key_file)
     queue.settle(request, APPLIED, "recorded")

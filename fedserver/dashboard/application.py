@@ -25,11 +25,11 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from fedserver.control import ControlError
-from fedserver.dashboard import actions, devices, ledger_views, library_views, oidc, openapi
-from fedserver.dashboard.accounts import LOOPBACK, AccountError, Accounts
+from fedserver.dashboard import actions, devices, ledger_views, library_views, openapi
+from fedserver.dashboard.accounts import LOOPBACK, Accounts
 from fedserver.dashboard.actions import Desk, scenario_names
 from fedserver.dashboard.exposition import CONTENT_TYPE, exposition
-from fedserver.dashboard.guard import COOKIE, Guard, form_of
+from fedserver.dashboard.guard import Guard, form_of
 from fedserver.dashboard.html import compile_templates, render
 from fedserver.dashboard.jobs import JobError, Jobs
 from fedserver.dashboard.library import Library
@@ -38,6 +38,7 @@ from fedserver.dashboard.page import NotThere, Page, Question, run_address
 from fedserver.dashboard.registry import BY_NAME, ROUND, VIEWS, View
 from fedserver.dashboard.replays import Replays
 from fedserver.dashboard.run_reader import REPORT, RunReader
+from fedserver.dashboard.sign_in import SignIn
 from fedserver.dashboard.streams import Channels, version
 from fedserver.dashboard.tables import Choice, to_csv
 from fedserver.dashboard.vendor import VendorError, missing
@@ -86,8 +87,9 @@ class Site:
     def __init__(self, library: Library, accounts: Accounts, provider: Provider | None) -> None:
         self.library = library
         self.accounts = accounts
-        self.provider = provider
+        self.sign_in = SignIn(accounts, provider)
         self.channels = Channels()
+        self.meters = library_views.Meters()
         self.desk = Desk(library, Jobs(library.root))
         self.replays = Replays(self.desk.jobs)
 
@@ -96,10 +98,7 @@ class Site:
         run = "/runs/{run}"
         return [
             Mount("/static", StaticFiles(directory=STATIC), name="static"),
-            Route("/login", self.login, methods=["GET", "POST"]),
-            Route(oidc.START, self.begin_oidc),
-            Route(oidc.CALLBACK, self.finish_oidc),
-            Route("/logout", self.logout, methods=["POST"]),
+            *self.sign_in.routes(),
             Route("/", self.runs),
             Route("/start", self.start, methods=["GET", "POST"]),
             Route("/metrics", self.metrics),
@@ -133,89 +132,6 @@ class Site:
             Route(f"{API}{run}/{{view}}/{{table}}.csv", self.run_view),
         ]
 
-    async def login(self, request: Request) -> Response:
-        """The form, what it sends, and the link that a terminal printed."""
-        wanted = request.scope.get("wanted", "")
-        if request.method == "GET":
-            cookie = self.accounts.accept(request.query_params.get("invitation", ""))
-            if cookie is not None:
-                return _signed_in(cookie, "/")
-            return self._login_page(request, "", wanted, 401 if wanted else 200)
-        try:
-            # Who signs in over an old session cannot have its token; the old one ends.
-            self.accounts.sign_out(request.scope["cookie"])
-            request.scope["session"] = None
-            form = await form_of(request)
-            cookie = await run_in_threadpool(
-                self.accounts.sign_in, form.get("name", ""), form.get("password", "")
-            )
-        except AccountError as error:
-            return self._login_page(request, str(error), form.get("wanted", ""), 401)
-        except ValueError as error:
-            return PlainTextResponse(str(error), 400)
-        return _signed_in(cookie, _own_path(form.get("wanted", "")))
-
-    async def begin_oidc(self, request: Request) -> Response:
-        """Off to the OpenID provider."""
-        if self.provider is None:
-            raise NotThere("no OpenID provider is configured here")
-        wanted = _own_path(request.query_params.get("wanted", ""))
-        here = str(request.base_url)
-        try:
-            address, browser = await run_in_threadpool(self.provider.begin, wanted, here)
-        except AccountError as error:
-            return self._login_page(request, str(error), wanted, 502)
-        answer = RedirectResponse(address, 303)
-        # Lax: the way back begins at the provider's page.
-        answer.set_cookie(
-            oidc.COOKIE, browser, max_age=int(oidc.ATTEMPT_SECONDS), path="/", secure=True,
-            httponly=True, samesite="lax",
-        )  # fmt: skip
-        return answer
-
-    async def finish_oidc(self, request: Request) -> Response:
-        """Back from the OpenID provider, with a code or with a refusal."""
-        if self.provider is None:
-            raise NotThere("no OpenID provider is configured here")
-        query = request.query_params
-        browser = request.cookies.get(oidc.COOKIE, "")
-        try:
-            who = await run_in_threadpool(
-                self.provider.finish, query.get("state", ""), query.get("code", ""), browser
-            )
-        except AccountError as error:
-            return self._login_page(request, str(error), "", 401)
-        self.accounts.sign_out(request.scope["cookie"])
-        # A redirect would still be of the provider's making, and the strict cookie not sent with it.
-        html = render("arrived.html.jinja", session=None, target=who.wanted or "/")
-        answer = HTMLResponse(html)
-        _set_session(answer, self.accounts.open_session(who.name, who.role))
-        answer.delete_cookie(oidc.COOKIE, path="/", secure=True, httponly=True, samesite="lax")
-        return answer
-
-    async def logout(self, request: Request) -> Response:
-        """End the session."""
-        try:
-            await form_of(request)
-        except (PermissionError, ValueError) as error:
-            return PlainTextResponse(str(error), 403)
-        self.accounts.sign_out(request.scope["cookie"])
-        answer = RedirectResponse("/login", 303)
-        answer.delete_cookie(COOKIE, path="/", secure=True, httponly=True, samesite="strict")
-        return answer
-
-    def _login_page(self, request: Request, problem: str, wanted: str, status: int) -> Response:
-        html = render(
-            "login.html.jinja",
-            session=None,
-            problem=problem,
-            wanted=_own_path(wanted),
-            has_accounts=bool(self.accounts.names()),
-            provider=self.provider.title if self.provider else "",
-            begin=oidc.START,
-        )
-        return HTMLResponse(html, status)
-
     async def runs(self, request: Request) -> Response:
         """All runs."""
         folders = await run_in_threadpool(self.library.folders)
@@ -236,7 +152,11 @@ class Site:
     async def server(self, request: Request) -> Response:
         """The machine."""
         page = await run_in_threadpool(
-            library_views.server, self.library, self.channels.viewers, self.desk.jobs.json()
+            library_views.server,
+            self.library,
+            self.channels.viewers,
+            self.desk.jobs.json(),
+            self.meters,
         )
         return self._answer(request, page, "server.html.jinja")
 
@@ -524,22 +444,6 @@ def _question(request: Request) -> Question:
         tuple(dict.fromkeys(query.getlist("run"))),
         request.path_params.get("round", 0),
     )
-
-
-def _signed_in(cookie: str, target: str) -> Response:
-    answer = RedirectResponse(target or "/", 303)
-    _set_session(answer, cookie)
-    return answer
-
-
-def _set_session(answer: Response, cookie: str) -> None:
-    answer.set_cookie(COOKIE, cookie, path="/", secure=True, httponly=True, samesite="strict")
-
-
-def _own_path(wanted: str) -> str:
-    """An address of this server, "" for anything that could lead elsewhere."""
-    safe = wanted.startswith("/") and not wanted.startswith(("//", "/\\", "/login"))
-    return wanted if safe and wanted.isprintable() and "\\" not in wanted else ""
 
 
 def _not_found(request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedserver.control import OPERATOR, ControlError
+from fedserver.dashboard import recording
 from fedserver.dashboard.accounts import FOLDER, Session
 from fedserver.dashboard.ledger_views import words_of
 from fedserver.dashboard.page import Page, Question, page_of
@@ -112,7 +113,7 @@ def invite(root: Path, form: Mapping[str, str], who: Session) -> Invitation:
 
     Raises:
         ControlError: no deployment is served, or something is missing or wrong in the form.
-        LedgerError: it cannot be recorded; then no token was made.
+        LedgerError: it cannot be recorded; then the token is void.
     """
     from fedhost.enrolment import EnrolmentRefused
     from fedserver.deployment.folder import FolderError
@@ -134,29 +135,26 @@ def invite(root: Path, form: Mapping[str, str], who: Session) -> Invitation:
         raise ControlError(f"hours: {form['hours']!r} is no number") from None
     if not 0 < hours <= MOST_HOURS:
         raise ControlError(f"a token holds for up to {MOST_HOURS:.0f} hours")
-    # Opened first: where nothing can be recorded, nothing is made.
-    target = _ledger_folder(root)
-    target.mkdir(mode=0o700, parents=True, exist_ok=True)
-    ledger = Ledger(target, create=True)
     try:
         made = make(folder, name, hours)
-        content = {
-            "action": "invite",
-            "arguments": {"node": name, "hours": hours},
-            "who": who.name,
-            "role": who.role,
-            "reason": reason[:500],
-        }
-        try:
-            ledger.append(OPERATOR, 0, content, {"applied": time.time()})
-        except BaseException:
-            _withdraw(folder, name)
-            raise
-        return made
     except (EnrolmentRefused, FolderError) as error:
         raise ControlError(str(error)) from None
-    finally:
-        ledger.close()
+    content = {
+        "action": "invite",
+        "arguments": {"node": name, "hours": hours},
+        "who": who.name,
+        "role": who.role,
+        "reason": reason[:500],
+    }
+    target = _ledger_folder(root)
+    try:
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        recording.append(target, OPERATOR, 0, content, {"applied": time.time()}, create=True)
+    except BaseException:
+        # Nobody has seen the token yet, and without a record nobody shall.
+        _withdraw(folder, name)
+        raise
+    return made
 
 
 def _withdraw(folder: ServerFolder, name: str) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from fedserver.checkpoint import read_checkpoint
+from fedserver.dashboard import recording
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
 from fedserver.dashboard.run_reader import Row, RunReader
 from fedserver.dashboard.tables import Column, Table, make_table
-from fedserver.ledger import GENESIS_PREVIOUS, Ledger, LedgerError
-from fedserver.statements import SealError, open_seal
+from fedserver.ledger import GENESIS_PREVIOUS
 
 ENTRIES = (
     Column("height", "Height", "count"),
@@ -42,7 +41,7 @@ LOG = (
 LOG_LINES = 200
 MOST_OFFERED = 500
 """So many of the last rounds are offered for a replay; every round's own page offers it too."""
-QUIET = {"time", "event", "round", "node", "level", "text"}
+QUIET = {"time", "event", "round", "node", "level", "text", "gate_seconds"}
 
 
 def ledger(run: RunReader, question: Question) -> Page:
@@ -62,7 +61,7 @@ def ledger(run: RunReader, question: Question) -> Page:
         "base_digest": genesis.get("base_digest"),
         "layout": genesis.get("layout"),
         "run_id": genesis.get("run"),
-        "sealed_by": _sealing_key(run),
+        "sealed_by": run.sealing_key(),
         "rounds_recorded": [e["round"] for e in entries if e["kind"] == "round"][:MOST_OFFERED],
     }
     actions = [
@@ -91,21 +90,7 @@ def ledger(run: RunReader, question: Question) -> Page:
 
 def verify(run: RunReader, question: Question) -> Page:
     """Hash every entry and blob again."""
-    try:
-        found = Ledger(run.folder)
-    except LedgerError as error:
-        return Page({"run": run.identity, "problems": [str(error)], "height": 0, "head": ""})
-    try:
-        return Page(
-            {
-                "run": run.identity,
-                "problems": found.verify(),
-                "height": found.height,
-                "head": found.head,
-            }
-        )
-    finally:
-        found.close()
+    return Page({"run": run.identity, **recording.verify(run.folder)})
 
 
 def log(run: RunReader, question: Question) -> Page:
@@ -124,14 +109,6 @@ def log(run: RunReader, question: Question) -> Page:
         total=len(found),
     )
     return page_of({**header(run), "more": more}, table)
-
-
-def _sealing_key(run: RunReader) -> str | None:
-    """The public key that the run's checkpoint is signed with; None where that cannot be read."""
-    try:
-        return open_seal(read_checkpoint(run.folder)).key
-    except SealError:
-        return None
 
 
 def words_of(values: Row) -> str:

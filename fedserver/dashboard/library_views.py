@@ -53,6 +53,8 @@ PROCESSES = (
     Column("memory_bytes", "Memory", "bytes"),
 )
 MOST_COMPARED = 24
+SHORTEST_LOOK = 0.5
+"""Processor seconds between two looks at the machine: of less no share can be made."""
 STARTED = time.time()
 
 
@@ -139,7 +141,53 @@ def compare(library: Library, question: Question) -> Page:
     )  # fmt: skip
 
 
-def server(library: Library, viewers: int, jobs: Sequence[Mapping[str, Any]]) -> Page:
+class Meters:
+    """Shares of processors since somebody looked last: the first look at a process has none."""
+
+    def __init__(self) -> None:
+        self._processes: dict[int, psutil.Process] = {}
+        self._before = _processor_seconds()
+        self._share = 0.0
+
+    def machine(self) -> float:
+        """The processors' share that was at work since the last look, or since the start.
+
+        psutil's own memory is of a thread, and every request may be another one's.
+        """
+        busy, whole = _processor_seconds()
+        if whole - self._before[1] >= SHORTEST_LOOK:
+            self._share = (busy - self._before[0]) / (whole - self._before[1])
+            self._before = busy, whole
+        return self._share
+
+    def read(self, pid: int) -> dict[str, float | None]:
+        """Processor share and memory of a process; None where it has gone, or is looked at first."""
+        try:
+            held = self._processes.get(pid)
+            if held is None or not held.is_running():
+                self._processes = {p: one for p, one in self._processes.items() if one.is_running()}
+                held = self._processes[pid] = psutil.Process(pid)
+                held.cpu_percent()
+                return {"cpu_share": None, "memory_bytes": held.memory_info().rss}
+            return {
+                "cpu_share": held.cpu_percent() / 100,
+                "memory_bytes": held.memory_info().rss,
+            }
+        except psutil.Error:
+            return {"cpu_share": None, "memory_bytes": None}
+
+
+def _processor_seconds() -> tuple[float, float]:
+    """Of all processors: at work, and altogether."""
+    times = psutil.cpu_times()._asdict()
+    # A guest's time is also the user's.
+    whole = sum(times.values()) - times.get("guest", 0.0) - times.get("guest_nice", 0.0)
+    return whole - times["idle"] - times.get("iowait", 0.0), whole
+
+
+def server(
+    library: Library, viewers: int, jobs: Sequence[Mapping[str, Any]], meters: Meters
+) -> Page:
     """This machine, this process, and the processes of the runs that are under way."""
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(library.root)
     own = psutil.Process()
@@ -148,21 +196,13 @@ def server(library: Library, viewers: int, jobs: Sequence[Mapping[str, Any]]) ->
         if row["state"] not in ("running", "paused"):
             continue
         pid = str(row["live"].get("process", "")).partition("@")[0]
-        used: dict[str, float | None]
-        try:
-            process = psutil.Process(int(pid))
-            used = {
-                "cpu_share": process.cpu_percent(0.0) / 100,
-                "memory_bytes": process.memory_info().rss,
-            }
-        except (psutil.Error, ValueError):
-            used = {"cpu_share": None, "memory_bytes": None}
+        used = meters.read(int(pid)) if pid.isdigit() else {}
         rows.append({"run": row["name"], "pid": pid, **used})
     data = {
         "folder": str(library.root),
         "cores": os.cpu_count(),
         "load": [round(value, 2) for value in os.getloadavg()],
-        "cpu_share": psutil.cpu_percent(0.0) / 100,
+        "cpu_share": meters.machine(),
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
         "disk_bytes": disk.total,

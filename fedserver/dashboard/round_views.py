@@ -45,20 +45,20 @@ ROUNDS = (
 )
 NODES = (
     Column("node", "Node"),
+    Column("verdict", "Verdict", "state"),
     Column("family", "Family"),
     Column("size", "Rank or K", "count"),
     Column("share", "Share", "share"),
     Column("examples", "Examples", "count"),
-    Column("train_loss_first", "Loss, first step", "loss"),
-    Column("train_loss", "Loss, last step", "loss"),
+    Column("train_loss_first", "First loss", "loss"),
+    Column("train_loss", "Last loss", "loss"),
     Column("norm", "Norm", "number"),
-    Column("staleness", "Rounds late", "count"),
+    Column("staleness", "Late", "count"),
     Column("bytes_up", "Sent", "bytes"),
     Column("bytes_down", "Received", "bytes"),
     Column("seconds", "Took", "seconds"),
-    Column("signed_by", "Signed with", "hash"),
-    Column("verdict", "Verdict", "state"),
     Column("reason", "Reason"),
+    Column("signed_by", "Signed with", "hash"),
 )
 
 
@@ -204,7 +204,8 @@ def one_round(run: RunReader, question: Question) -> Page:
         "began": wall.get("started"),
     }
     title = f"Replies in round {question.round}"
-    return page_of(data, make_table("nodes", title, NODES, rows, question.choice))
+    columns = NODES if entry["signatures"] else NODES[:-1]
+    return page_of(data, make_table("nodes", title, columns, rows, question.choice))
 
 
 def node_row(node: Row, entry: Row) -> Row:

@@ -20,7 +20,7 @@ from fedserver.dashboard.activity import Activity
 from fedserver.live_log import EVENTS, LIVE, state_of
 
 LEDGER, METRICS, SUMMARY, CONTROL = "ledger.db", "metrics.jsonl", "summary.json", "control.db"
-REPORT = "report.html"
+REPORT, CHECKPOINT = "report.html", "checkpoint.json"
 WATCHED = (LEDGER, f"{LEDGER}-wal", METRICS, SUMMARY, LIVE, EVENTS, CONTROL, f"{CONTROL}-wal")
 NODES = b', "nodes": ['
 COLUMNS = "height, kind, round, content, previous, hash, wall, signatures"
@@ -131,6 +131,14 @@ class RunReader:
         """Recorded actions of operators, oldest first."""
         stamp = (file_stamp(self.folder / LEDGER), file_stamp(self.folder / f"{LEDGER}-wal"))
         return self._cached("operator", stamp, self._read_operator)
+
+    def sealing_key(self) -> str | None:
+        """The public key that the checkpoint names as its maker's; verifying checks that it is so."""
+        signatures: Any = self._json(CHECKPOINT).get("signatures")
+        try:
+            return str(signatures[0]["keyid"])
+        except (LookupError, TypeError):
+            return None
 
     def height(self) -> int:
         """Number of ledger entries."""

@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--nodes", type=int, default=10_000)
     parser.add_argument("--viewers", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=60, help="of a node in each of these rounds")
     asked = parser.parse_args(arguments)
     table = Table("what", "measured", "at most")
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
             resident = process.memory_info().rss
             table.add_row("memory of the server", f"{resident / 1e6:.0f} MB", "200 MB")
     if asked.rounds:
-        times = rounds_with_and_without(asked.rounds, asked.viewers)
+        times = rounds_with_and_without(asked.rounds, asked.viewers, asked.steps)
         for kind, (alone, seen) in times.items():
             medians = statistics.median(alone), statistics.median(seen)
             table.add_row(
@@ -230,7 +231,7 @@ async def watched(folder: Path, address: str, token: str, viewers: int) -> list[
 
 
 def rounds_with_and_without(
-    rounds: int, viewers_count: int
+    rounds: int, viewers_count: int, steps: int
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Seconds and processor seconds of the rounds without viewers, and of those with; of one run."""
     from simulations.engines import run_local
@@ -239,7 +240,7 @@ def rounds_with_and_without(
     # The first rounds also load and compile; four of them keep the order of the others.
     first = 4
     total = first + rounds
-    changes = ["evaluate=false", "local_steps=60", "micro_batch_size=8"]
+    changes = ["evaluate=false", f"local_steps={steps}", "micro_batch_size=8"]
     seconds: dict[int, float] = {}
     worked: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -59,6 +59,9 @@ function follow(address) {
 document.addEventListener("DOMContentLoaded", () => {
   showTimes(document);
   countDown();
+  // On a phone the tabs are wider than the page: the one that is open is shown.
+  const tab = document.querySelector(".tabs [aria-current]");
+  if (tab) tab.parentElement.scrollLeft = tab.offsetLeft - (tab.parentElement.clientWidth - tab.clientWidth) / 2;
   setInterval(countDown, 1000);
   document.body.addEventListener("htmx:afterSwap", (event) => showTimes(event.target));
   document.body.addEventListener("htmx:responseError", (event) => {

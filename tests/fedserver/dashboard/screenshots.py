@@ -18,7 +18,10 @@ import pytest
 
 from fedserver.configuration import RunConfiguration
 from fedserver.dashboard.registry import VIEWS
+from fedserver.deployment.folder import ServerFolder
+from fedserver.deployment.invitation import invite
 from simulations.engines import run_local
+from simulations.report import write_report
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -52,6 +55,10 @@ def test_pictures(
     monkeypatch.chdir(tiny_model_folder.parent)
     target = ROOT / "build" / "screenshots"
     target.mkdir(parents=True, exist_ok=True)
+    deployment = ServerFolder(tmp_path / "server")
+    deployment.prepare({})
+    invite(deployment, "a new laptop", 24.0)
+    runs = deployment.path / "runs"
     for seed in (7, 8, 9):
         name = f"mixed-seed{seed}"
         asked = make_configuration(
@@ -61,10 +68,12 @@ def test_pictures(
             rounds=8,
             nodes=NODES,
             local_steps=6,
+            signatures="required",
             learning_rate=4e-3,
         )
-        run_local(asked, tmp_path / name, lambda event: None)
-    take(tmp_path, target)
+        run_local(asked, runs / name, lambda event: None)
+        write_report(runs / name)
+    take(runs, target)
     for name, kept in KEPT.items():
         keep(target / f"{name}.png", ROOT / "docs" / "images" / kept)
 

@@ -131,9 +131,12 @@ def served(live_run: LiveRun, finished_run: Path) -> Iterator[str]:
     link = re.search(r"http\S+", process.stdout.readline())
     assert link is not None
     yield link.group(0)
+    # After all views and actions: what needs torch has happened in processes of its own.
+    loaded = Path(f"/proc/{process.pid}/maps").read_text()
     process.terminate()
     process.wait()
     process.stdout.close()
+    assert "libtorch" not in loaded
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedserver.dashboard.guard import COOKIE
 from fedserver.deployment.folder import ServerFolder
 from fedserver.deployment.registry import Registry
 from fedserver.ledger import Ledger
+from fedserver.statements import open_seal
 
 WHY = "a laptop for the school"
 
@@ -157,3 +159,31 @@ def test_runs_alone_are_no_deployment_and_the_page_says_so(
     answer = client.post("/devices/invite", data=form, headers={"accept": "application/json"})
     assert answer.status_code == 409
     assert "no deployment" in answer.json()["error"]
+
+
+def test_what_is_recorded_in_a_deployments_run_is_sealed_by_the_deployments_key(
+    visitor: Callable[[str], tuple[TestClient, str]], deployment: ServerFolder
+) -> None:
+    folder = deployment.path / "runs" / "ended"
+    ledger = Ledger(folder, create=True, key_file=deployment.sealing_key)
+    ledger.append("genesis", 0, {"configuration": {}}, {})
+    ledger.append("round", 1, {"nodes": [], "state": ""}, {})
+    ledger.close()
+    shutil.rmtree(folder / "keys", ignore_errors=True)
+    row = {"round": 1, "head": "", "bytes_up": 0, "bytes_down": 0, "seconds": 1.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(row | {"accepted": 0, "rejected": 0}) + "\n")
+    client, csrf = visitor(OPERATOR)
+    name = next(n for n in client.app.state.site.library.folders(anew=True) if "ended" in n)  # type: ignore[attr-defined]
+    form = {"csrf": csrf, "reason": WHY}
+    answer = client.post(
+        f"/runs/{name}/actions/export", data=form, headers={"accept": "application/json"}
+    )
+    assert answer.status_code == 202, answer.text
+    for job in client.app.state.site.desk.jobs._jobs:  # type: ignore[attr-defined]
+        job.process.wait()
+    ledger = Ledger(folder)
+    entries = list(ledger.entries())
+    ledger.close()
+    assert [entry.kind for entry in entries] == ["genesis", "round", "operator"]
+    assert entries[-1].content["reason"] == WHY
+    assert len({open_seal(entry.seal).key for entry in entries}) == 1

@@ -1,0 +1,93 @@
+"""What the dashboard does to a ledger that nobody else holds: appending an entry, and hashing all of it.
+
+Sealing and verifying load torch, which is as large as the rest of the dashboard and its viewers. So both
+happen in a process of their own, and the dashboard's memory stays what it is.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedserver.ledger import Ledger, LedgerError
+
+
+def append(
+    folder: Path,
+    kind: str,
+    number: int,
+    content: dict[str, Any],
+    wall: dict[str, Any],
+    *,
+    key_file: Path | None = None,
+    create: bool = False,
+) -> None:
+    """Append one entry; returns when it is durable. ``create``: the ledger too, if there is none.
+
+    Raises:
+        LedgerError: another process writes the ledger, or it cannot be written.
+    """
+    _ask(
+        {
+            "folder": str(folder),
+            "entry": [kind, number, content, wall],
+            "key_file": None if key_file is None else str(key_file),
+            "create": create,
+        }
+    )
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """``problems``, ``height`` and ``head`` of a ledger, every entry and blob hashed again."""
+    try:
+        return _ask({"folder": str(folder), "entry": None})
+    except LedgerError as error:
+        return {"problems": [str(error)], "height": 0, "head": ""}
+
+
+def _ask(question: dict[str, Any]) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "fedserver.dashboard.recording"],
+        input=json.dumps(question, allow_nan=False),
+        capture_output=True,
+        text=True,
+    )
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise LedgerError(f"the ledger's process ended with {done.returncode}: {last}") from None
+    if "error" in answer:
+        raise LedgerError(answer["error"])
+    return answer
+
+
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
+    folder, entry = Path(question["folder"]), question["entry"]
+    try:
+        if entry is None:
+            ledger = Ledger(folder)
+        else:
+            key_file = question["key_file"]
+            ledger = Ledger(
+                folder,
+                create=question["create"],
+                write=True,
+                key_file=None if key_file is None else Path(key_file),
+            )
+        try:
+            if entry is not None:
+                ledger.append(*entry)
+                return {"head": ledger.head}
+            return {"problems": ledger.verify(), "height": ledger.height, "head": ledger.head}
+        finally:
+            ledger.close()
+    except (LedgerError, OSError) as error:
+        return {"error": str(error)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_answer(json.load(sys.stdin))))

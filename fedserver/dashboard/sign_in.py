@@ -1,0 +1,131 @@
+"""Signing in and out: by a local account, by the terminal's link, by an OpenID provider."""
+
+from __future__ import annotations
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from fedserver.dashboard import oidc
+from fedserver.dashboard.accounts import AccountError, Accounts
+from fedserver.dashboard.guard import COOKIE, form_of
+from fedserver.dashboard.html import render
+from fedserver.dashboard.oidc import Provider
+from fedserver.dashboard.page import NotThere
+
+
+class SignIn:
+    """The handlers; where one goes afterwards is always this server."""
+
+    def __init__(self, accounts: Accounts, provider: Provider | None) -> None:
+        self.accounts = accounts
+        self.provider = provider
+
+    def routes(self) -> list[Route]:
+        """Their addresses."""
+        return [
+            Route("/login", self.login, methods=["GET", "POST"]),
+            Route(oidc.START, self.begin_oidc),
+            Route(oidc.CALLBACK, self.finish_oidc),
+            Route("/logout", self.logout, methods=["POST"]),
+        ]
+
+    async def login(self, request: Request) -> Response:
+        """The form, what it sends, and the link that a terminal printed."""
+        wanted = request.scope.get("wanted", "")
+        if request.method == "GET":
+            cookie = self.accounts.accept(request.query_params.get("invitation", ""))
+            if cookie is not None:
+                return _signed_in(cookie, "/")
+            return self._login_page(request, "", wanted, 401 if wanted else 200)
+        try:
+            # Who signs in over an old session cannot have its token; the old one ends.
+            self.accounts.sign_out(request.scope["cookie"])
+            request.scope["session"] = None
+            form = await form_of(request)
+            cookie = await run_in_threadpool(
+                self.accounts.sign_in, form.get("name", ""), form.get("password", "")
+            )
+        except AccountError as error:
+            return self._login_page(request, str(error), form.get("wanted", ""), 401)
+        except ValueError as error:
+            return PlainTextResponse(str(error), 400)
+        return _signed_in(cookie, _own_path(form.get("wanted", "")))
+
+    async def begin_oidc(self, request: Request) -> Response:
+        """Off to the OpenID provider."""
+        if self.provider is None:
+            raise NotThere("no OpenID provider is configured here")
+        wanted = _own_path(request.query_params.get("wanted", ""))
+        here = str(request.base_url)
+        try:
+            address, browser = await run_in_threadpool(self.provider.begin, wanted, here)
+        except AccountError as error:
+            return self._login_page(request, str(error), wanted, 502)
+        answer = RedirectResponse(address, 303)
+        # Lax: the way back begins at the provider's page.
+        answer.set_cookie(
+            oidc.COOKIE, browser, max_age=int(oidc.ATTEMPT_SECONDS), path="/", secure=True,
+            httponly=True, samesite="lax",
+        )  # fmt: skip
+        return answer
+
+    async def finish_oidc(self, request: Request) -> Response:
+        """Back from the OpenID provider, with a code or with a refusal."""
+        if self.provider is None:
+            raise NotThere("no OpenID provider is configured here")
+        query = request.query_params
+        browser = request.cookies.get(oidc.COOKIE, "")
+        try:
+            who = await run_in_threadpool(
+                self.provider.finish, query.get("state", ""), query.get("code", ""), browser
+            )
+        except AccountError as error:
+            return self._login_page(request, str(error), "", 401)
+        self.accounts.sign_out(request.scope["cookie"])
+        # A redirect would still be of the provider's making, and the strict cookie not sent with it.
+        html = render("arrived.html.jinja", session=None, target=who.wanted or "/")
+        answer = HTMLResponse(html)
+        _set_session(answer, self.accounts.open_session(who.name, who.role))
+        answer.delete_cookie(oidc.COOKIE, path="/", secure=True, httponly=True, samesite="lax")
+        return answer
+
+    async def logout(self, request: Request) -> Response:
+        """End the session."""
+        try:
+            await form_of(request)
+        except (PermissionError, ValueError) as error:
+            return PlainTextResponse(str(error), 403)
+        self.accounts.sign_out(request.scope["cookie"])
+        answer = RedirectResponse("/login", 303)
+        answer.delete_cookie(COOKIE, path="/", secure=True, httponly=True, samesite="strict")
+        return answer
+
+    def _login_page(self, request: Request, problem: str, wanted: str, status: int) -> Response:
+        html = render(
+            "login.html.jinja",
+            session=None,
+            problem=problem,
+            wanted=_own_path(wanted),
+            has_accounts=bool(self.accounts.names()),
+            provider=self.provider.title if self.provider else "",
+            begin=oidc.START,
+        )
+        return HTMLResponse(html, status)
+
+
+def _signed_in(cookie: str, target: str) -> Response:
+    answer = RedirectResponse(target or "/", 303)
+    _set_session(answer, cookie)
+    return answer
+
+
+def _set_session(answer: Response, cookie: str) -> None:
+    answer.set_cookie(COOKIE, cookie, path="/", secure=True, httponly=True, samesite="strict")
+
+
+def _own_path(wanted: str) -> str:
+    """An address of this server, "" for anything that could lead elsewhere."""
+    safe = wanted.startswith("/") and not wanted.startswith(("//", "/\\", "/login"))
+    return wanted if safe and wanted.isprintable() and "\\" not in wanted else ""
