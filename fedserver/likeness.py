@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from aggregators import Basis, Sketch, Update, coordinates
+from aggregators.cohort import Cohort
 from aggregators.coordinates import Change, vector
 from aggregators.gate import GateContext, admit
 from aggregators.messages import Plan
@@ -67,7 +68,13 @@ def likeness(
         context = GateContext(layout, plan, max_bytes=configuration.max_update_bytes, basis=basis)
         update = admit(ledger.get(row["update"]), context).update
         assert update is not None
-        vectors.append(_vector(update, basis, int(entry.hash[:15], 16), probes))
+        if isinstance(update, Cohort):
+            raise LedgerError(
+                f"{row['node']} is an edge: its sum is no one node's change; compare the runs of its"
+                " devices"
+            )
+        within = configuration.projected.within
+        vectors.append(_vector(update, basis, within, int(entry.hash[:15], 16), probes))
     found = torch.stack(vectors)
     products = found @ found.T / probes
     lengths = products.diagonal().sqrt()
@@ -81,13 +88,13 @@ def likeness(
     )
 
 
-def _vector(update: Update, basis: Basis | None, seed: int, probes: int) -> Tensor:
+def _vector(update: Update, basis: Basis | None, within: bool, seed: int, probes: int) -> Tensor:
     """<change, z_k>, float64 [probes]; of a sketch as it would be read alone."""
     changes: list[Change] = []
     for part in parts_of(update):
         if isinstance(part, Sketch):
             assert basis is not None
-            changes += [part.reconstruct(basis), part.whole_change()]
+            changes += [part.reconstruct(basis, within), part.whole_change()]
         elif isinstance(part, Change):
             changes.append(part)
         else:

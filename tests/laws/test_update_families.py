@@ -368,12 +368,14 @@ def test_a_mixed_cohort_follows_the_mixing_rule(cohort, mixing, lambdas, data):
     expected, size = {}, 0.0
     for name, family in FAMILIES.items():
         mine = [(u, w) for u, w in members if u.family == name]
-        divisor = sum(w for _, w in mine) if mixing == "add" else everyone
         factor = lambdas.get(name, 1.0)
-        change, part = combination(family.oracle, [(u, factor * w / divisor) for u, w in mine])
-        size += part
+        if mixing == "add":
+            change, part = mean(family.oracle, mine)
+        else:
+            change, part = combination(family.oracle, [(u, w / everyone) for u, w in mine])
+        size += factor * part
         for tensor, value in change.items():
-            expected[tensor] = expected.get(tensor, 0) + value
+            expected[tensor] = expected.get(tensor, 0) + factor * value
     found = aggregate(members, LAYOUT, mixing, lambdas)
     assert_change(found.dense(), expected, size)
     again = aggregate(data.draw(st.permutations(members)), LAYOUT, mixing, lambdas)
