@@ -56,7 +56,7 @@ def losses(outcomes: Sequence[Outcome]) -> Table:
             cohort,
             shown(_estimate([o.everyone for o in mine])),
             shown(_estimate([o.strong for o in mine])),
-            "" if cohort == ALONE else shown(_over(mine, by[ALONE]), "+", digits=1),
+            "" if cohort == ALONE else _over(mine, by[ALONE]),
         )
     return found
 
@@ -87,8 +87,9 @@ def shown(found: Estimate, sign: str = "", digits: int = 3) -> str:
     return f"{found.mean:{sign}.{digits}f}{width}"
 
 
-def _over(mine: Sequence[Outcome], alone: Sequence[Outcome]) -> Estimate:
-    return _estimate([100 * (o.strong / a.strong - 1) for o, a in zip(mine, alone, strict=True)])
+def _over(mine: Sequence[Outcome], alone: Sequence[Outcome]) -> str:
+    found = [100 * (o.strong / a.strong - 1) for o, a in zip(mine, alone, strict=True)]
+    return f"{shown(_estimate(found), '+', digits=1)} (at most {max(found):+.1f})"
 
 
 def _by_cohort(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:

@@ -215,17 +215,20 @@ def _compare(place: Place, seeds: int, rounds: int) -> None:
                 overlaps += found.lambdas if rule == "overlap" else []
         console.print(losses(outcomes))
         console.print(advantages(outcomes))
-        print(f"overlap counted once, mean factors: {_means(overlaps)}")
+        print(f"factors of overlap counted once, mean: {_factors(overlaps)}")
     seconds = math.fsum(run.seconds for run in place.runs.values())
     print(
         f"{len(place.runs)} runs took {seconds / 60:.1f} min of one processor, models not counted"
     )
 
 
-def _means(rounds: Sequence[Mapping[str, float]]) -> str:
-    """Of each family over all rounds."""
-    found = ((family, math.fsum(one[family] for one in rounds)) for family in rounds[0])
-    return ", ".join(f"{family} {total / len(rounds):.4f}" for family, total in found)
+def _factors(rounds: Sequence[Mapping[str, float]]) -> str:
+    """Mean and least of each family's over all rounds."""
+    found = {family: [one[family] for one in rounds] for family in rounds[0]}
+    return ", ".join(
+        f"{family} {math.fsum(some) / len(some):.4f} (least {min(some):.4f})"
+        for family, some in found.items()
+    )
 
 
 if __name__ == "__main__":
