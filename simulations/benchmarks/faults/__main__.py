@@ -97,15 +97,16 @@ def _serving_again(
     """
     served: dict[str, float | None] = dict.fromkeys(lifted)
     runs, until = [run], time.monotonic() + LOST_SECONDS
-    while any(seconds is None for seconds in served.values()) and time.monotonic() < until:
-        if runs[-1].ended and len(runs) < 10:
-            name = f"{fault.name}-roll-call-{len(runs)}"
-            runs.append(laboratory.start_run(name, ("rounds=1",)))
+    while time.monotonic() < until:
         for node in served:
             times = [one.accepted_after(node, lifted[node]) for one in runs]
             found = [moment for moment in times if moment is not None]
-            if found and served[node] is None:
-                served[node] = min(found) - lifted[node]
+            served[node] = min(found) - lifted[node] if found else None
+        if all(seconds is not None for seconds in served.values()):
+            break
+        if runs[-1].ended and len(runs) < 10:
+            name = f"{fault.name}-roll-call-{len(runs)}"
+            runs.append(laboratory.start_run(name, ("rounds=1",)))
         time.sleep(0.2)
     for one in runs[1:]:
         one.wait()
