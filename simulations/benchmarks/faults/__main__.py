@@ -64,11 +64,13 @@ def suffer(laboratory: Laboratory, fault: Fault) -> Finding:
     run = laboratory.start_run(fault.name, fault.overrides)
     wait_until(lambda: run.ended or run.round() >= 1)
     lifted = fault.inflict(laboratory, run)
-    # A run that needed every answer and is over by now had the node's all along.
-    throughout = run.ended and run.wait() == 0 and ledger_head(run.folder) == expected
+    over = run.ended
     served = _serving_again(laboratory, run, fault, lifted)
-    if throughout:
-        served = {node: None if late is None else 0.0 for node, late in served.items()}
+    if over and run.wait() == 0 and ledger_head(run.folder) == expected:
+        # The run needed every answer and was over before the fault: it had the node's all along.
+        for node in served:
+            if served[node] is not None and run.accepted_after(node, lifted[node]) is None:
+                served[node] = 0.0
     code = run.wait()
     words = "ended"
     if code != 0:
