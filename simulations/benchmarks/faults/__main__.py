@@ -64,11 +64,13 @@ def suffer(laboratory: Laboratory, fault: Fault) -> Finding:
     run = laboratory.start_run(fault.name, fault.overrides)
     wait_until(lambda: run.ended or run.round() >= 1)
     lifted = fault.inflict(laboratory, run)
-    # A run that needed every answer and is over by now had the node's all along.
-    throughout = run.ended and run.wait() == 0 and ledger_head(run.folder) == expected
+    over = run.ended
     served = _serving_again(laboratory, run, fault, lifted)
-    if throughout:
-        served = {node: None if late is None else 0.0 for node, late in served.items()}
+    if over and run.wait() == 0 and ledger_head(run.folder) == expected:
+        # The run needed every answer and was over before the fault: it had the node's all along.
+        for node in served:
+            if served[node] is not None and run.accepted_after(node, lifted[node]) is None:
+                served[node] = 0.0
     code = run.wait()
     words = "ended"
     if code != 0:
@@ -97,15 +99,16 @@ def _serving_again(
     """
     served: dict[str, float | None] = dict.fromkeys(lifted)
     runs, until = [run], time.monotonic() + LOST_SECONDS
-    while any(seconds is None for seconds in served.values()) and time.monotonic() < until:
-        if runs[-1].ended and len(runs) < 10:
-            name = f"{fault.name}-roll-call-{len(runs)}"
-            runs.append(laboratory.start_run(name, ("rounds=1",)))
+    while time.monotonic() < until:
         for node in served:
             times = [one.accepted_after(node, lifted[node]) for one in runs]
             found = [moment for moment in times if moment is not None]
-            if found and served[node] is None:
-                served[node] = min(found) - lifted[node]
+            served[node] = min(found) - lifted[node] if found else None
+        if all(seconds is not None for seconds in served.values()):
+            break
+        if runs[-1].ended and len(runs) < 10:
+            name = f"{fault.name}-roll-call-{len(runs)}"
+            runs.append(laboratory.start_run(name, ("rounds=1",)))
         time.sleep(0.2)
     for one in runs[1:]:
         one.wait()
