@@ -86,6 +86,8 @@ class ExactNumbers:
         """The numbers, float64 [n]: within 2**-52 of the exact ones, and the same on any machine."""
         total = torch.zeros(self.digits.shape[1], dtype=torch.float64)
         for place, digits in enumerate(self.digits):
+            if not bool(digits.any()):
+                continue  # Most places are empty, and passes over them are what this costs.
             total = total + digits.double() * 2.0 ** (LOWEST + DIGIT_BITS * place)
         return total
 
@@ -102,6 +104,8 @@ def _carried(digits: Tensor) -> Tensor:
     """Digits of sums (below 2**62 in size) as digits in [-2**31, 2**31)."""
     found = digits.clone()
     for place in range(DIGITS - 1):
+        if not bool(found[place].any()):
+            continue
         carry = (found[place] + (_BASE >> 1)) >> DIGIT_BITS
         found[place] -= carry << DIGIT_BITS
         found[place + 1] += carry

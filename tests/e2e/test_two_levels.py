@@ -39,7 +39,6 @@ WAYS: dict[str, dict[str, Any]] = {
         "mixing": {"rule": "mean"},
         "signatures": "required",
     },
-    "forward passes along factors": {"zeroth_order": {"trains": "lora"}},
 }
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregators import (
+    FactorScalars,
     Layout,
     LowRank,
     Pair,
@@ -32,6 +33,7 @@ from aggregators.exact_numbers import DIGIT_BITS, LARGEST_TERM, LOWEST, ExactNum
 from aggregators.gate import GateContext, admit
 from aggregators.messages import Plan, Report, encode_reply
 from aggregators.methods import CohortMethod
+from aggregators.shared_factors import factor_layout
 
 LAYOUT = Layout({"embed": (5, 4), "first": (40, 36), "norm": (4,), "second": (36, 40)})
 MASTER_SEED, POOL = 20, 64
@@ -94,6 +96,12 @@ def seed_scalars(seed: int) -> SeedScalars:
     return SeedScalars(LAYOUT, MASTER_SEED, POOL, indices, numbers(seed, len(indices)) * 1e-3)
 
 
+def factor_scalars(seed: int) -> FactorScalars:
+    own = factor_layout(LAYOUT, ["first"], 2)
+    scalars = SeedScalars(own, MASTER_SEED, POOL, [seed % POOL], [1e-3 * (seed % 5 + 1)])
+    return FactorScalars(LAYOUT, ["first"], 2, 2.0, 7, scalars)
+
+
 def projected(seed: int) -> ProjectedGradient:
     counts = {"embed": 5, "first": 9} if seed % 2 else {"first": 9}
     return ProjectedGradient(
@@ -112,7 +120,7 @@ def pair(seed: int) -> Pair:
 
 UPDATES = st.builds(
     lambda make, seed: make(seed),
-    st.sampled_from([low_rank, seed_scalars, projected, sketch, pair]),
+    st.sampled_from([low_rank, seed_scalars, factor_scalars, projected, sketch, pair]),
     st.integers(0, 10**6),
 )
 
