@@ -51,6 +51,7 @@ PAINTS = (
     "/runs/big/rounds/2",
     "/runs/big/ledger",
 )
+SERVING = "processor time of the dashboard's server"
 CHANGES = 40
 SECONDS_BETWEEN_CHANGES = 0.5
 
@@ -86,6 +87,10 @@ def main(arguments: list[str] | None = None) -> None:
         times = rounds_with_and_without(asked.rounds, asked.viewers, asked.steps)
         for kind, (alone, seen) in times.items():
             medians = statistics.median(alone), statistics.median(seen)
+            if kind == SERVING:
+                shown = f"{medians[0]:.2f} s, {medians[1]:.2f} s"
+                table.add_row(f"{kind} a round: alone, with {asked.viewers} viewers", shown, "")
+                continue
             table.add_row(
                 f"{kind} of a round: alone, with {asked.viewers} viewers, ratio",
                 f"{medians[0]:.2f} s, {medians[1]:.2f} s, {medians[1] / medians[0]:.3f}",
@@ -233,7 +238,9 @@ async def watched(folder: Path, address: str, token: str, viewers: int) -> list[
 def rounds_with_and_without(
     rounds: int, viewers_count: int, steps: int
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds and processor seconds of the rounds without viewers, and of those with; of one run."""
+    """Seconds, processor seconds, and those of the dashboard's server, of the rounds without viewers and
+    of those with; of one run.
+    """
     from simulations.engines import run_local
     from simulations.tiny_model import write_scenario
 
@@ -243,12 +250,13 @@ def rounds_with_and_without(
     changes = ["evaluate=false", f"local_steps={steps}", "micro_batch_size=8"]
     seconds: dict[int, float] = {}
     worked: dict[int, float] = {}
+    serving: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "runs"
         root.mkdir()
         configuration = load(str(write_scenario(Path(scratch) / "tiny", total, 6)), changes)
         with (
-            served(root) as (address, token, _),
+            served(root) as (address, token, server),
             viewers(address, "/runs/run/stream?live=1", token, viewers_count) as watching,
         ):
 
@@ -258,15 +266,18 @@ def rounds_with_and_without(
                     if _with_viewers(event.round):
                         watching.turn("on")
                     worked[event.round] = -time.process_time()
+                    serving[event.round] = -sum(server.cpu_times()[:2])
                 elif isinstance(event, events.RoundCommitted):
                     worked[event.round] += time.process_time()
+                    serving[event.round] += sum(server.cpu_times()[:2])
                     seconds[event.round] = event.seconds
                     if _with_viewers(event.round):
                         watching.turn("off")
 
             run_local(configuration, root / "run", listen)
     found = {}
-    for kind, times in (("time", seconds), ("processor time", worked)):
+    kinds = {"time": seconds, "processor time": worked, SERVING: serving}
+    for kind, times in kinds.items():
         counted = {number: taken for number, taken in times.items() if number > first}
         alone = [taken for number, taken in counted.items() if not _with_viewers(number)]
         found[kind] = (alone, [t for number, t in counted.items() if _with_viewers(number)])
