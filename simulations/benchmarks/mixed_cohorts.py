@@ -203,7 +203,8 @@ def _compare(place: Place, seeds: int, rounds: int) -> None:
     console.width = console.width if console.is_terminal else 150
     for unlike in (True, False):
         kind = "unlike" if unlike else "like"
-        outcomes, overlaps = [], []
+        outcomes: list[Outcome] = []
+        overlaps: list[Mapping[str, float]] = []
         for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
             for cohort, (group, rule) in COHORTS.items():
                 asked = scenario(
