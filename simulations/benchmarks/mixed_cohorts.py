@@ -204,7 +204,7 @@ def _compare(place: Place, seeds: int, rounds: int) -> None:
     for unlike in (True, False):
         kind = "unlike" if unlike else "like"
         outcomes: list[Outcome] = []
-        overlaps: list[Any] = []
+        overlaps: list[Mapping[str, float]] = []
         for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
             for cohort, (group, rule) in COHORTS.items():
                 asked = scenario(
