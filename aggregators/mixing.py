@@ -87,9 +87,10 @@ def aggregate(
     means: dict[str, Update] = {}
     for family, members in sorted(groups.items()):
         within = math.fsum(total.weight for _, total in members)
-        factor = lambdas.get(family, 1.0) / (within if mixing == "add" else everyone)
+        own, divisor = lambdas.get(family, 1.0), within if mixing == "add" else everyone
+        factor = own / divisor
         for index, total in members:
-            shares[index] += total.weight * factor
+            shares[index] += own * total.weight / divisor
         # Divided once, at the end: whoever added what to what before, the sum is the same.
         more = beyond([total for _, total in members]) if mixing == "add" else {}
         means |= {

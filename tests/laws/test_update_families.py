@@ -369,10 +369,11 @@ def test_a_mixed_cohort_follows_the_mixing_rule(cohort, mixing, lambdas, data):
     for name, family in FAMILIES.items():
         mine = [(u, w) for u, w in members if u.family == name]
         factor = lambdas.get(name, 1.0)
-        if mixing == "add":
+        if mixing == "add" and not family.of_one_pool:
             change, part = mean(family.oracle, mine)
         else:
-            change, part = combination(family.oracle, [(u, w / everyone) for u, w in mine])
+            divisor = sum(w for _, w in mine) if mixing == "add" else everyone
+            change, part = combination(family.oracle, [(u, w / divisor) for u, w in mine])
         size += factor * part
         for tensor, value in change.items():
             expected[tensor] = expected.get(tensor, 0) + factor * value
