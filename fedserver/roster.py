@@ -60,6 +60,15 @@ class Roster:
         kept = {m.capabilities.node: m for m in self.members} | {member.capabilities.node: member}
         return replace(self, members=tuple(kept[name] for name in sorted(kept)))
 
+    def without(self, names: Collection[str]) -> list[Member]:
+        """The members but for these nodes, which may be edges or behind one."""
+        kept = []
+        for member in self.members:
+            left = set(member.names) - set(names)
+            if left and member.capabilities.node not in names:
+                kept.append(member.with_devices(left))
+        return kept
+
 
 def query_of(configuration: RunConfiguration) -> bytes:
     """What a node is asked before it takes part."""

@@ -405,9 +405,8 @@ class Coordinator:
         ]
 
     def _present(self, roster: Roster) -> list[Member]:
-        """The members that no operator has taken out."""
-        out = self._operations.excluded
-        return [member for member in roster.members if member.capabilities.node not in out]
+        """The members that no operator has taken out, with those of their devices that none has."""
+        return roster.without(self._operations.excluded)
 
     def _evaluated_by_all(
         self, number: int, model: GlobalModel, churn: Churn, collector: Collector
