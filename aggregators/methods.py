@@ -281,10 +281,15 @@ class CohortGroup(_Method):
 
 
 class CohortMethod(_Method):
-    """What an edge aggregator is asked: to ask its devices, and to answer with the sum."""
+    """What an edge aggregator is asked: to ask its devices, and to answer with the sum.
+
+    ``max_bytes``, ``max_examples``: of one device's reply.
+    """
 
     family: Literal["cohort"] = "cohort"
     groups: tuple[CohortGroup, ...] = Field(min_length=1)
+    max_bytes: int = Field(default=1 << 30, ge=1024)
+    max_examples: int = Field(default=10**7, ge=1)
 
     @property
     def names(self) -> list[str]:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from aggregators import GateContext, Layout, UpdateRejected, Verdict
 from aggregators.basis import Basis
 from aggregators.cohort import Cohort, CohortMember
@@ -33,6 +35,7 @@ from aggregators.messages import (
     member_plans,
     open_envelope,
 )
+from aggregators.methods import CohortMethod
 from aggregators.signatures import sign_reply
 from fedclient.node import Kind, NodeSettings, Refused
 from fedserver.events import Listener, Notice
@@ -42,6 +45,7 @@ from fedserver.roster import Member, Roster, agree, read_member
 
 QUERY_SECONDS = 600.0
 CONNECT_SECONDS = 240.0
+MOST_REASON = 400  # characters; escapes may have made it longer
 POLL_SECONDS = 0.5
 
 
@@ -75,6 +79,10 @@ class EdgeAggregator:
             return sign_reply(reply, load_or_create(Path(settings.key))) if settings.key else reply
         except (UpdateRejected, KeyFileError) as error:
             raise Refused(str(error)) from None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            raise Refused(f"the devices' sum: {where}: {problem['msg']}") from None
 
     def _capabilities(self, query: bytes, settings: NodeSettings) -> Capabilities:
         waited = 0.0
@@ -88,6 +96,9 @@ class EdgeAggregator:
             member, problem = (None, reply.error)
             if reply.payload is not None:
                 member, problem = read_member(reply.node_id, reply.payload)
+            if member is not None and member.capabilities.devices:
+                problem = f"{member.capabilities.node!r} is an edge itself"
+                member = None
             if member is not None:
                 members.setdefault(member.capabilities.node, member)
             elif problem:
@@ -128,6 +139,7 @@ class EdgeAggregator:
         roster = self._roster
         if roster is None or roster.layout.fingerprint != plan.layout:
             raise Refused(f"{self._name!r} was started again: begin the run anew", "node")
+        assert isinstance(plan.method, CohortMethod)
         layout = roster.layout
         members = {member.capabilities.node: member for member in roster.members}
         bases: dict[str, Basis | None] = {}
@@ -143,6 +155,8 @@ class EdgeAggregator:
             context = GateContext(
                 layout=layout,
                 plan=own,
+                max_bytes=plan.method.max_bytes,
+                max_examples=plan.method.max_examples,
                 view=group.view,
                 basis=bases[group.sent],
                 public_key=members[own.node].capabilities.public_key,
@@ -222,8 +236,10 @@ def _sum(plan: Plan, layout: Layout, outcomes: Sequence[Outcome]) -> bytes:
 def _mean(losses: Sequence[tuple[int, float | None]]) -> float | None:
     """By examples, of those that say one."""
     known = [(examples, loss) for examples, loss in losses if loss is not None]
-    weight = sum(examples for examples, _ in known)
-    return math.fsum(examples * loss for examples, loss in known) / weight if known else None
+    if not known:
+        return None
+    mean = math.fsum(examples * loss for examples, loss in known) / sum(w for w, _ in known)
+    return min(mean, max(loss for _, loss in known))  # rounding may lift it above all of them
 
 
 def _row(outcome: Outcome) -> CohortMember:
@@ -231,7 +247,7 @@ def _row(outcome: Outcome) -> CohortMember:
     told = {
         "node": outcome.plan.node,
         "verdict": outcome.verdict,
-        "reason": outcome.reason,
+        "reason": outcome.reason[:MOST_REASON],
         "bytes_up": outcome.bytes_up,
         "bytes_down": outcome.bytes_down,
     }

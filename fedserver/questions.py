@@ -113,7 +113,11 @@ def _cohort_question(
     plan = make_plan(configuration, member.capabilities, **given).model_copy(
         update={
             "action": "train" if trains else "evaluate",
-            "method": CohortMethod(groups=tuple(found)),
+            "method": CohortMethod(
+                groups=tuple(found),
+                max_bytes=configuration.max_update_bytes,
+                max_examples=configuration.max_examples,
+            ),
             "deadline_seconds": deadline_seconds,
             "history": history if any(_keeps(group) for group in found) else (),
         }

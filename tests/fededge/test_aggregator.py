@@ -1,0 +1,225 @@
+"""Edges between a real server and devices that say what a test wants: no model, no training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregators import Layout, SeedScalars
+from aggregators.keys import load_or_create, public_hex
+from aggregators.messages import Plan, Report, decode_plan, encode_reply
+from aggregators.methods import ZerothOrderMethod
+from aggregators.signatures import sign_reply
+from fedclient.app import make_app
+from fedclient.node import Kind, NodeSettings
+from fedserver import events
+from fedserver.configuration import RunConfiguration, parse
+from fedserver.exchange import Exchange
+from fedserver.ledger import Ledger
+from fedserver.rounds import Coordinator
+from simulations.edges import edge_node
+from simulations.local_grid import LocalGrid, SimulatedClock, honest
+
+PREFIX = "model.layers.0.self_attn"
+LAYOUT = Layout({f"{PREFIX}.q_proj.weight": (8, 6), f"{PREFIX}.v_proj.weight": (8, 6)})
+EVALUATION = {"loss_sum": 4.0, "tokens": 4, "correct": 1, "examples": 1}
+
+
+class Device:
+    """Answers every plan of a pool of seeds; ``told`` and ``has`` replace what an honest one says."""
+
+    def __init__(self, name: str, **told: Any) -> None:
+        self.name = name
+        self.has: dict[str, Any] = {}
+        self.told: dict[str, Any] = told
+        self.plans: list[Plan] = []
+
+    def answer(self, kind: Kind, payload: bytes, settings: NodeSettings) -> bytes:
+        key = load_or_create(Path(settings.key)) if settings.key else None
+        if kind == "query":
+            honest_one: dict[str, Any] = {
+                "node": self.name, "examples": 8, "held_out": 2, "rank_limit": 8,
+                "base_digest": "b" * 64, "layout_json": LAYOUT.to_json(), "threads": 1,
+                "memory_bytes": 0, "device": "cpu", "versions": {},
+                "public_key": public_hex(key) if key else None,
+            }  # fmt: skip
+            return json.dumps(honest_one | self.has).encode()
+        plan, sealed = decode_plan(payload)
+        self.plans.append(plan)
+        view = sealed.read(LAYOUT).digest()
+        trains = plan.action == "train"
+        report = {"examples": 8, "view": view, "evaluation": EVALUATION} | self.told
+        reply = encode_reply(
+            run=plan.run, round=plan.round, node=plan.node, nonce=plan.nonce, layout=plan.layout,
+            base_digest=plan.base_digest, report=Report.model_validate(report),
+            update=change(plan) if trains else None, dtype=None,
+        )  # fmt: skip
+        return sign_reply(reply, key) if key else reply
+
+
+def change(plan: Plan) -> SeedScalars:
+    method = plan.method
+    assert isinstance(method, ZerothOrderMethod)
+    place = plan.seed % method.pool_size
+    return SeedScalars(LAYOUT, method.master_seed, method.pool_size, [place], [1e-3], method.probe)
+
+
+class Fleet:
+    """A run of a server, edges and devices. ``keyless``: the devices that have no key."""
+
+    def __init__(self, folder: Path, edges: Mapping[str, list[Device]], **changes: Any) -> None:
+        self.folder = folder
+        self.edges = edges
+        names = [device.name for some in edges.values() for device in some]
+        scenario: dict[str, Any] = {
+            "preset": "fedkseed",
+            "rounds": 1,
+            "quorum": 1,
+            "lora_r": 4,
+            "evaluate": False,
+            "nodes": [{"name": name} for name in names],
+            "edges": [
+                {"name": edge, "nodes": [one.name for one in some]} for edge, some in edges.items()
+            ],
+        }
+        self.configuration: RunConfiguration = parse(scenario | changes)
+        self.keyless: set[str] = set()
+        self.notices: list[str] = []
+
+    def listen(self, event: events.Event) -> None:
+        if isinstance(event, events.Notice):
+            self.notices.append(event.text)
+
+    def run(self, **arguments: Any) -> list[dict[str, Any]]:
+        """The content of the rounds' entries."""
+        answers, keys = {}, {}
+        signs = self.configuration.signatures == "required"
+        for place, (edge, devices) in enumerate(self.edges.items()):
+            behind = {n: honest(make_app(one.answer)) for n, one in enumerate(devices)}
+            own = {
+                n: self.folder / "keys" / f"{one.name}.pem"
+                for n, one in enumerate(devices)
+                if signs and one.name not in self.keyless
+            }
+            answers[place] = edge_node(edge, behind, own, lambda node, message: None, self.listen)
+            if signs:
+                keys[place] = self.folder / "keys" / f"{edge}.pem"
+        clock = SimulatedClock()
+        exchange = Exchange(LocalGrid(answers, clock, keys=keys), clock)
+        run = self.folder / "run"
+        run.mkdir(parents=True, exist_ok=True)
+        Coordinator(self.configuration, exchange, run, emit=self.listen, **arguments).run()
+        ledger = Ledger(run)
+        try:
+            return [entry.content for entry in ledger.entries("round")]
+        finally:
+            ledger.close()
+
+
+def verdicts(content: dict[str, Any]) -> dict[str, str]:
+    """By node, of those behind edges too."""
+    return {
+        one["node"]: one["verdict"] for row in content["nodes"] for one in row.get("members", [row])
+    }
+
+
+@pytest.mark.parametrize("named", ["train_tokens", "steps"])
+def test_the_largest_counts_of_two_devices_add(tmp_path: Path, named: str) -> None:
+    devices = [Device("one", **{named: 10**12}), Device("two", **{named: 3})]
+    (content,) = Fleet(tmp_path, {"edge": devices}).run()
+    assert verdicts(content) == {"one": "accepted", "two": "accepted"}
+    assert content["nodes"][0]["report"][named] == 10**12 + 3
+
+
+def test_the_largest_evaluations_of_two_devices_add(tmp_path: Path) -> None:
+    largest = {"loss_sum": 1e15, "tokens": 10**12, "correct": 10**12, "examples": 10**12}
+    devices = [Device("one", evaluation=largest), Device("two")]
+    (content,) = Fleet(tmp_path, {"edge": devices}).run()
+    assert verdicts(content) == {"one": "accepted", "two": "accepted"}
+    assert content["entering"]["tokens"] == 10**12 + 4
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"train_tokens": 10**12 + 1},
+        {"examples": 10**7 + 1},
+        {"evaluation": EVALUATION | {"tokens": 10**12 + 1}},
+        {"evaluation": EVALUATION | {"tokens": 10**12, "loss_sum": 1.1e15}},
+    ],
+)
+def test_numbers_beyond_one_node_cost_nobody_else(tmp_path: Path, told: dict[str, Any]) -> None:
+    (content,) = Fleet(tmp_path, {"edge": [Device("one", **told), Device("two")]}).run()
+    assert verdicts(content) == {"one": "weight", "two": "accepted"}
+
+
+def test_a_fleet_of_more_examples_than_one_node_may_claim(tmp_path: Path) -> None:
+    devices = [Device("one", examples=9 * 10**6), Device("two", examples=9 * 10**6)]
+    for device in devices:
+        device.has = {"examples": 9 * 10**6, "held_out": 10**12}
+    (content,) = Fleet(tmp_path, {"edge": devices}).run()
+    assert verdicts(content) == {"one": "accepted", "two": "accepted"}
+    assert content["nodes"][0]["report"]["examples"] == 18 * 10**6
+
+
+@pytest.mark.parametrize(
+    "has",
+    [
+        {"held_out": 10**12 + 1},
+        {"devices": [{"node": "x", "examples": 1, "held_out": 0, "rank_limit": 1}]},
+    ],
+)
+def test_an_odd_device_is_left_out_of_an_edge(tmp_path: Path, has: dict[str, Any]) -> None:
+    devices = [Device("one"), Device("two")]
+    devices[0].has = has
+    (content,) = Fleet(tmp_path, {"edge": devices}).run()
+    assert verdicts(content) == {"two": "accepted"}
+
+
+def test_a_reason_of_many_escapes_costs_nobody_else(tmp_path: Path) -> None:
+    class Odd(Device):
+        def answer(self, kind: Kind, payload: bytes, settings: NodeSettings) -> bytes:
+            if kind == "query":
+                return super().answer(kind, payload, settings)
+            plan, _ = decode_plan(payload)
+            return encode_reply(
+                run="\U0010ffff" * 300, round=1, node="\U0010ffff" * 64, nonce=plan.nonce,
+                layout=LAYOUT.fingerprint, base_digest="\U0010ffff" * 400,
+                report=Report(examples=1), update=change(plan), dtype=None,
+            )  # fmt: skip
+
+    (content,) = Fleet(tmp_path, {"edge": [Odd("one"), Device("two")]}).run()
+    assert verdicts(content) == {"one": "wrong_run", "two": "accepted"}
+
+
+@pytest.mark.parametrize("limit", ["max_examples", "max_update_bytes"])
+def test_a_scenario_s_limits_are_of_devices(tmp_path: Path, limit: str) -> None:
+    """Of each one behind an edge, and not of their sum."""
+    count = 12
+    devices = [Device(f"n{n:02}") for n in range(count)]
+    value = 8 if limit == "max_examples" else 1300
+    if limit == "max_examples":
+        devices[0].told = {"examples": 9}
+    else:
+        devices[0].told = {"residual": "", "train_loss": 1.0}
+        devices[0].answer = padded(devices[0])  # type: ignore[method-assign]
+    (content,) = Fleet(tmp_path, {"edge": devices}, **{limit: value}).run()
+    found = verdicts(content)
+    refused = "weight" if limit == "max_examples" else "too_large"
+    assert found.pop("n00") == refused
+    assert set(found.values()) == {"accepted"}
+    assert len(found) == count - 1
+
+
+def padded(device: Device) -> Any:
+    honest_one = device.answer
+
+    def answer(kind: Kind, payload: bytes, settings: NodeSettings) -> bytes:
+        reply = honest_one(kind, payload, settings)
+        return reply if kind == "query" else reply + b"\0" * 1300
+
+    return answer
