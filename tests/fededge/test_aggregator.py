@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from aggregators import Layout, SeedScalars
+from aggregators.codec import pack, unpack
 from aggregators.keys import load_or_create, public_hex
 from aggregators.messages import Plan, Report, decode_plan, encode_reply
 from aggregators.methods import ZerothOrderMethod
@@ -185,15 +186,12 @@ def test_a_reason_of_many_escapes_costs_nobody_else(tmp_path: Path) -> None:
         def answer(self, kind: Kind, payload: bytes, settings: NodeSettings) -> bytes:
             if kind == "query":
                 return super().answer(kind, payload, settings)
-            plan, _ = decode_plan(payload)
-            return encode_reply(
-                run="\U0010ffff" * 300, round=1, node="\U0010ffff" * 64, nonce=plan.nonce,
-                layout=LAYOUT.fingerprint, base_digest="\U0010ffff" * 400,
-                report=Report(examples=1), update=change(plan), dtype=None,
-            )  # fmt: skip
+            header, tensors = unpack(super().answer(kind, payload, settings))
+            header["envelope"]["\x1b" * 400] = 1
+            return pack(header, tensors)
 
     (content,) = Fleet(tmp_path, {"edge": [Odd("one"), Device("two")]}).run()
-    assert verdicts(content) == {"one": "wrong_run", "two": "accepted"}
+    assert verdicts(content) == {"one": "malformed", "two": "accepted"}
 
 
 @pytest.mark.parametrize("limit", ["max_examples", "max_update_bytes"])
