@@ -213,6 +213,7 @@ class DeviceCapabilities(_Message):
     examples: int = Field(ge=1)
     held_out: Count
     rank_limit: int = Field(ge=1)
+    public_key: Digest | None = None
 
 
 class Capabilities(_Message):

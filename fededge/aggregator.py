@@ -9,6 +9,7 @@ its devices are: what is lost with it is asked again, and devices answer with th
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import platform
@@ -41,7 +42,7 @@ from fedclient.node import Kind, NodeSettings, Refused
 from fedserver.events import Listener, Notice
 from fedserver.exchange import EVALUATE, QUERY, TRAIN, Exchange
 from fedserver.outcome import Outcome, judge, sum_evaluations, unlike_weights
-from fedserver.roster import Member, Roster, agree, read_member
+from fedserver.roster import Member, Roster, agree, no_key, read_member
 
 QUERY_SECONDS = 600.0
 CONNECT_SECONDS = 240.0
@@ -89,6 +90,7 @@ class EdgeAggregator:
         while len(self._exchange.nodes()) < self._wanted and waited < CONNECT_SECONDS:
             self._exchange.wait(POLL_SECONDS)
             waited += POLL_SECONDS
+        signs = json.loads(query)["signatures"] == "required"
         members: dict[str, Member] = {}
         problems = []
         nodes = self._exchange.nodes()
@@ -99,6 +101,9 @@ class EdgeAggregator:
             if member is not None and member.capabilities.devices:
                 problem = f"{member.capabilities.node!r} is an edge itself"
                 member = None
+            if member is not None and signs and member.capabilities.public_key is None:
+                problem = no_key(member.capabilities.node)
+                member = None
             if member is not None:
                 members.setdefault(member.capabilities.node, member)
             elif problem:
@@ -108,6 +113,10 @@ class EdgeAggregator:
             raise Refused(
                 f"none of the {len(nodes)} devices behind {self._name!r} can take part: "
                 + "; ".join(sorted(set(problems)) or ["none has answered"])
+            )
+        for problem in sorted(set(problems)):
+            self._notify(
+                Notice("warning", f"a device of {self._name!r} cannot take part: {problem}")
             )
         self._roster = agree(members, "what most devices here hold", self._notify)
         told = [member.capabilities for member in self._roster.members]
@@ -129,6 +138,7 @@ class EdgeAggregator:
                     examples=one.examples,
                     held_out=one.held_out,
                     rank_limit=one.rank_limit,
+                    public_key=one.public_key,
                 )
                 for one in told
             ),

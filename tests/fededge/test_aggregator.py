@@ -17,6 +17,7 @@ from aggregators.methods import ZerothOrderMethod
 from aggregators.signatures import sign_reply
 from fedclient.app import make_app
 from fedclient.node import Kind, NodeSettings
+from fededge import aggregator
 from fedserver import events
 from fedserver.configuration import RunConfiguration, parse
 from fedserver.exchange import Exchange
@@ -221,3 +222,40 @@ def padded(device: Device) -> Any:
         return reply if kind == "query" else reply + b"\0" * 1300
 
     return answer
+
+
+def test_a_device_without_a_key_is_left_out_where_signatures_are_required(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, {"edge": [Device("one"), Device("two")]}, signatures="required")
+    fleet.keyless = {"one"}
+    (content,) = fleet.run()
+    assert verdicts(content) == {"two": "accepted"}
+    assert any("'one' has no key" in notice for notice in fleet.notices)
+
+
+def test_a_device_that_is_not_enrolled_is_left_out(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, {"edge": [Device("one"), Device("two")]}, signatures="required")
+    keys = {name: load_or_create(tmp_path / "keys" / f"{name}.pem") for name in ("edge", "two")}
+    (content,) = fleet.run(enrolled={name: public_hex(key) for name, key in keys.items()})
+    assert verdicts(content) == {"two": "accepted"}
+    assert any("'one' is not enrolled" in notice for notice in fleet.notices)
+
+
+def test_a_device_keeps_the_key_that_it_signed_with(tmp_path: Path) -> None:
+    edges = {"edge": [Device("one"), Device("two")]}
+    Fleet(tmp_path, edges, signatures="required").run()
+    (tmp_path / "keys" / "one.pem").unlink()
+    fleet = Fleet(tmp_path, edges, signatures="required", rounds=2)
+    _, content = fleet.run(resume=True)
+    assert verdicts(content) == {"two": "accepted"}
+    assert any("enrol it again" in notice for notice in fleet.notices)
+
+
+@pytest.mark.parametrize(("key", "verdict"), [("", "unsigned"), ("a" * 64, "foreign_key")])
+def test_a_sum_of_what_a_device_has_not_signed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, verdict: str
+) -> None:
+    """Of an edge that admits what it should not."""
+    row = aggregator._row
+    monkeypatch.setattr(aggregator, "_row", lambda o: row(o).model_copy(update={"key": key}))
+    (content,) = Fleet(tmp_path, {"edge": [Device("one")]}, signatures="required").run()
+    assert verdicts(content) == {"edge": verdict}
