@@ -37,6 +37,7 @@ Sum = Annotated[int, Field(ge=0, le=MOST_COUNTED * MOST_DEVICES)]
 # What devices of one cohort may be asked otherwise than each other, but for name, nonce and seed.
 GROUPED = (
     "action", "method", "local_steps", "batch_size", "learning_rate", "base_format", "wire_dtype",
+    "history",
 )  # fmt: skip
 # Of an edge's deadline: what its devices have, so that their sum is in time.
 DEVICE_SHARE = 0.8

@@ -265,7 +265,7 @@ class CohortGroup(_Method):
     """Devices whose plans differ in name, nonce and seed alone.
 
     ``view``: digest of the view that they get; ``sent``: which of the views in the edge's message that
-    is (``messages.encode_cohort_plan``).
+    is (``messages.encode_cohort_plan``). ``history``: as of ``messages.Plan``.
     """
 
     action: Literal["train", "evaluate"]
@@ -277,6 +277,7 @@ class CohortGroup(_Method):
     wire_dtype: str | None
     view: str = Field(pattern=r"^([0-9a-f]{64})?$")
     sent: str = Field(pattern=r"^[0-9a-f]{64}$")
+    history: tuple[str, ...] = ()
     members: tuple[MemberPlan, ...] = Field(min_length=1)
 
 

@@ -50,6 +50,7 @@ class Churn:
         name = member.capabilities.node
         before = next((m for m in self.roster.members if m.capabilities.node == name), None)
         self.roster = self.roster.with_member(member)
+        self._known |= member.keys
         how = "is back" if before is not None else "has joined and takes part from the next round"
         self._notify(Notice("info", f"node {name!r} {how}"))
         return before.node_id if before is not None else None

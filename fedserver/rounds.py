@@ -237,7 +237,7 @@ class Coordinator:
                 number,
                 "train",
                 self._operations.deadline_seconds(number),
-                Lineage.before(ledger, number).history(name),
+                Lineage.before(ledger, number).history,
             )
             collector.reopen(asked)
 
@@ -399,7 +399,7 @@ class Coordinator:
                 number,
                 action,
                 deadline,
-                self._lineage.history(member.capabilities.node),
+                self._lineage.history,
             )
             for member in members
         ]

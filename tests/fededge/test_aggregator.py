@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from aggregators import Layout, SeedScalars
+from aggregators import Layout, ProjectedGradient, SeedScalars
 from aggregators.codec import pack, unpack
 from aggregators.keys import load_or_create, public_hex
 from aggregators.messages import Plan, Report, decode_plan, encode_reply
-from aggregators.methods import ZerothOrderMethod
+from aggregators.methods import ProjectedMethod, ZerothOrderMethod
 from aggregators.signatures import sign_reply
 from fedclient.app import make_app
 from fedclient.node import Kind, NodeSettings
@@ -63,8 +64,11 @@ class Device:
         return sign_reply(reply, key) if key else reply
 
 
-def change(plan: Plan) -> SeedScalars:
+def change(plan: Plan) -> SeedScalars | ProjectedGradient:
     method = plan.method
+    if isinstance(method, ProjectedMethod):
+        numbers = {name: torch.full((k,), 1e-3) for name, k in method.coordinates.items()}
+        return ProjectedGradient(LAYOUT, method.master_seed, numbers, method.probe)
     assert isinstance(method, ZerothOrderMethod)
     place = plan.seed % method.pool_size
     return SeedScalars(LAYOUT, method.master_seed, method.pool_size, [place], [1e-3], method.probe)
@@ -259,3 +263,22 @@ def test_a_sum_of_what_a_device_has_not_signed_is_refused(
     monkeypatch.setattr(aggregator, "_row", lambda o: row(o).model_copy(update={"key": key}))
     (content,) = Fleet(tmp_path, {"edge": [Device("one")]}, signatures="required").run()
     assert verdicts(content) == {"edge": verdict}
+
+
+def test_a_device_s_history_is_its_own(tmp_path: Path) -> None:
+    """It names the rounds that asked the device, not those that asked its edge."""
+    edges = {
+        "hall": [Device(name) for name in ("one", "two", "three")],
+        "yard": [Device(name) for name in ("four", "five", "six")],
+    }
+    Fleet(
+        tmp_path, edges, preset="ferret", rounds=6, participation=0.5, projected={"coordinates": 4}
+    ).run()
+    asked = [len(device.plans) for devices in edges.values() for device in devices]
+    assert sum(asked) == 18
+    assert len(set(asked)) > 1
+    for devices in edges.values():
+        for device in devices:
+            names = [plan.history[0] for plan in device.plans]
+            for number, plan in enumerate(device.plans):
+                assert plan.history == tuple(names[number::-1])
