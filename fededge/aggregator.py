@@ -266,6 +266,7 @@ def _row(outcome: Outcome) -> CohortMember:
         told |= {
             "examples": admitted.report.examples,
             "train_loss": admitted.report.train_loss,
+            "weights": admitted.report.weights or "",
             "envelope": hashlib.sha256(envelope).hexdigest(),
             "payload": admitted.payload_digest,
             "norm": norm_of(admitted.update) if admitted.update is not None else None,

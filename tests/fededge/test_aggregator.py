@@ -282,3 +282,17 @@ def test_a_device_s_history_is_its_own(tmp_path: Path) -> None:
             names = [plan.history[0] for plan in device.plans]
             for number, plan in enumerate(device.plans):
                 assert plan.history == tuple(names[number::-1])
+
+
+def test_unlike_weights_are_told_across_edges(tmp_path: Path) -> None:
+    """Each edge alone sees nothing odd."""
+    edges = {
+        "hall": [Device("one", weights="a" * 64), Device("two", weights="a" * 64)],
+        "yard": [Device("three", weights="b" * 64)],
+    }
+    fleet = Fleet(tmp_path, edges)
+    (content,) = fleet.run()
+    assert set(verdicts(content).values()) == {"accepted"}
+    told = [notice for notice in fleet.notices if "weights" in notice]
+    assert len(told) == 1
+    assert "three's weights bbbbbbbbbbbb are not the aaaaaaaaaaaa that 2 nodes made" in told[0]
