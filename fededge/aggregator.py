@@ -40,7 +40,7 @@ from aggregators.methods import CohortMethod
 from aggregators.signatures import sign_reply
 from fedclient.node import Kind, NodeSettings, Refused
 from fedserver.events import Listener, Notice
-from fedserver.exchange import EVALUATE, QUERY, TRAIN, Exchange
+from fedserver.exchange import EVALUATE, FORGOTTEN, QUERY, TRAIN, Exchange
 from fedserver.outcome import Outcome, judge, sum_evaluations, unlike_weights
 from fedserver.roster import Member, Roster, agree, no_key, read_member
 
@@ -148,7 +148,8 @@ class EdgeAggregator:
         plan, views = decode_cohort_plan(payload)
         roster = self._roster
         if roster is None or roster.layout.fingerprint != plan.layout:
-            raise Refused(f"{self._name!r} was started again: begin the run anew", "node")
+            # The server then asks who the devices are, and puts its question again.
+            raise Refused(f"{self._name!r} does not know its devices: query it first", FORGOTTEN)
         assert isinstance(plan.method, CohortMethod)
         layout = roster.layout
         members = {member.capabilities.node: member for member in roster.members}

@@ -127,7 +127,7 @@ def _weights(outcome: Outcome) -> Iterator[tuple[str, BaseFormat, str]]:
         return
     if admitted.report.weights is not None:
         yield plan.node, plan.base_format, admitted.report.weights
-    if isinstance(admitted.update, Cohort) and isinstance(plan.method, CohortMethod):
+    if isinstance(plan.method, CohortMethod) and isinstance(admitted.update, Cohort):
         formats = {m[0]: group.base_format for group in plan.method.groups for m in group.members}
         for member in admitted.update.members:
             if member.weights:

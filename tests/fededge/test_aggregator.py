@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import Context, Message
 
 from aggregators import Layout, ProjectedGradient, SeedScalars
 from aggregators.codec import pack, unpack
@@ -25,7 +27,7 @@ from fedserver.exchange import Exchange
 from fedserver.ledger import Ledger
 from fedserver.rounds import Coordinator
 from simulations.edges import edge_node
-from simulations.local_grid import LocalGrid, SimulatedClock, honest
+from simulations.local_grid import Answer, Delivery, LocalGrid, SimulatedClock, honest
 
 PREFIX = "model.layers.0.self_attn"
 LAYOUT = Layout({f"{PREFIX}.q_proj.weight": (8, 6), f"{PREFIX}.v_proj.weight": (8, 6)})
@@ -94,11 +96,23 @@ class Fleet:
         }
         self.configuration: RunConfiguration = parse(scenario | changes)
         self.keyless: set[str] = set()
+        self.restarted_in = 0
         self.notices: list[str] = []
 
     def listen(self, event: events.Event) -> None:
         if isinstance(event, events.Notice):
             self.notices.append(event.text)
+
+    def restarted(self, make: Callable[[], Answer]) -> Answer:
+        """An edge whose process is another one from a round on, under the same id of Flower's."""
+        edges = [make()]
+
+        def answer(message: Message, context: Context) -> list[Delivery]:
+            if message.metadata.group_id == str(self.restarted_in) and len(edges) == 1:
+                edges.append(make())
+            return edges[-1](message, context)
+
+        return answer
 
     def run(self, **arguments: Any) -> list[dict[str, Any]]:
         """The content of the rounds' entries."""
@@ -111,7 +125,8 @@ class Fleet:
                 for n, one in enumerate(devices)
                 if signs and one.name not in self.keyless
             }
-            answers[place] = edge_node(edge, behind, own, lambda node, message: None, self.listen)
+            make = partial(edge_node, edge, behind, own, lambda node, message: None, self.listen)
+            answers[place] = self.restarted(make) if self.restarted_in else make()
             if signs:
                 keys[place] = self.folder / "keys" / f"{edge}.pem"
         clock = SimulatedClock()
@@ -296,3 +311,12 @@ def test_unlike_weights_are_told_across_edges(tmp_path: Path) -> None:
     told = [notice for notice in fleet.notices if "weights" in notice]
     assert len(told) == 1
     assert "three's weights bbbbbbbbbbbb are not the aaaaaaaaaaaa that 2 nodes made" in told[0]
+
+
+def test_an_edge_that_was_started_again_learns_who_its_devices_are(tmp_path: Path) -> None:
+    edges = {"hall": [Device("one"), Device("two")], "yard": [Device("three")]}
+    fleet = Fleet(tmp_path, edges, rounds=3)
+    fleet.restarted_in = 2
+    for content in fleet.run():
+        assert verdicts(content) == dict.fromkeys(("one", "two", "three"), "accepted")
+    assert [len(device.plans) for some in edges.values() for device in some] == [3, 3, 3]
