@@ -26,7 +26,7 @@ class CohortMember(BaseModel):
     """What became of one device's reply at its edge.
 
     ``envelope``, ``payload``: SHA-256 of its signed envelope and of its update, "" where there is none.
-    ``key``, ``signature``: hexadecimal, "" where the device does not sign.
+    ``key``, ``signature``: hexadecimal, "" where the device does not sign. ``weights``: its report's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -41,6 +41,7 @@ class CohortMember(BaseModel):
     train_loss: float | None = None
     envelope: Hex = ""
     payload: Hex = ""
+    weights: Hex = ""
     key: Hex = ""
     signature: str = Field(default="", pattern=r"^([0-9a-f]{128})?$")
 

@@ -16,6 +16,7 @@ from aggregators.codec import WIRE_DTYPES, made_pair, pair_parts, unpack, update
 from aggregators.cohort import Cohort
 from aggregators.cohort_checks import check_cohort
 from aggregators.cohort_codec import read_cohort
+from aggregators.exact_numbers import DIGITS
 from aggregators.factor_scalars import FactorScalars
 from aggregators.layout import Layout
 from aggregators.messages import (
@@ -50,6 +51,8 @@ from aggregators.update import Update, UpdateRejected, Verdict
 
 # Far above any change that a model survives, and far below where float32 sums of such overflow.
 LARGEST_NORM = 1e15
+# Of a number in an exact sum, where a node's message may have one byte.
+EXACT_BYTES = 4 * DIGITS
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class GateContext:
     """What the server knows when a reply arrives. ``view``: digest of what the node was sent,
     ``basis``: the round's, where sketches are asked for. ``public_key``: the node's, hexadecimal; where
     it is given, what that key has not signed is refused. ``seen_nonces``: of all admitted replies.
+    ``max_bytes``, ``max_examples``: of one node; a cohort's follow from how many are asked in it.
     """
 
     layout: Layout
@@ -95,18 +99,24 @@ def gate(payload: bytes, context: GateContext) -> Update:
 def admit(payload: bytes, context: GateContext) -> Admitted:
     """Check everything that can be checked, cheapest first. Raises UpdateRejected and nothing else."""
     reply, signature = split_signature(payload)
-    envelope = open_envelope(reply, context.max_bytes)
+    method = context.plan.method
+    cohort = method.names if isinstance(method, CohortMethod) else []
+    max_bytes = context.max_bytes * (len(cohort) * EXACT_BYTES if cohort else 1)
+    max_examples = context.max_examples * (len(cohort) or 1)
+    envelope = open_envelope(reply, max_bytes)
     _check_identity(envelope, context)
     if context.public_key is not None:
         check_signature(envelope, signature, context.public_key)
     body = open_body(reply)
     if body_digest(body) != envelope.payload_digest:
         raise UpdateRejected(Verdict.MALFORMED, "the body is not what the envelope's digest says")
-    if envelope.report.examples > context.max_examples:
+    if envelope.report.examples > max_examples:
         raise UpdateRejected(
             Verdict.WEIGHT,
-            f"{envelope.report.examples} examples exceed the limit of {context.max_examples}",
+            f"{envelope.report.examples} examples exceed the limit of {max_examples}",
         )
+    if not cohort and (beyond := envelope.report.beyond_one_node()):
+        raise UpdateRejected(Verdict.WEIGHT, beyond)
     if context.view is not None and envelope.report.view != context.view:
         raise UpdateRejected(
             Verdict.DIVERGED,

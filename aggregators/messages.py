@@ -23,21 +23,30 @@ from aggregators.update import Update, UpdateRejected, Verdict
 from aggregators.view import SealedView, View, view_parts
 
 SCHEMA = 1
+# Of one node, and of the sum of as many as may stand behind an edge.
 MAX_EXAMPLES = 10**7
+MOST_COUNTED = 10**12
+MOST_LOSS_SUM = 1e15
+MOST_DEVICES = 10**6
 MOST_HISTORY = 9
 ENVELOPE_LIMIT = 1 << 16  # bytes; an honest one takes about 1,500
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, le=10**12)]
+Count = Annotated[int, Field(ge=0, le=MOST_COUNTED)]
+Sum = Annotated[int, Field(ge=0, le=MOST_COUNTED * MOST_DEVICES)]
 # What devices of one cohort may be asked otherwise than each other, but for name, nonce and seed.
 GROUPED = (
     "action", "method", "local_steps", "batch_size", "learning_rate", "base_format", "wire_dtype",
+    "history",
 )  # fmt: skip
 # Of an edge's deadline: what its devices have, so that their sum is in time.
 DEVICE_SHARE = 0.8
 # A model that is this sure of something wrong has logits that float32 barely holds.
 LARGEST_LOSS = 1e6
 Loss = Annotated[float, Field(ge=0, le=LARGEST_LOSS)]
+LossSum = Annotated[float, Field(ge=0, le=MOST_LOSS_SUM * MOST_DEVICES)]
+# Sums of the largest losses may be rounded up.
+ROUNDED_UP = 1 + 1e-9
 
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
@@ -104,12 +113,12 @@ class Evaluation(_Message):
     ``new_*`` are of those held-out examples whose question and answer the node does not train on.
     """
 
-    loss_sum: float = Field(ge=0, le=1e15)
-    tokens: Count
-    correct: Count
-    examples: Count
-    new_loss_sum: float = Field(default=0.0, ge=0, le=1e15)
-    new_tokens: Count = 0
+    loss_sum: LossSum
+    tokens: Sum
+    correct: Sum
+    examples: Sum
+    new_loss_sum: LossSum = 0.0
+    new_tokens: Sum = 0
 
     @model_validator(mode="after")
     def _possible(self) -> Evaluation:
@@ -121,7 +130,7 @@ class Evaluation(_Message):
             (self.loss_sum, self.tokens),
             (self.new_loss_sum, self.new_tokens),
         ):
-            if loss_sum > LARGEST_LOSS * tokens:
+            if loss_sum > LARGEST_LOSS * tokens * ROUNDED_UP:
                 raise ValueError(f"a loss above {LARGEST_LOSS:g} nats a token")
         return self
 
@@ -135,19 +144,44 @@ class Report(_Message):
     of the plan's history the name under which it found what its earlier messages left out; "" where it
     began without. ``unchanged``: training was sound and found nothing to change, so that the update is
     zero; one that is zero unsaid is a defect.
+
+    The fields hold the sums of many devices; ``beyond_one_node`` has the limits of one.
     """
 
-    examples: int = Field(ge=1, le=MAX_EXAMPLES)
+    examples: int = Field(ge=1, le=MAX_EXAMPLES * MOST_DEVICES)
     train_loss: Loss | None = None
     train_loss_first: Loss | None = None
-    train_tokens: Count = 0
-    steps: Count = 0
+    train_tokens: Sum = 0
+    steps: Sum = 0
     evaluation: Evaluation | None = None
     view: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     weights: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     base_format: BaseFormat = "full"
     residual: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     unchanged: bool = False
+
+    def beyond_one_node(self) -> str:
+        """What of it is more than one node can have counted, in words; "" for an honest node's."""
+        limits: dict[str, float] = {
+            "examples": MAX_EXAMPLES,
+            "train_tokens": MOST_COUNTED,
+            "steps": MOST_COUNTED,
+        }
+        told = {name: getattr(self, name) for name in limits}
+        if self.evaluation is not None:
+            for name, number in self.evaluation.model_dump().items():
+                told[f"evaluation.{name}"] = number
+                limits[f"evaluation.{name}"] = (
+                    MOST_LOSS_SUM if name.endswith("loss_sum") else MOST_COUNTED
+                )
+        return next(
+            (
+                f"{name} {number:g} exceeds one node's limit of {limits[name]:g}"
+                for name, number in told.items()
+                if number > limits[name]
+            ),
+            "",
+        )
 
 
 class Envelope(_Message):
@@ -180,6 +214,7 @@ class DeviceCapabilities(_Message):
     examples: int = Field(ge=1)
     held_out: Count
     rank_limit: int = Field(ge=1)
+    public_key: Digest | None = None
 
 
 class Capabilities(_Message):
@@ -190,7 +225,7 @@ class Capabilities(_Message):
 
     node: Name
     examples: int = Field(ge=1)
-    held_out: Count
+    held_out: Sum
     rank_limit: int = Field(ge=1)
     base_digest: Digest
     layout_json: str
@@ -200,6 +235,12 @@ class Capabilities(_Message):
     versions: dict[str, str]
     public_key: Digest | None = None
     devices: tuple[DeviceCapabilities, ...] = ()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Capabilities:
+        if not self.devices and self.held_out > MOST_COUNTED:
+            raise ValueError(f"held_out exceeds one node's limit of {MOST_COUNTED:g}")
+        return self
 
     def to_bytes(self) -> bytes:
         """JSON."""

@@ -265,7 +265,7 @@ class CohortGroup(_Method):
     """Devices whose plans differ in name, nonce and seed alone.
 
     ``view``: digest of the view that they get; ``sent``: which of the views in the edge's message that
-    is (``messages.encode_cohort_plan``).
+    is (``messages.encode_cohort_plan``). ``history``: as of ``messages.Plan``.
     """
 
     action: Literal["train", "evaluate"]
@@ -277,14 +277,20 @@ class CohortGroup(_Method):
     wire_dtype: str | None
     view: str = Field(pattern=r"^([0-9a-f]{64})?$")
     sent: str = Field(pattern=r"^[0-9a-f]{64}$")
+    history: tuple[str, ...] = ()
     members: tuple[MemberPlan, ...] = Field(min_length=1)
 
 
 class CohortMethod(_Method):
-    """What an edge aggregator is asked: to ask its devices, and to answer with the sum."""
+    """What an edge aggregator is asked: to ask its devices, and to answer with the sum.
+
+    ``max_bytes``, ``max_examples``: of one device's reply.
+    """
 
     family: Literal["cohort"] = "cohort"
     groups: tuple[CohortGroup, ...] = Field(min_length=1)
+    max_bytes: int = Field(default=1 << 30, ge=1024)
+    max_examples: int = Field(default=10**7, ge=1)
 
     @property
     def names(self) -> list[str]:

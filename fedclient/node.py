@@ -37,7 +37,8 @@ class Refused(Exception):
     """Why there is no answer, in one line for the coordinator.
 
     ``reason`` is a word for programs: "node" (its base, data or training does not fit the plan),
-    "deadline", "cancelled", "paused", "memory", "died" (the worker, again and again), "unreachable".
+    "deadline", "cancelled", "paused", "memory", "died" (the worker, again and again), "unreachable",
+    "restarted" (an edge, which has to be queried again).
     """
 
     def __init__(self, text: str, reason: str = "node") -> None:

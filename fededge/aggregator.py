@@ -9,12 +9,15 @@ its devices are: what is lost with it is asked again, and devices answer with th
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from aggregators import GateContext, Layout, UpdateRejected, Verdict
 from aggregators.basis import Basis
@@ -33,15 +36,17 @@ from aggregators.messages import (
     member_plans,
     open_envelope,
 )
+from aggregators.methods import CohortMethod
 from aggregators.signatures import sign_reply
 from fedclient.node import Kind, NodeSettings, Refused
 from fedserver.events import Listener, Notice
-from fedserver.exchange import EVALUATE, QUERY, TRAIN, Exchange
+from fedserver.exchange import EVALUATE, FORGOTTEN, QUERY, TRAIN, Exchange
 from fedserver.outcome import Outcome, judge, sum_evaluations, unlike_weights
-from fedserver.roster import Member, Roster, agree, read_member
+from fedserver.roster import Member, Roster, agree, no_key, read_member
 
 QUERY_SECONDS = 600.0
 CONNECT_SECONDS = 240.0
+MOST_REASON = 400  # characters; escapes may have made it longer
 POLL_SECONDS = 0.5
 
 
@@ -75,12 +80,17 @@ class EdgeAggregator:
             return sign_reply(reply, load_or_create(Path(settings.key))) if settings.key else reply
         except (UpdateRejected, KeyFileError) as error:
             raise Refused(str(error)) from None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            raise Refused(f"the devices' sum: {where}: {problem['msg']}") from None
 
     def _capabilities(self, query: bytes, settings: NodeSettings) -> Capabilities:
         waited = 0.0
         while len(self._exchange.nodes()) < self._wanted and waited < CONNECT_SECONDS:
             self._exchange.wait(POLL_SECONDS)
             waited += POLL_SECONDS
+        signs = json.loads(query)["signatures"] == "required"
         members: dict[str, Member] = {}
         problems = []
         nodes = self._exchange.nodes()
@@ -88,6 +98,12 @@ class EdgeAggregator:
             member, problem = (None, reply.error)
             if reply.payload is not None:
                 member, problem = read_member(reply.node_id, reply.payload)
+            if member is not None and member.capabilities.devices:
+                problem = f"{member.capabilities.node!r} is an edge itself"
+                member = None
+            if member is not None and signs and member.capabilities.public_key is None:
+                problem = no_key(member.capabilities.node)
+                member = None
             if member is not None:
                 members.setdefault(member.capabilities.node, member)
             elif problem:
@@ -97,6 +113,10 @@ class EdgeAggregator:
             raise Refused(
                 f"none of the {len(nodes)} devices behind {self._name!r} can take part: "
                 + "; ".join(sorted(set(problems)) or ["none has answered"])
+            )
+        for problem in sorted(set(problems)):
+            self._notify(
+                Notice("warning", f"a device of {self._name!r} cannot take part: {problem}")
             )
         self._roster = agree(members, "what most devices here hold", self._notify)
         told = [member.capabilities for member in self._roster.members]
@@ -118,6 +138,7 @@ class EdgeAggregator:
                     examples=one.examples,
                     held_out=one.held_out,
                     rank_limit=one.rank_limit,
+                    public_key=one.public_key,
                 )
                 for one in told
             ),
@@ -127,7 +148,9 @@ class EdgeAggregator:
         plan, views = decode_cohort_plan(payload)
         roster = self._roster
         if roster is None or roster.layout.fingerprint != plan.layout:
-            raise Refused(f"{self._name!r} was started again: begin the run anew", "node")
+            # The server then asks who the devices are, and puts its question again.
+            raise Refused(f"{self._name!r} does not know its devices: query it first", FORGOTTEN)
+        assert isinstance(plan.method, CohortMethod)
         layout = roster.layout
         members = {member.capabilities.node: member for member in roster.members}
         bases: dict[str, Basis | None] = {}
@@ -143,6 +166,8 @@ class EdgeAggregator:
             context = GateContext(
                 layout=layout,
                 plan=own,
+                max_bytes=plan.method.max_bytes,
+                max_examples=plan.method.max_examples,
                 view=group.view,
                 basis=bases[group.sent],
                 public_key=members[own.node].capabilities.public_key,
@@ -222,8 +247,10 @@ def _sum(plan: Plan, layout: Layout, outcomes: Sequence[Outcome]) -> bytes:
 def _mean(losses: Sequence[tuple[int, float | None]]) -> float | None:
     """By examples, of those that say one."""
     known = [(examples, loss) for examples, loss in losses if loss is not None]
-    weight = sum(examples for examples, _ in known)
-    return math.fsum(examples * loss for examples, loss in known) / weight if known else None
+    if not known:
+        return None
+    mean = math.fsum(examples * loss for examples, loss in known) / sum(w for w, _ in known)
+    return min(mean, max(loss for _, loss in known))  # rounding may lift it above all of them
 
 
 def _row(outcome: Outcome) -> CohortMember:
@@ -231,7 +258,7 @@ def _row(outcome: Outcome) -> CohortMember:
     told = {
         "node": outcome.plan.node,
         "verdict": outcome.verdict,
-        "reason": outcome.reason,
+        "reason": outcome.reason[:MOST_REASON],
         "bytes_up": outcome.bytes_up,
         "bytes_down": outcome.bytes_down,
     }
@@ -240,6 +267,7 @@ def _row(outcome: Outcome) -> CohortMember:
         told |= {
             "examples": admitted.report.examples,
             "train_loss": admitted.report.train_loss,
+            "weights": admitted.report.weights or "",
             "envelope": hashlib.sha256(envelope).hexdigest(),
             "payload": admitted.payload_digest,
             "norm": norm_of(admitted.update) if admitted.update is not None else None,

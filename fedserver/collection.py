@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from aggregators import GateContext, Layout, Verdict
+from aggregators.cohort import Cohort
 from fedserver import events
 from fedserver.configuration import RunConfiguration
 from fedserver.device_cost import memory_of
@@ -19,6 +20,7 @@ from fedserver.ledger import Ledger
 from fedserver.open_round import committed_before, recall, remember
 from fedserver.outcome import Outcome, judge, replied, unlike_weights
 from fedserver.questions import Question
+from fedserver.roster import Member
 from fedserver.staleness import still_counts
 
 
@@ -177,6 +179,7 @@ class Collector:
         )
         began = time.perf_counter()
         outcome = judge(reply, context, self._seen, late_counts=counts)
+        _check_keys(outcome, question.member)
         outcome.gate_seconds = time.perf_counter() - began
         if outcome.admitted is not None:
             outcome.blob = remember(self._ledger, outcome)
@@ -210,3 +213,20 @@ class Collector:
         elif outcome.verdict is not Verdict.ACCEPTED:
             text = f"final evaluation: {outcome.plan.node}: {outcome.reason}"
             self._emit(events.Notice("warning", text))
+
+
+def _check_keys(outcome: Outcome, edge: Member) -> None:
+    """Refuse a sum with a device's update that the device's own key has not signed, as its edge says."""
+    update = outcome.admitted.update if outcome.admitted is not None else None
+    if not isinstance(update, Cohort):
+        return
+    for device in update.members:
+        expected = edge.keys.get(device.node, "")
+        if device.verdict is Verdict.ACCEPTED and device.key != expected:
+            outcome.verdict = Verdict.FOREIGN_KEY if device.key else Verdict.UNSIGNED
+            outcome.reason = (
+                f"{device.node!r} is known by {expected[:12] or 'no key'}, its update in the sum is"
+                f" signed by {device.key[:12] or 'none'}"
+            )
+            outcome.admitted = None
+            return

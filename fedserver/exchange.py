@@ -35,6 +35,8 @@ NODE_AWAY, APP_KILLED = 5, 8
 LOST = (3, 4, NODE_AWAY, APP_KILLED)
 # What a stub says for a resident worker that is being restarted, or was given another question.
 WORKER_AWAY = ("unreachable", "cancelled")
+# What an edge says that was started again and no longer knows its devices: it is to be queried anew.
+FORGOTTEN = "restarted"
 
 QUERY, TRAIN, EVALUATE = MessageType.QUERY, MessageType.TRAIN, MessageType.EVALUATE
 
@@ -237,8 +239,10 @@ class Exchange:
         """Whether this is no answer, but news that the question was lost; it is then put again."""
         code = message.error.code if message.has_error() else None
         reason = None if message.has_error() else _reason(message)
-        if code not in LOST and reason not in WORKER_AWAY:
+        if code not in LOST and reason not in (*WORKER_AWAY, FORGOTTEN):
             return False
+        if reason == FORGOTTEN and sent.address not in self._queries.values():
+            self._known.discard(sent.address)
         if code == NODE_AWAY and sent.kind == QUERY:
             # Who is gone before it has said who it is, is met as a newcomer.
             return False

@@ -7,7 +7,9 @@ the hash chain. The digest of a state would not: a round without its quorum leav
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from aggregators.messages import MOST_HISTORY
 from aggregators.methods import CohortMethod
@@ -88,17 +90,34 @@ class Lineage:
             self._origin = entry.hash
         elif entry.kind == "round":
             for row in entry.content["nodes"]:
-                asked = self._asked.setdefault(row["node"], [])
-                number = row["plan"]["round"]
-                known = next((one for one in asked if one.round == number), None)
-                if known is None and number == entry.round and row["plan"]["action"] == "train":
-                    known = _Asked(number, self._origin)
-                    asked.append(known)
-                if known is not None and row["verdict"] == "accepted":
-                    known.accepted = True
+                for node, action, accepted in _asked_by(row):
+                    self._take_in(node, action, accepted, row["plan"]["round"], entry.round)
             self._origin = entry.hash
         elif entry.kind == OPERATOR and entry.content["action"] == "rollback":
             target = entry.content["arguments"]["round"]
             for node, asked in self._asked.items():
                 self._asked[node] = [one for one in asked if one.round <= target]
             self._origin = entry.hash
+
+    def _take_in(self, node: str, action: str, accepted: bool, number: int, now: int) -> None:
+        """What an entry of round ``now`` says of one node, asked in round ``number``."""
+        asked = self._asked.setdefault(node, [])
+        known = next((one for one in asked if one.round == number), None)
+        if known is None and number == now and action == "train":
+            known = _Asked(number, self._origin)
+            asked.append(known)
+        if known is not None and accepted:
+            known.accepted = True
+
+
+def _asked_by(row: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
+    """The nodes that a row is of, an edge's one by one: name, what it was asked, whether it counted."""
+    plan, accepted = row["plan"], row["verdict"] == "accepted"
+    groups = plan["method"].get("groups")
+    if groups is None:
+        yield row["node"], plan["action"], accepted
+        return
+    counted = {one["node"] for one in row.get("members", ()) if one["verdict"] == "accepted"}
+    for group in groups:
+        for name, _, _ in group["members"]:
+            yield name, group["action"], accepted and name in counted

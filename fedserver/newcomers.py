@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from fedserver.configuration import RunConfiguration
 from fedserver.events import Listener, Notice
-from fedserver.roster import Roster, query_of, read_member, stranger
+from fedserver.roster import Roster, known_as, query_of, read_member, taken
 
 
 class Churn:
@@ -26,26 +26,31 @@ class Churn:
         self.roster = roster
         self._configuration = configuration
         self._enrolled = enrolled
-        members = roster.members
-        own = {m.capabilities.node: m.capabilities.public_key for m in members}
-        self._known = {**(known or {}), **{name: key for name, key in own.items() if key}}
+        self._known = dict(known or {})
+        for member in roster.members:
+            self._known |= member.keys
         self.query = query_of(configuration)
         self._notify = notify
 
     def joined(self, node_id: int, capabilities: bytes) -> int | None:
         """Take a node in, if it holds the run's base model; returns the id that it had before."""
         member, problem = read_member(node_id, capabilities)
-        if member is not None and not self.roster.shares_base(member.capabilities):
-            problem = f"{member.capabilities.node!r} holds another base model than the run's"
-        if member is not None and not problem:
-            told = member.capabilities
-            problem = stranger(told, self._configuration, self._enrolled, self._known)
-        if member is None or problem:
+        if member is not None:
+            if not self.roster.shares_base(member.capabilities):
+                problem = f"{member.capabilities.node!r} holds another base model than the run's"
+            problem = problem or taken(member, self.roster.members)
+            if problem:
+                member = None
+            else:
+                member, problem = known_as(member, self._configuration, self._enrolled, self._known)
+        if problem:
             self._notify(Notice("warning", f"a node cannot take part: {problem}"))
+        if member is None:
             return None
         name = member.capabilities.node
         before = next((m for m in self.roster.members if m.capabilities.node == name), None)
         self.roster = self.roster.with_member(member)
+        self._known |= member.keys
         how = "is back" if before is not None else "has joined and takes part from the next round"
         self._notify(Notice("info", f"node {name!r} {how}"))
         return before.node_id if before is not None else None

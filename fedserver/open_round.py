@@ -57,6 +57,9 @@ def committed_before(ledger: Ledger) -> tuple[set[str], dict[str, str]]:
                 nonces.add(row["plan"]["nonce"])
             if signature := entry.signatures.get(row["update"] or ""):
                 keys[row["node"]] = signature["key"]
+            for member in row.get("members", ()):
+                if key := member.get("key"):
+                    keys[member["node"]] = key
     return nonces, keys
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from aggregators import UpdateRejected, Verdict
 from aggregators.cohort import Cohort
 from aggregators.gate import Admitted, GateContext, admit, norm_of
 from aggregators.messages import Evaluation, Plan
-from aggregators.methods import CohortMethod, label
+from aggregators.methods import BaseFormat, CohortMethod, label
 from aggregators.signatures import split_signature
 from fedserver import events
 from fedserver.exchange import Reply
@@ -95,14 +95,14 @@ def examples(outcome: Outcome) -> int:
 def unlike_weights(outcomes: Sequence[Outcome]) -> list[str]:
     """What to say of nodes whose weights are not those that most made of the same view.
 
-    Digests are compared among nodes of one base type and format. Where as many made others, as with two
+    Digests are compared among nodes of one base type and format, whether the nodes answer themselves or
+    through an edge. Where as many made others, as with two
     nodes, nobody is in the right: all are named. The digests themselves stand in the nodes' reports.
     """
     made: dict[tuple[str, str], dict[str, str]] = {}
     for outcome in outcomes:
-        if outcome.admitted is not None and outcome.admitted.report.weights is not None:
-            kind = made.setdefault((outcome.plan.dtype, outcome.plan.base_format), {})
-            kind[outcome.plan.node] = outcome.admitted.report.weights
+        for node, base_format, digest in _weights(outcome):
+            made.setdefault((outcome.plan.dtype, base_format), {})[node] = digest
     found = []
     for digests in made.values():
         votes = Counter(digests.values())
@@ -118,6 +118,20 @@ def unlike_weights(outcomes: Sequence[Outcome]) -> list[str]:
             if digest != expected
         ]
     return found
+
+
+def _weights(outcome: Outcome) -> Iterator[tuple[str, BaseFormat, str]]:
+    """Of each node that says one: its name, what it holds of the base, the digest of its weights."""
+    admitted, plan = outcome.admitted, outcome.plan
+    if admitted is None:
+        return
+    if admitted.report.weights is not None:
+        yield plan.node, plan.base_format, admitted.report.weights
+    if isinstance(plan.method, CohortMethod) and isinstance(admitted.update, Cohort):
+        formats = {m[0]: group.base_format for group in plan.method.groups for m in group.members}
+        for member in admitted.update.members:
+            if member.weights:
+                yield member.node, formats[member.node], member.weights
 
 
 def sum_evaluations(outcomes: list[Outcome]) -> dict[str, Any] | None:

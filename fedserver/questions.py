@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,12 +44,11 @@ def question(
     round_number: int,
     action: str,
     deadline_seconds: float,
-    history: tuple[str, ...] = (),
+    history: Callable[[str], tuple[str, ...]] = lambda node: (),
 ) -> Question:
     """What one member is asked in a round that begins with ``model``: the same whenever it is made.
 
-    ``history``: the round's names for what the node's messages leave out (``Lineage``); behind an edge
-    its devices go by the edge's.
+    ``history``: by node the round's names for what its messages leave out (``Lineage``).
     """
     if member.capabilities.devices:
         return _cohort_question(
@@ -63,7 +63,7 @@ def question(
         action=action,
         sums=model.sums,
     )
-    named = history if _keeps(plan) else ()
+    named = history(plan.node) if _keeps(plan) else ()
     plan = plan.model_copy(update={"deadline_seconds": deadline_seconds, "history": named})
     basis = model.basis or first_basis(configuration, roster.layout)
     view = _view(configuration, model, plan, basis)
@@ -84,7 +84,7 @@ def _cohort_question(
     round_number: int,
     action: str,
     deadline_seconds: float,
-    history: tuple[str, ...],
+    history: Callable[[str], tuple[str, ...]],
 ) -> Question:
     """What an edge is asked: its devices' plans, those that are alike told once, and each view once."""
     given: dict[str, Any] = {
@@ -99,6 +99,8 @@ def _cohort_question(
     views: dict[str, SealedView] = {}
     for device in member.capabilities.devices:
         plan = make_plan(configuration, device, **given)
+        named = history(plan.node) if _keeps(plan) else ()
+        plan = plan.model_copy(update={"history": named})
         told = {name: getattr(plan, name) for name in GROUPED}
         key = plan.model_dump_json(include=set(GROUPED))
         if key not in groups:
@@ -113,15 +115,18 @@ def _cohort_question(
     plan = make_plan(configuration, member.capabilities, **given).model_copy(
         update={
             "action": "train" if trains else "evaluate",
-            "method": CohortMethod(groups=tuple(found)),
+            "method": CohortMethod(
+                groups=tuple(found),
+                max_bytes=configuration.max_update_bytes,
+                max_examples=configuration.max_examples,
+            ),
             "deadline_seconds": deadline_seconds,
-            "history": history if any(_keeps(group) for group in found) else (),
         }
     )
     return Question(member, plan, encode_cohort_plan(plan, views), "", basis)
 
 
-def _keeps(asked: Plan | CohortGroup) -> bool:
+def _keeps(asked: Plan) -> bool:
     """Whether a node keeps what its message will leave out."""
     method = asked.method
     feedback = isinstance(method, ProjectedMethod | SketchMethod) and method.error_feedback

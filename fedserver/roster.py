@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from aggregators import Layout
-from aggregators.messages import Capabilities
+from aggregators.messages import Capabilities, DeviceCapabilities
 from fedserver.configuration import ConfigurationError, RunConfiguration
 from fedserver.events import Listener, Notice
 from fedserver.exchange import QUERY, Exchange
@@ -31,6 +31,13 @@ class Member:
         """Of the nodes that answer through it: its devices', or its own."""
         devices = self.capabilities.devices
         return tuple(d.node for d in devices) if devices else (self.capabilities.node,)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The public keys, by name, of the node and its devices that have one."""
+        told = self.capabilities
+        found = {one.node: one.public_key for one in told.devices} | {told.node: told.public_key}
+        return {name: key for name, key in found.items() if key}
 
     def with_devices(self, names: Collection[str]) -> Member:
         """The same with these of its devices alone, if it has devices."""
@@ -60,6 +67,15 @@ class Roster:
         kept = {m.capabilities.node: m for m in self.members} | {member.capabilities.node: member}
         return replace(self, members=tuple(kept[name] for name in sorted(kept)))
 
+    def without(self, names: Collection[str]) -> list[Member]:
+        """The members but for these nodes, which may be edges or behind one."""
+        kept = []
+        for member in self.members:
+            left = set(member.names) - set(names)
+            if left and member.capabilities.node not in names:
+                kept.append(member.with_devices(left))
+        return kept
+
 
 def query_of(configuration: RunConfiguration) -> bytes:
     """What a node is asked before it takes part."""
@@ -71,6 +87,7 @@ def query_of(configuration: RunConfiguration) -> bytes:
             "threads": configuration.threads,
             "names": [node.name for node in configuration.nodes],
             "data": data_specification(configuration),
+            "signatures": configuration.signatures,
         },
         sort_keys=True,
     ).encode()
@@ -109,13 +126,13 @@ def gather_roster(
         member, problem = read_member(node_id, capabilities)
         if member is None:
             return problem
-        told = member.capabilities
-        taken = {name for known_one in members.values() for name in known_one.names}
-        if twice := sorted({told.node, *member.names} & {*taken, *members}):
-            return f"the name {twice[0]!r} is already taken"
-        problem = stranger(told, configuration, enrolled, known or {})
+        name = member.capabilities.node
+        problem = f"the name {name!r} is already taken" if name in members else ""
+        problem = problem or taken(member, members.values())
         if not problem:
-            members[told.node] = member
+            found, problem = known_as(member, configuration, enrolled, known or {})
+            if found is not None:
+                members[name] = found
         return problem
 
     query = query_of(configuration)
@@ -153,8 +170,39 @@ def gather_roster(
     return roster
 
 
+def taken(member: Member, others: Iterable[Member]) -> str:
+    """Which of a member's names, its devices' too, another one has or it has twice; "" where none.
+
+    A member of its own name is itself, back again.
+    """
+    name = member.capabilities.node
+    own = [name, *(device.node for device in member.capabilities.devices)]
+    twice = {one for one, count in Counter(own).items() if count > 1}
+    for other in others:
+        if other.capabilities.node != name:
+            twice |= {other.capabilities.node, *other.names} & set(own)
+    return f"the name {min(twice)!r} is already taken" if twice else ""
+
+
+def known_as(
+    member: Member,
+    configuration: RunConfiguration,
+    enrolled: Mapping[str, str] | None,
+    known: Mapping[str, str],
+) -> tuple[Member | None, str]:
+    """The member with those of its devices that are who they have to be; what speaks against others."""
+    told = member.capabilities
+    problem = stranger(told, configuration, enrolled, known)
+    if problem or not told.devices:
+        return (None if problem else member), problem
+    problems = {one.node: stranger(one, configuration, enrolled, known) for one in told.devices}
+    problem = "; ".join(filter(None, problems.values()))
+    names = {name for name, against in problems.items() if not against}
+    return (member.with_devices(names) if names else None), problem
+
+
 def stranger(
-    told: Capabilities,
+    told: Capabilities | DeviceCapabilities,
     configuration: RunConfiguration,
     enrolled: Mapping[str, str] | None,
     known: Mapping[str, str],
@@ -165,14 +213,19 @@ def stranger(
     if required and enrolled is not None and told.node not in enrolled:
         return f"{told.node!r} is not enrolled"
     if required and told.public_key is None:
-        return (
-            f"{told.node!r} has no key, and the run requires signatures: start it with"
-            " --node-config 'key=\"FILE\"'"
-        )
+        return no_key(told.node)
     if expected is not None and told.public_key != expected:
         found = f"the key {told.public_key[:12]}" if told.public_key else "no key"
         return f"{told.node!r} has {found}, and is known by {expected[:12]}: enrol it again"
     return ""
+
+
+def no_key(node: str) -> str:
+    """Why a run that requires signatures leaves a node out."""
+    return (
+        f"{node!r} has no key, and the run requires signatures: start it with"
+        " --node-config 'key=\"FILE\"'"
+    )
 
 
 class _Arriving:

@@ -237,7 +237,7 @@ class Coordinator:
                 number,
                 "train",
                 self._operations.deadline_seconds(number),
-                Lineage.before(ledger, number).history(name),
+                Lineage.before(ledger, number).history,
             )
             collector.reopen(asked)
 
@@ -399,15 +399,14 @@ class Coordinator:
                 number,
                 action,
                 deadline,
-                self._lineage.history(member.capabilities.node),
+                self._lineage.history,
             )
             for member in members
         ]
 
     def _present(self, roster: Roster) -> list[Member]:
-        """The members that no operator has taken out."""
-        out = self._operations.excluded
-        return [member for member in roster.members if member.capabilities.node not in out]
+        """The members that no operator has taken out, with those of their devices that none has."""
+        return roster.without(self._operations.excluded)
 
     def _evaluated_by_all(
         self, number: int, model: GlobalModel, churn: Churn, collector: Collector

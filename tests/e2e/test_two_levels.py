@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from fedserver import events
 from fedserver.configuration import RunConfiguration, parse
+from fedserver.control import ControlQueue
 from fedserver.ledger import Ledger
 from fedserver.replay import replay
 from simulations.run import simulate
@@ -46,7 +48,9 @@ WAYS: dict[str, dict[str, Any]] = {
 def run(
     tiny_model_folder: Path, tiny_data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
-    def make(name: str, **changes: Any) -> tuple[Path, RunConfiguration, dict[str, Any]]:
+    def make(
+        name: str, emit: events.Listener = lambda event: None, **changes: Any
+    ) -> tuple[Path, RunConfiguration, dict[str, Any]]:
         # What nodes keep for error feedback is filed by run, and both runs are the same one.
         monkeypatch.setenv("FEDBRAID_CACHE", str(tmp_path / f"cache-{name}"))
         configuration = parse(
@@ -67,7 +71,7 @@ def run(
             | changes
         )
         folder = tmp_path / name
-        return folder, configuration, simulate(configuration, folder, lambda event: None, samples=0)
+        return folder, configuration, simulate(configuration, folder, emit, samples=0)
 
     return make
 
@@ -138,3 +142,37 @@ def test_a_device_that_fails_costs_its_edge_nothing_else(run: Any) -> None:
     }
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert sum(json.loads(lines[-1])["families"].values()) == 4
+
+
+def test_operators_take_out_devices_and_whole_edges(run: Any, tmp_path: Path) -> None:
+    """Who is revoked behind an edge is asked for nothing more, the last evaluation included."""
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.RoundCommitted) and event.round == 1:
+            for action, node in (("revoke", "clinic"), ("drain", "cafe"), ("quarantine", "hall")):
+                arguments = {"node": node}
+                queue = ControlQueue(tmp_path / "edged")
+                queue.ask(action, arguments, who="eve", role="operator", reason="a test")
+
+    edges = [EDGES[0], {"name": "campus", "nodes": ["cafe"]}, {"name": "hall", "nodes": ["ward"]}]
+    nodes = [{"name": name} for name in ("clinic", "school", "phone", "cafe", "ward", "office")]
+    folder, _, _ = run("edged", listen, edges=edges, nodes=nodes, quorum=1, evaluate=True)
+
+    def asked(content: dict[str, Any]) -> set[str]:
+        found = set()
+        for row in content["nodes"]:
+            groups = row["plan"]["method"].get("groups")
+            members = [m[0] for g in groups for m in g["members"]] if groups else [row["node"]]
+            found |= set(members)
+        return found
+
+    one, two = rounds(folder)
+    assert asked(one) == {node["name"] for node in nodes}
+    assert asked(two) == {"school", "phone", "office"}
+    ledger = Ledger(folder)
+    try:
+        last = ledger.last("evaluation")
+    finally:
+        ledger.close()
+    assert last is not None
+    assert asked(last.content) == {"school", "phone", "office"}

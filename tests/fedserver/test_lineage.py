@@ -27,14 +27,26 @@ class Chain:
         )
         self.head, self.height = digest, self.height + 1
 
-    def round(self, **verdicts: str) -> str:
-        """One round; returns what it is called."""
+    def round(self, edge: str = "", **verdicts: str) -> str:
+        """One round, of nodes behind ``edge`` if it says one; returns what it is called."""
         name = self.head
         self.number += 1
+        plan = {"round": self.number, "action": "train", "method": {}}
         rows = [
-            {"node": node, "verdict": verdict, "plan": {"round": self.number, "action": "train"}}
-            for node, verdict in verdicts.items()
+            {"node": node, "verdict": verdict, "plan": plan} for node, verdict in verdicts.items()
         ]
+        if edge:
+            behind = [(node, "0" * 32, 1) for node in verdicts]
+            method = {"groups": [{"action": "train", "members": behind}]}
+            accepted = "accepted" in verdicts.values()
+            rows = [
+                {
+                    "node": edge,
+                    "verdict": "accepted" if accepted else "failed",
+                    "plan": plan | {"method": method},
+                    **({"members": rows} if accepted else {}),
+                }
+            ]
         self.add("round", self.number, {"nodes": rows, "state": "the same"})
         return name
 
@@ -52,8 +64,8 @@ STEPS = st.lists(
 )
 
 
-@given(STEPS)
-def test_a_history_names_the_rounds_that_asked_and_stand(steps: list[Any]) -> None:
+@given(STEPS, st.sampled_from(["", "edge"]))
+def test_a_history_names_the_rounds_that_asked_and_stand(steps: list[Any], edge: str) -> None:
     chain = Chain()
     asked: list[tuple[int, str]] = []
     for step in steps:
@@ -63,9 +75,9 @@ def test_a_history_names_the_rounds_that_asked_and_stand(steps: list[Any]) -> No
             chain.roll_back(step)
             asked = [one for one in asked if one[0] <= step]
         elif step["a"] == "not asked":
-            chain.round(b="accepted")
+            chain.round(edge, b="accepted")
         else:
-            name = chain.round(a=step["a"], b="accepted")
+            name = chain.round(edge, a=step["a"], b="missing")
             asked.append((chain.number, name))
         first, *rest = chain.lineage.history("a")
         assert first == chain.head
