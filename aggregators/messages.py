@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from aggregators.bounds import LARGEST_LOSS, Count, Loss
 from aggregators.codec import pack, read_header, unpack, update_parts
 from aggregators.cohort import Cohort
 from aggregators.cohort_codec import cohort_parts
@@ -28,16 +29,12 @@ MOST_HISTORY = 9
 ENVELOPE_LIMIT = 1 << 16  # bytes; an honest one takes about 1,500
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, le=10**12)]
 # What devices of one cohort may be asked otherwise than each other, but for name, nonce and seed.
 GROUPED = (
     "action", "method", "local_steps", "batch_size", "learning_rate", "base_format", "wire_dtype",
 )  # fmt: skip
 # Of an edge's deadline: what its devices have, so that their sum is in time.
 DEVICE_SHARE = 0.8
-# A model that is this sure of something wrong has logits that float32 barely holds.
-LARGEST_LOSS = 1e6
-Loss = Annotated[float, Field(ge=0, le=LARGEST_LOSS)]
 
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
