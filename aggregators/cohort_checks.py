@@ -19,6 +19,7 @@ from aggregators.low_rank import LowRank
 from aggregators.methods import (
     CohortGroup,
     CohortMethod,
+    FirstOrderMethod,
     HybridMethod,
     LoraMethod,
     ProjectedMethod,
@@ -77,7 +78,7 @@ def check_cohort(
                 f"the total of {key[0]!r} weighs {found[key].weight:g}, its members {weight:g}",
             )
     for key, total in found.items():
-        _check_held(total, asked[key], layout)
+        _check_held(total, asked[key], layout, basis)
     try:
         means = [
             total.times(1.0 / total.weight) if beyond([total]) else mean
@@ -130,37 +131,40 @@ def _check_members(
         )
 
 
-def _check_held(total: Total, asked: Sequence[_Asked], layout: Layout) -> None:
-    """Refuse weights by tensor that no choice of the members whose plans reach it has.
+def _check_held(total: Total, asked: Sequence[_Asked], layout: Layout, basis: Basis | None) -> None:
+    """Refuse weights by tensor that are not those of the members whose plans reach it.
 
-    Members may lack tensors that their plans reach: a subset is a node's own choice.
+    Of a tensor that plans leave to a node's choice of a subset it may be the weight of some of them.
     """
-    reaching: dict[str, list[int]] = {}
+    least: dict[str, int] = {}
+    most: dict[str, int] = {}
     for one in asked:
-        for name in _reached(one.method, layout):
-            reaching.setdefault(name, []).extend(one.weights)
-    for name, held in total.held.items():
-        weights = reaching.get(name)
-        if not weights:
-            raise UpdateRejected(
-                Verdict.UNKNOWN_TENSOR, f"layer {name!r} is not one that members' plans reach"
-            )
-        if not min(weights) <= held <= sum(weights):
+        free = isinstance(one.method, FirstOrderMethod) and one.method.subset != "all"
+        weight = sum(one.weights)
+        for name in _reached(one.method, layout, basis) if weight else ():
+            least[name] = least.get(name, 0) + (0 if free else weight)
+            most[name] = most.get(name, 0) + weight
+    if odd := total.held.keys() - most.keys():
+        raise UpdateRejected(
+            Verdict.UNKNOWN_TENSOR, f"layer {min(odd)!r} is not one that members' plans reach"
+        )
+    for name, limit in most.items():
+        held = total.held.get(name, 0)
+        if not least[name] <= held <= limit:
             raise UpdateRejected(
                 Verdict.WEIGHT,
-                f"layer {name!r}: {held:g} is not the weight of some of the members that reach it,"
-                f" who weigh {min(weights)} to {sum(weights)}",
+                f"layer {name!r}: those that have it weigh {held:g}, and not {least[name]} to {limit}",
             )
 
 
-def _reached(method: Any, layout: Layout) -> Collection[str]:
+def _reached(method: Any, layout: Layout, basis: Basis | None) -> Collection[str]:
     """The tensors that an update of a method names one by one."""
     if isinstance(method, LoraMethod):
         return match_targets(layout, method.target_modules, method.layers)
     if isinstance(method, ProjectedMethod):
         return method.coordinates
-    if isinstance(method, SketchMethod):
-        return trained_names(layout, method.target_modules)
+    if isinstance(method, SketchMethod) and basis is not None:
+        return basis.names
     return ()
 
 
@@ -191,7 +195,7 @@ def _check_stack(mean: LowRank, asked: Sequence[_Asked], layout: Layout) -> None
     limits: dict[str, int] = {}
     for one in asked:
         rank = one.method.rank * (2 if one.method.sends == "delta" else 1) * len(one.group.members)
-        for name in _reached(one.method, layout):
+        for name in match_targets(layout, one.method.target_modules, one.method.layers):
             limits[name] = limits.get(name, 0) + rank
     for name, rank in mean.ranks.items():
         if name not in limits:

@@ -237,6 +237,10 @@ def _read(
         check_coordinates(update, method)
     elif isinstance(update, Sketch):
         check_sketch(update, context.basis)
+        assert context.basis is not None
+        missing = context.basis.names - update.views.keys() - update.whole.keys()
+        if missing and method.subset == "all":
+            raise UpdateRejected(Verdict.SHAPE, f"layer {min(missing)!r} has no coordinates")
     return update
 
 
@@ -272,6 +276,10 @@ def _check_tensors(tensors: dict[str, Tensor], method: LoraMethod, context: Gate
                 f"layer {name!r}: {part} has the type {tensor.dtype}, the plan asks for"
                 f" {plan.wire_dtype}",
             )
+    if missing := allowed - {key.rpartition("#")[0] for key in tensors}:
+        raise UpdateRejected(
+            Verdict.SHAPE, f"layer {min(missing)!r}, which the plan adapts, is missing"
+        )
 
 
 def _with_shared_a(
