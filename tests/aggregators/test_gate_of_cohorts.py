@@ -291,6 +291,19 @@ def test_members_of_unlike_tensors_are_no_longer_together_than_each_alone() -> N
     assert verdict(replied(cohort, 100, asked), asked) is Verdict.NORM
 
 
+@pytest.mark.parametrize("ratio", [1.0, 1.01])
+def test_members_at_the_limit_are_within_it_together(ratio: float) -> None:
+    """Of six stacks of rank 2 the edge sends what float32 holds of their decomposition."""
+    names = [f"n{n}" for n in range(6)]
+    update = low_rank(1) * ratio
+    asked = plan((LORA, names), max_norm=norm_of(low_rank(1)))
+    reply = answered([update] * 6, asked)
+    if ratio == 1.0:
+        judged(reply, asked)
+    else:
+        assert verdict(reply, asked) is Verdict.NORM
+
+
 @pytest.mark.parametrize(
     ("method", "update"),
     [(SCALARS, seed_scalars(5)), (LORA, low_rank(5)), (SKETCHED, sketch(5)),
