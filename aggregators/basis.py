@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +163,11 @@ class Basis:
     def digest(self) -> str:
         """SHA-256 of ``to_bytes``."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @property
+    def names(self) -> Set[str]:
+        """The tensors that it sketches, and those that it leaves whole."""
+        return self.sides.keys() | set(self.whole)
 
     def check(self, sketch: Sketch) -> None:
         """Raise UpdateRejected unless ``sketch`` is one in this basis; fewer tensors are allowed."""

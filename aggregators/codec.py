@@ -159,7 +159,7 @@ def update_from_parts(header: Header, tensors: dict[str, Tensor], layout: Layout
     if header.get("family") == Pair.family:
         parts = pair_parts(header, tensors, layout)
         return made_pair([update_from_parts(*part, layout) for part in parts])
-    _check_header(header, layout)
+    check_header(header, layout)
     readers: dict[str, Callable[[Header, dict[str, Tensor], Layout], Update]] = {
         LowRank.family: _read_low_rank,
         Dense.family: _read_dense,
@@ -178,7 +178,7 @@ def pair_parts(
     header: Header, tensors: dict[str, Tensor], layout: Layout
 ) -> list[tuple[Header, dict[str, Tensor]]]:
     """Header and tensors of either part of a pair, unread. Raises UpdateRejected."""
-    _check_header(header, layout)
+    check_header(header, layout)
     described = header.get("parts")
     if not isinstance(described, list) or len(described) != 2:
         raise UpdateRejected(Verdict.MALFORMED, "a pair has two parts")
@@ -202,7 +202,8 @@ def made_pair(parts: Sequence[Update]) -> Pair:
         raise UpdateRejected(Verdict.WRONG_FAMILY, str(error)) from None
 
 
-def _check_header(header: Header, layout: Layout) -> None:
+def check_header(header: Header, layout: Layout) -> None:
+    """Refuse another schema or layout."""
     if header.get("schema") != SCHEMA:
         raise UpdateRejected(Verdict.MALFORMED, f"schema {header.get('schema')!r} is not {SCHEMA}")
     if header.get("layout") != layout.fingerprint:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from aggregators.bounds import Count, Loss, Norm
 from aggregators.layout import Layout
 from aggregators.pair import parts_of
 from aggregators.totals import Total, summed
@@ -35,10 +36,10 @@ class CohortMember(BaseModel):
     verdict: Verdict
     reason: str = Field(default="", max_length=400)
     examples: int = Field(default=0, ge=0, le=MOST_EXAMPLES)
-    bytes_up: int = Field(default=0, ge=0)
-    bytes_down: int = Field(default=0, ge=0)
-    norm: float | None = Field(default=None, ge=0)
-    train_loss: float | None = None
+    bytes_up: Count = 0
+    bytes_down: Count = 0
+    norm: Norm | None = None
+    train_loss: Loss | None = None
     envelope: Hex = ""
     payload: Hex = ""
     weights: Hex = ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from aggregators.codec import Header, update_from_parts, update_parts
+from aggregators.codec import Header, check_header, update_from_parts, update_parts
 from aggregators.cohort import Cohort, CohortMember
 from aggregators.exact_numbers import ExactNumbers
 from aggregators.layout import Layout
@@ -48,6 +49,7 @@ def cohort_parts(cohort: Cohort) -> tuple[Header, dict[str, Tensor]]:
 
 def read_cohort(header: Header, tensors: dict[str, Tensor], layout: Layout) -> Cohort:
     """The cohort that ``cohort_parts`` wrote. Raises UpdateRejected and nothing else."""
+    check_header(header, layout)
     described, members = header.get("totals"), header.get("members")
     if not isinstance(described, list) or not isinstance(members, list):
         raise UpdateRejected(Verdict.MALFORMED, "a cohort has totals and members")
@@ -61,12 +63,14 @@ def read_cohort(header: Header, tensors: dict[str, Tensor], layout: Layout) -> C
         raise UpdateRejected(Verdict.UNKNOWN_TENSOR, f"a tensor of no total: {unknown[0]!r}")
     totals = [_total(one, owned.get(str(n), {}), layout) for n, one in enumerate(described)]
     try:
-        return Cohort(totals, [CohortMember.model_validate(one) for one in members])
+        # Strict, by way of JSON, as envelopes are.
+        found = [CohortMember.model_validate_json(json.dumps(m), strict=True) for m in members]
+        return Cohort(totals, found)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise UpdateRejected(Verdict.MALFORMED, f"member {where}: {problem['msg']}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UpdateRejected(Verdict.MALFORMED, str(error)) from None
 
 
@@ -74,7 +78,7 @@ def _total(one: Any, tensors: dict[str, Tensor], layout: Layout) -> Total:
     if not isinstance(one, dict) or not isinstance(one.get("form"), dict):
         raise UpdateRejected(Verdict.MALFORMED, "a total is not a JSON object")
     weight: Any = one.get("weight")
-    if type(weight) not in (int, float) or not 0 < weight <= LARGEST_WEIGHT:
+    if not _is_weight(weight, LARGEST_WEIGHT):
         raise UpdateRejected(Verdict.WEIGHT, f"a total of weight {weight!r:.20}")
     if one["form"].get("family") == LowRank.family:
         stacked = update_from_parts(one["form"], tensors, layout)
@@ -82,20 +86,23 @@ def _total(one: Any, tensors: dict[str, Tensor], layout: Layout) -> Total:
     digits, lowest = tensors.pop(DIGITS, None), one.get("lowest")
     if digits is None or NUMBERS in tensors or type(lowest) is not int:
         raise UpdateRejected(Verdict.MALFORMED, "a total has digits, and a place of the lowest")
-    try:
-        numbers = ExactNumbers.from_wire(digits, lowest)
-    except ValueError as error:
-        raise UpdateRejected(Verdict.MALFORMED, str(error)) from None
-    form = update_from_parts(
-        one["form"], tensors | {NUMBERS: torch.zeros(len(numbers), dtype=torch.float64)}, layout
-    )
+    if digits.ndim != 2 or len(digits) < 1:
+        raise UpdateRejected(Verdict.SHAPE, f"digits {list(digits.shape)} are of no numbers")
+    # One zero that stands for all: no memory is taken before the form has said that it has so many.
+    count = digits.shape[1]
+    zeros = torch.zeros(1, dtype=torch.float64).expand(count)
+    form = update_from_parts(one["form"], tensors | {NUMBERS: zeros}, layout)
     try:
         parts = vectors(form)
     except TypeError as error:
         raise UpdateRejected(Verdict.WRONG_FAMILY, str(error)) from None
     sizes = [len(part) for part in parts.values()]
-    if sum(sizes) != len(numbers):
-        raise UpdateRejected(Verdict.SHAPE, f"{len(numbers)} numbers, not {sum(sizes)}")
+    if sum(sizes) != count:
+        raise UpdateRejected(Verdict.SHAPE, f"{count} numbers, not {sum(sizes)}")
+    try:
+        numbers = ExactNumbers.from_wire(digits, lowest)
+    except ValueError as error:
+        raise UpdateRejected(Verdict.MALFORMED, str(error)) from None
     split = torch.split(numbers.digits, sizes, dim=1)
     numbered = dict(zip(parts, map(ExactNumbers, split), strict=True))
     return Total(form, weight, numbered, _held(one, form, layout))
@@ -118,8 +125,10 @@ def _held(one: dict[str, Any], form: Any, layout: Layout) -> dict[str, float]:
         raise UpdateRejected(Verdict.MALFORMED, "a total says which tensors some members lack")
     for pair in unlike:
         match pair:
-            case [int(tensor_id), int(held) | float(held)] if (
-                0 <= tensor_id < len(layout) and 0 < held <= one["weight"]
+            case [tensor_id, held] if (
+                type(tensor_id) is int
+                and 0 <= tensor_id < len(layout)
+                and _is_weight(held, one["weight"])
             ):
                 found[layout.tensors[tensor_id].name] = held
             case _:
@@ -127,3 +136,8 @@ def _held(one: dict[str, Any], form: Any, layout: Layout) -> dict[str, float]:
                     Verdict.WEIGHT, f"no tensor and weight of its members: {pair!r:.60}"
                 )
     return found
+
+
+def _is_weight(value: Any, most: float) -> bool:
+    """Whether it is a sum of counts of examples: a whole number, at least 1."""
+    return type(value) in (int, float) and 1 <= value <= most and value == int(value)

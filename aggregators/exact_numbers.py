@@ -54,8 +54,9 @@ class ExactNumbers:
     @classmethod
     def from_wire(cls, digits: Tensor, lowest: int) -> ExactNumbers:
         """What ``wire`` gave. Raises ValueError for digits that are none."""
-        if digits.dtype != torch.int32 or digits.ndim != 2:
-            raise ValueError("digits are an int32 matrix")
+        # A matrix without rows may have any number of columns, and takes no bytes on the wire.
+        if digits.dtype != torch.int32 or digits.ndim != 2 or len(digits) < 1:
+            raise ValueError("digits are an int32 matrix of one row, at least")
         if not 0 <= lowest <= DIGITS - len(digits):
             raise ValueError(f"{len(digits)} digits from place {lowest} on are not within {DIGITS}")
         whole = torch.zeros(DIGITS, digits.shape[1], dtype=torch.int64)

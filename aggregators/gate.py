@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from aggregators.basis import Basis
+from aggregators.bounds import LARGEST_NORM
 from aggregators.codec import WIRE_DTYPES, made_pair, pair_parts, unpack, update_from_parts
 from aggregators.cohort import Cohort
 from aggregators.cohort_checks import check_cohort
@@ -47,12 +48,13 @@ from aggregators.shared_factors import shared_a
 from aggregators.signatures import Signature, check_signature, split_signature
 from aggregators.sketch import Sketch
 from aggregators.targets import match_targets, trained_names
+from aggregators.totals import beyond
 from aggregators.update import Update, UpdateRejected, Verdict
 
-# Far above any change that a model survives, and far below where float32 sums of such overflow.
-LARGEST_NORM = 1e15
 # Of a number in an exact sum, where a node's message may have one byte.
 EXACT_BYTES = 4 * DIGITS
+# Of the norm of a sum: stacks that an edge has cut are float32, and members may be at the limit.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,12 @@ class Admitted:
 
 
 def gate(payload: bytes, context: GateContext) -> Update:
-    """The update in a reply. Raises UpdateRejected and nothing else."""
+    """The update in a node's reply. Raises UpdateRejected and nothing else."""
     update = admit(payload, context).update
     if update is None:
         raise UpdateRejected(Verdict.MALFORMED, "the reply holds no update")
-    assert not isinstance(update, Cohort), "what an edge answers is for ``admit``"
+    if isinstance(update, Cohort):
+        raise UpdateRejected(Verdict.WRONG_FAMILY, "the reply is an edge's sum, and no one update")
     return update
 
 
@@ -190,13 +193,17 @@ def _read_update(body: bytes, context: GateContext, report: Report) -> Update | 
     method = context.plan.method
     if isinstance(method, CohortMethod) and header.get("family") == method.family:
         cohort = read_cohort(header, tensors, context.layout)
-        check_cohort(
+        means = check_cohort(
             cohort, method, report.examples, context.layout, context.basis, context.max_examples
         )
-        _check_change(max(_check_norm(mean, context) for mean in cohort.means), report)
+        found = [_check_norm(mean, method, context, 1 + ROUNDING) for mean in means]
+        _check_apart(cohort, context)
+        # Members' changes may cancel out: their sum is nothing new then, and no defect.
+        found += [m.norm or 0.0 for m in cohort.members if m.verdict is Verdict.ACCEPTED]
+        _check_change(max(found), report)
         return cohort
     update = _read(header, tensors, method, context)
-    _check_change(_check_norm(update, context), report)
+    _check_change(_check_norm(update, method, context), report)
     return update
 
 
@@ -243,6 +250,10 @@ def _read(
         check_coordinates(update, method)
     elif isinstance(update, Sketch):
         check_sketch(update, context.basis)
+        assert context.basis is not None
+        missing = context.basis.names - update.views.keys() - update.whole.keys()
+        if missing and method.subset == "all":
+            raise UpdateRejected(Verdict.SHAPE, f"layer {min(missing)!r} has no coordinates")
     return update
 
 
@@ -278,6 +289,10 @@ def _check_tensors(tensors: dict[str, Tensor], method: LoraMethod, context: Gate
                 f"layer {name!r}: {part} has the type {tensor.dtype}, the plan asks for"
                 f" {plan.wire_dtype}",
             )
+    if missing := allowed - {key.rpartition("#")[0] for key in tensors}:
+        raise UpdateRejected(
+            Verdict.SHAPE, f"layer {min(missing)!r}, which the plan adapts, is missing"
+        )
 
 
 def _with_shared_a(
@@ -295,18 +310,43 @@ def _with_shared_a(
     return complete
 
 
-def _check_norm(update: Update, context: GateContext) -> float:
-    """The change's norm, if it is within the limit."""
-    plan, norm = context.plan, norm_of(update)
+def _check_norm(update: Update, method: Any, context: GateContext, slack: float = 1.0) -> float:
+    """The change's norm, if it is within ``slack`` times the limit."""
+    norm = norm_of(update)
     if isinstance(update, Sketch) and context.basis is not None:
         # What a sketch is read as may be far longer than its coordinates.
-        within = isinstance(plan.method, SketchMethod) and plan.method.within
-        read = update.reconstruct(context.basis, within).squared_norm()
+        read = update.reconstruct(context.basis, _is_within(method)).squared_norm()
         whole = update.whole_change().squared_norm() if update.whole else 0.0
         norm = max(norm, math.sqrt(read + whole))
+    return _within_limit(norm, slack * _limit(context))
+
+
+def _check_apart(cohort: Cohort, context: GateContext) -> None:
+    """Norms where tensors are means over the members that have them, as they enter the aggregate.
+
+    Members have unlike tensors there, so that the mean may be longer than each of them; but tensors
+    that all members have are together no longer than the longest member, nor is any other alone.
+    """
+    for total, mean in zip(cohort.totals, cohort.means, strict=True):
+        if apart := beyond([total]):
+            _within_limit(norm_of(mean), _limit(context) * math.sqrt(1 + len(apart)))
+
+
+def _is_within(method: Any) -> bool:
+    """Whether a plan's sketches, or those of an edge's devices, are of changes within the basis."""
+    if isinstance(method, CohortMethod):
+        return any(_is_within(group.method) for group in method.groups)
+    return isinstance(method, SketchMethod) and method.within
+
+
+def _limit(context: GateContext) -> float:
+    limit = context.plan.max_norm
+    return min(LARGEST_NORM, math.inf if limit is None else limit)
+
+
+def _within_limit(norm: float, limit: float) -> float:
     if not math.isfinite(norm):
         raise UpdateRejected(Verdict.NOT_FINITE, "the change's norm is not finite")
-    limit = min(LARGEST_NORM, math.inf if plan.max_norm is None else plan.max_norm)
     if norm > limit:
         raise UpdateRejected(
             Verdict.NORM, f"the change's norm {norm:.4g} exceeds the limit of {limit:g}"

@@ -14,6 +14,17 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from aggregators.bounds import (
+    LARGEST_LOSS,
+    MOST_COUNTED,
+    MOST_DEVICES,
+    MOST_LOSS_SUM,
+    ROUNDED_UP,
+    Count,
+    Loss,
+    LossSum,
+    Sum,
+)
 from aggregators.codec import pack, read_header, unpack, update_parts
 from aggregators.cohort import Cohort
 from aggregators.cohort_codec import cohort_parts
@@ -23,17 +34,11 @@ from aggregators.update import Update, UpdateRejected, Verdict
 from aggregators.view import SealedView, View, view_parts
 
 SCHEMA = 1
-# Of one node, and of the sum of as many as may stand behind an edge.
-MAX_EXAMPLES = 10**7
-MOST_COUNTED = 10**12
-MOST_LOSS_SUM = 1e15
-MOST_DEVICES = 10**6
+MAX_EXAMPLES = 10**7  # of one node
 MOST_HISTORY = 9
 ENVELOPE_LIMIT = 1 << 16  # bytes; an honest one takes about 1,500
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, le=MOST_COUNTED)]
-Sum = Annotated[int, Field(ge=0, le=MOST_COUNTED * MOST_DEVICES)]
 # What devices of one cohort may be asked otherwise than each other, but for name, nonce and seed.
 GROUPED = (
     "action", "method", "local_steps", "batch_size", "learning_rate", "base_format", "wire_dtype",
@@ -41,12 +46,6 @@ GROUPED = (
 )  # fmt: skip
 # Of an edge's deadline: what its devices have, so that their sum is in time.
 DEVICE_SHARE = 0.8
-# A model that is this sure of something wrong has logits that float32 barely holds.
-LARGEST_LOSS = 1e6
-Loss = Annotated[float, Field(ge=0, le=LARGEST_LOSS)]
-LossSum = Annotated[float, Field(ge=0, le=MOST_LOSS_SUM * MOST_DEVICES)]
-# Sums of the largest losses may be rounded up.
-ROUNDED_UP = 1 + 1e-9
 
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 

@@ -61,7 +61,7 @@ def sketch(
     random one they only come near it.
     """
     total = _total(method.error_feedback, change, residual)
-    known = basis.sides.keys() | set(basis.whole)
+    known = basis.names
     sent = {name: tensor for name, tensor in total.items() if name in known}
     update = Sketch.of(layout, basis, sent)
     if not method.error_feedback:

@@ -147,8 +147,9 @@ UPDATES = {
         tensors(lambda t, main: t.update({str(n): torch.ones(1) for n in range(5000)})), *ODD,
         V.TOO_LARGE, layer=INSIDE),
     "every number zero": case(
-        tensors(lambda t, main: [x.zero_() for x in t.values() if x.is_floating_point()]), V.EMPTY,
-        layer=INSIDE),
+        tensors(lambda t, main: [
+            x.zero_() for key, x in t.items() if x.is_floating_point() or key.endswith("digits")]),
+        V.EMPTY, layer=INSIDE),
     "a change that the report denies": case(
         lambda reply, specimen: report(unchanged=True)(reply, specimen), V.MALFORMED, layer=INSIDE),
     "another layout": case(header(layout="0" * 64), V.WRONG_LAYOUT, layer=INSIDE),

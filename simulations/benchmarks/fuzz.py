@@ -27,15 +27,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from aggregators import UpdateRejected, admit, decode, encode
+from aggregators import Update, UpdateRejected, admit, decode
 from aggregators.codec import METADATA_KEY, pack, unpack
 from aggregators.cohort import Cohort
+from aggregators.cohort_codec import read_cohort
+from aggregators.gate import norm_of
 from aggregators.messages import open_body
 from simulations.benchmarks.specimens import (
     LAYOUT,
     NORM,
     QUERY,
     Specimen,
+    content,
     specimens,
     with_body,
 )
@@ -45,7 +48,7 @@ TYPES = {
     "F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8, "F4": 1, "X": 4,
 }  # fmt: skip
 PARTS = ("numbers", "largest", "indices", "tensors", "ids", "counts", "widths", "whole")
-FAMILIES = ("low_rank", "dense", "seed_scalars", "projected_gradient", "sketch")
+FAMILIES = ("low_rank", "dense", "seed_scalars", "projected_gradient", "sketch", "cohort")
 FILLS = (b"\0", b"\1", b"\x7f", b"\xff", b"\x3c", b"\x80", b"\0\0\x80\x3f", b"\1\0\0\0\2\0\0\0")
 DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int32, torch.int64,
@@ -172,17 +175,19 @@ def _reader(
     """How an example is read: as a reply at the gate, as the body of one, or as an update alone."""
 
     def read() -> None:
+        update: Update | Cohort | None
         if whole:
             payload = with_body(reply, data) if reply else data
-            admitted = admit(payload, specimen.context).update
-            assert not isinstance(admitted, Cohort)
-            update = admitted
+            update = admit(payload, specimen.context).update
+        elif specimen.family == Cohort.family:
+            update = read_cohort(*unpack(data, specimen.context.max_bytes), LAYOUT)
         else:
             update = decode(data, LAYOUT, max_bytes=specimen.context.max_bytes)
         if update is not None:
             # What passes is an update: it can be sent on, and its norm is a number.
-            encode(update)
-            assert not whole or math.isfinite(update.squared_norm() ** 0.5)
+            content(update)
+            norm = norm_of(update) if isinstance(update, Cohort) else update.squared_norm() ** 0.5
+            assert not whole or math.isfinite(norm)
 
     return read
 
@@ -231,6 +236,8 @@ HEADERS = st.fixed_dictionaries(
         "a": ODD,
         "schema": ODD,
         "layout": ODD,
+        "totals": ODD | st.lists(ODD, max_size=2),
+        "members": ODD | st.lists(ODD, max_size=2),
     },
 )
 TENSORS = st.dictionaries(

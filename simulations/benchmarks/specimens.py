@@ -20,10 +20,15 @@ from aggregators import (
     SeedScalars,
     Sketch,
     Update,
+    Verdict,
 )
-from aggregators.codec import pack, unpack
+from aggregators.codec import encode, pack, unpack
+from aggregators.cohort import Cohort, CohortMember
+from aggregators.cohort_codec import cohort_parts
 from aggregators.messages import Evaluation, Plan, Report, body_digest, encode_reply
 from aggregators.methods import (
+    CohortGroup,
+    CohortMethod,
     FactorMethod,
     HybridMethod,
     LoraMethod,
@@ -39,6 +44,7 @@ LAYOUT = Layout(
     {"embed_tokens.weight": (11, 6), QUERY: (12, 10), DOWN: (10, 14), NORM: (6,), "t": ()}
 )
 MAX_NORM = 1e4
+MEMBERS = {"a": 1, "b": 2, "c": 4}  # of the cohort, and their examples
 Change = Callable[[dict[str, Any], dict[str, Any]], None]
 
 
@@ -50,7 +56,7 @@ class Specimen:
     """
 
     family: str
-    update: Update
+    update: Update | Cohort
     context: GateContext
     main: str
     direct: bool = False
@@ -159,9 +165,20 @@ def specimens() -> dict[str, Specimen]:
             f"1.{DOWN}#B",
         ),
         Specimen("sketch", Sketch.of(LAYOUT, basis, change), _context(adaptive, basis), "numbers"),
+        Specimen(
+            "cohort",
+            _cohort(LowRank(LAYOUT, factors), Sketch.of(LAYOUT, basis, change)),
+            _context(_cohort_method(lora, adaptive), basis),
+            f"0.{QUERY}#B",
+        ),
         Specimen("dense", Dense(LAYOUT, change), _context(lora), f"{QUERY}#D", direct=True),
     ]
     return {one.family: one for one in found}
+
+
+def content(update: Update | Cohort) -> bytes:
+    """An update's bytes, or a cohort's."""
+    return pack(*cohort_parts(update)) if isinstance(update, Cohort) else encode(update)
 
 
 def forge(reply: bytes, *, envelope: Change | None = None, body: Change | None = None) -> bytes:
@@ -183,6 +200,29 @@ def with_body(reply: bytes, body: bytes) -> bytes:
     # Of no bytes torch makes no tensor.
     content = torch.frombuffer(bytearray(body or b"\0"), dtype=torch.uint8)[: len(body)]
     return pack(header, {"body": content})
+
+
+def _cohort(stack: LowRank, seen: Sketch) -> Cohort:
+    """Of seven examples. Members say no norms, beside which a sum of zeros would be sound."""
+    members = [
+        CohortMember(node=name, verdict=Verdict.ACCEPTED, examples=examples, payload="a" * 64)
+        for name, examples in MEMBERS.items()
+    ]
+    updates: list[tuple[Update, float]] = [(stack, 1), (stack * 0.5, 2), (seen, 4)]
+    return Cohort.of(updates, members)
+
+
+def _cohort_method(lora: LoraMethod, adaptive: SketchMethod) -> CohortMethod:
+    names = list(MEMBERS)
+    return CohortMethod(groups=(_group(lora, names[:2]), _group(adaptive, names[2:])))
+
+
+def _group(method: LoraMethod | SketchMethod, names: list[str]) -> CohortGroup:
+    return CohortGroup(
+        action="train", method=method, local_steps=1, batch_size=1, learning_rate=1e-3,
+        base_format="full", wire_dtype=None, view="5" * 64, sent="6" * 64,
+        members=tuple((name, "0" * 32, 1) for name in names),
+    )  # fmt: skip
 
 
 def _context(method: Method, basis: Basis | None = None) -> GateContext:

@@ -304,13 +304,19 @@ def test_a_loss_that_is_not_finite(context, make_reply, low_rank, raw):
     assert "train_loss" in found.detail
 
 
-def test_a_loud_change_does_not_hide_behind_one_that_cancels(context, make_reply, layout):
+def test_factors_are_of_every_tensor_that_the_plan_adapts(context, make_reply, low_rank):
+    found = rejection(make_reply(low_rank(1, names=(Q,))), context())
+    assert found.verdict is Verdict.SHAPE
+
+
+def test_a_loud_change_does_not_hide_behind_one_that_cancels(context, make_reply, layout, low_rank):
     """Gram matrices of inf - inf are NaN, and NaN is no norm that a limit could pass."""
     b = torch.zeros(6, 2, dtype=torch.float64)
     b[0] = 1e200
     a = torch.zeros(2, 6, dtype=torch.float64)
     a[0, 0], a[1, 0], a[1, 1] = 1.0, -1.0, 1.0
     hidden = LowRank(layout, {Q: (b, a, 1.0)})
+    hidden += low_rank(1, names=[name for name in low_rank().factors if name != Q])
     for limit in (None, 1.0):
         found = rejection(make_reply(hidden), context(max_norm=limit))
         assert found.verdict is Verdict.NOT_FINITE

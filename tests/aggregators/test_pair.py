@@ -129,7 +129,7 @@ LOWER_METHOD: dict[str, Any] = {
 UPPER_METHOD: dict[str, Any] = {
     "family": "low_rank", "target_modules": ("up",), "rank": 2, "alpha": 2.0, "rslora": False,
     "dropout": 0.0, "init": "random", "train_a": True, "start": "fresh", "sends": "factors",
-    "shared_seed": 1, "weight_decay": 0.0, "warmup_steps": 0, "layers": (2, 4),
+    "shared_seed": 1, "weight_decay": 0.0, "warmup_steps": 0, "layers": (2, 3),
 }  # fmt: skip
 METHOD = HybridMethod.model_validate(
     {"lower": LOWER_METHOD, "upper": UPPER_METHOD, "upper_learning_rate": 1e-3}

@@ -1,7 +1,4 @@
-"""Sums of sums: however a cohort is divided over edges, the aggregate has the same bits.
-
-And what an edge says passes the root's gate only if its members and weights are those of its plan.
-"""
+"""Sums of sums: however a cohort is divided over edges, the aggregate has the same bits."""
 
 from __future__ import annotations
 
@@ -21,7 +18,6 @@ from aggregators import (
     ProjectedGradient,
     SeedScalars,
     Sketch,
-    UpdateRejected,
     Verdict,
     aggregate,
     encode,
@@ -30,9 +26,6 @@ from aggregators.codec import pack, unpack
 from aggregators.cohort import Cohort, CohortMember
 from aggregators.cohort_codec import cohort_parts, read_cohort
 from aggregators.exact_numbers import DIGIT_BITS, LARGEST_TERM, LOWEST, ExactNumbers
-from aggregators.gate import GateContext, admit
-from aggregators.messages import Plan, Report, encode_reply
-from aggregators.methods import CohortMethod
 from aggregators.shared_factors import factor_layout
 
 LAYOUT = Layout({"embed": (5, 4), "first": (40, 36), "norm": (4,), "second": (36, 40)})
@@ -166,83 +159,3 @@ def test_a_stack_longer_than_its_matrix_is_cut_and_stays_the_sum() -> None:
     assert mean.ranks == {"first": 36, "second": 16}
     for name, change in mean.dense().items():
         torch.testing.assert_close(change, flat.dense()[name], rtol=1e-6, atol=1e-6)
-
-
-def plan() -> Plan:
-    method = {"master_seed": MASTER_SEED, "pool_size": POOL, "probe": "rademacher"}
-    asked = {"family": "seed_scalars", "epsilon": 1e-3, "clip": None} | method
-    group = {
-        "action": "train", "method": asked, "local_steps": 20, "batch_size": 1, "wire_dtype": None,
-        "learning_rate": 1e-3, "base_format": "full", "view": "", "sent": "c" * 64,
-        "members": [["n0", "0" * 32, 1], ["n1", "1" * 32, 2]],
-    }  # fmt: skip
-    return Plan.model_validate(
-        {
-            "run": "run", "round": 1, "node": "edge", "nonce": "2" * 32, "base_model": "none",
-            "layout": LAYOUT.fingerprint, "base_digest": "d" * 64, "action": "train",
-            "preset": "mixed", "method": {"family": "cohort", "groups": [group]}, "seed": 3,
-            "local_steps": 1, "batch_size": 1, "learning_rate": 1e-3, "max_length": 64,
-            "dtype": "float32", "wire_dtype": None, "threads": 1, "accelerate": False,
-            "evaluate": False, "deadline_seconds": 60.0, "max_norm": 10.0,
-        }
-    )  # fmt: skip
-
-
-def judged(cohort: Cohort, examples: int) -> Any:
-    asked = plan()
-    reply = encode_reply(
-        run=asked.run, round=1, node="edge", nonce=asked.nonce, layout=asked.layout,
-        base_digest=asked.base_digest, report=Report(examples=examples), update=cohort, dtype=None,
-    )  # fmt: skip
-    return admit(reply, GateContext(LAYOUT, asked)).update
-
-
-def test_the_gate_admits_the_sum_of_those_that_were_asked() -> None:
-    assert isinstance(plan().method, CohortMethod)
-    updates = [(seed_scalars(5), 3), (seed_scalars(8), 4)]
-    assert isinstance(judged(sent(updates), 7), Cohort)
-
-
-def member(name: str, examples: int) -> CohortMember:
-    return CohortMember(node=name, verdict=Verdict.ACCEPTED, examples=examples, payload="a" * 64)
-
-
-@pytest.mark.parametrize(
-    ("updates", "members", "examples", "verdict"),
-    [
-        ([(seed_scalars(5), 3)], [member("n0", 3)], 3, Verdict.WRONG_NODE),
-        ([(seed_scalars(5), 3)], [member("n0", 1), member("evil", 2)], 3, Verdict.WRONG_NODE),
-        ([(seed_scalars(5), 9)], [member("n0", 1), member("n1", 2)], 3, Verdict.WEIGHT),
-        ([(seed_scalars(5), 3)], [member("n0", 1), member("n1", 2)], 4, Verdict.WEIGHT),
-        ([(seed_scalars(5), 2)], [member("n0", 0), member("n1", 2)], 2, Verdict.WEIGHT),
-        ([(low_rank(5), 3)], [member("n0", 1), member("n1", 2)], 3, Verdict.WRONG_FAMILY),
-        ([(seed_scalars(5) * 1e6, 3)], [member("n0", 1), member("n1", 2)], 3, Verdict.NORM),
-        ([(seed_scalars(5) * 0.0, 3)], [member("n0", 1), member("n1", 2)], 3, Verdict.EMPTY),
-        (
-            [(SeedScalars(LAYOUT, MASTER_SEED + 1, POOL, [1], [0.5]), 3)],
-            [member("n0", 1), member("n1", 2)],
-            3,
-            Verdict.POOL,
-        ),
-    ],
-)
-def test_the_gate_refuses_what_no_plan_asked_for(
-    updates: list[Any], members: list[CohortMember], examples: int, verdict: Verdict
-) -> None:
-    with pytest.raises(UpdateRejected) as refused:
-        judged(Cohort.of(updates, members), examples)
-    assert refused.value.verdict is verdict
-
-
-@settings(max_examples=80)
-@given(st.data())
-def test_damaged_bytes_of_a_cohort_are_refused_or_are_a_cohort(data: st.DataObject) -> None:
-    updates = [(low_rank(5), 3), (seed_scalars(8), 4), (sketch(1), 2)]
-    whole = bytearray(pack(*cohort_parts(Cohort.of(updates, [member("n0", 3)]))))
-    for _ in range(data.draw(st.integers(1, 4))):
-        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        found = read_cohort(*unpack(bytes(whole)), LAYOUT)
-    except UpdateRejected:
-        return
-    assert found.totals
