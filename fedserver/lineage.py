@@ -78,7 +78,7 @@ class Lineage:
             return None
         return (
             f"{outcome.plan.node} no longer has what its message of round {newest.round} left out, and"
-            " began without it; keep the device's cache folder between rounds"
+            " began without it; keep the device's cache folder between rounds, with room on its disk"
         )
 
     def take_in(self, entry: Entry) -> None:
