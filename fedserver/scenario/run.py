@@ -18,6 +18,7 @@ from fedserver.scenario.edges import EdgeConfiguration, check_edges
 from fedserver.scenario.mistakes import nearest
 from fedserver.scenario.nodes import NodeConfiguration
 from fedserver.scenario.rounds import RoundKeys
+from fedserver.scenario.rules import RULES
 from fedserver.scenario.strands import (
     MixingConfiguration,
     ProjectedConfiguration,
@@ -245,7 +246,11 @@ class RunConfiguration(RoundKeys):
                 )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the numbers: all but names, places and the number of rounds."""
+        """What decides the numbers: the rules, and what the scenario says that decides any."""
+        return {"rules": RULES, **self._deciding()}
+
+    def _deciding(self) -> dict[str, Any]:
+        """All keys but names, places and the number of rounds."""
         return self.model_dump(
             mode="json",
             exclude={
@@ -263,13 +268,13 @@ class RunConfiguration(RoundKeys):
         )
 
     def run_id(self) -> str:
-        """128-bit hexadecimal id; equal scenarios have equal ids, whatever runs them."""
+        """128-bit hexadecimal id; equal scenarios have equal ids, whatever runs them, by any rules."""
         return self._run_id
 
     @cached_property
     def _run_id(self) -> str:
         # Once: every node's plan of every round asks for it, and it is of all nodes.
-        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self._deciding(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
