@@ -85,9 +85,9 @@ def check_rules(ledger: Ledger) -> None:
     if rules != RULES:
         which = "an older" if rules < RULES else "a newer"
         raise LedgerError(
-            f"{ledger.folder} was made by {which} version of fedbraid, which added updates by other rules"
-            f" ({rules}, here {RULES}): replay or continue it with that version, or start a new run in"
-            " another folder"
+            f"{ledger.folder} was made by {which} version of fedbraid, which adds updates by other"
+            f" rules ({rules}, here {RULES}): replay or continue it with that version, or start a new run"
+            " in another folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""A ledger of an older version's rules: its views open, and nothing is made of it by the rules of now."""
+"""A ledger of an older version's rules: its views open, and no state is made of it."""
 
 from __future__ import annotations
 
