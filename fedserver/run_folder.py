@@ -86,8 +86,8 @@ def check_rules(ledger: Ledger) -> None:
         which = "an older" if rules < RULES else "a newer"
         raise LedgerError(
             f"{ledger.folder} was made by {which} version of fedbraid, which adds updates by other"
-            f" rules ({rules}, here {RULES}): replay or continue it with that version, or start a new run"
-            " in another folder"
+            f" rules ({rules}, here {RULES}): replay or continue it with that version, or start a new"
+            " run in another folder"
         )
 
 

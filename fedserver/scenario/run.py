@@ -107,7 +107,7 @@ class RunConfiguration(RoundKeys):
     mixing: MixingConfiguration = MixingConfiguration()
     nodes: tuple[NodeConfiguration, ...] = Field(min_length=1)
     edges: tuple[EdgeConfiguration, ...] = Field(
-        default=(), description="aggregators between nodes and server; part of no number"
+        default=(), description="aggregators between nodes and server"
     )
 
     @field_validator("preset")
@@ -260,7 +260,7 @@ class RunConfiguration(RoundKeys):
                 "rounds": True,
                 # Who signed stands beside what was sent, so a deployment has its simulation's head.
                 "signatures": True,
-                # Sums of sums are exact: who adds what on the way changes nothing.
+                # Sums of sums are exact (EdgeConfiguration): who adds on the way is a matter of place.
                 "edges": True,
                 # What a device would take is a view of a run, and changes none of its numbers.
                 "nodes": {"__all__": {"speed", "link_mbps"}},
