@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fedserver.scenario.table import Table
+from fedserver.scenario.table import Several, Table
 
 NodeName = Annotated[str, Field(min_length=1, max_length=64)]
 
@@ -18,7 +18,7 @@ class EdgeConfiguration(Table):
     """
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")
-    nodes: tuple[NodeName, ...] = Field(min_length=1, description="names of the nodes behind it")
+    nodes: Several[NodeName] = Field(min_length=1, description="names of the nodes behind it")
 
 
 def check_edges(edges: tuple[EdgeConfiguration, ...], names: list[str]) -> None:

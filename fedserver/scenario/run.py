@@ -24,6 +24,7 @@ from fedserver.scenario.strands import (
     ProjectedConfiguration,
     ZerothOrderConfiguration,
 )
+from fedserver.scenario.table import Several
 
 NON_LINEAR_VARIANTS = {
     "dora": "its magnitude rescales the whole column, so two nodes' changes do not add",
@@ -65,7 +66,7 @@ class RunConfiguration(RoundKeys):
         default=16.0, gt=0, description="of rank lora_r; other ranks scale it"
     )
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    lora_target_modules: Several[str] = ("all-linear",)
     lora_rslora: bool = False
     lora_init: str | None = Field(default=None, description="random, carry, gaussian, orthogonal")
     lora_variant: str = "lora"
@@ -105,8 +106,8 @@ class RunConfiguration(RoundKeys):
     zeroth_order: ZerothOrderConfiguration = ZerothOrderConfiguration()
     projected: ProjectedConfiguration = ProjectedConfiguration()
     mixing: MixingConfiguration = MixingConfiguration()
-    nodes: tuple[NodeConfiguration, ...] = Field(min_length=1)
-    edges: tuple[EdgeConfiguration, ...] = Field(
+    nodes: Several[NodeConfiguration] = Field(min_length=1)
+    edges: Several[EdgeConfiguration] = Field(
         default=(), description="aggregators between nodes and server"
     )
 
@@ -247,9 +248,9 @@ class RunConfiguration(RoundKeys):
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers: the rules, and what the scenario says that decides any."""
-        return {"rules": RULES, **self._deciding()}
+        return {"rules": RULES, **self.deciding()}
 
-    def _deciding(self) -> dict[str, Any]:
+    def deciding(self) -> dict[str, Any]:
         """All keys but names, places and the number of rounds."""
         return self.model_dump(
             mode="json",
@@ -274,7 +275,7 @@ class RunConfiguration(RoundKeys):
     @cached_property
     def _run_id(self) -> str:
         # Once: every node's plan of every round asks for it, and it is of all nodes.
-        canonical = json.dumps(self._deciding(), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.deciding(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
