@@ -262,7 +262,8 @@ def test_a_copy_that_trained_in_between_changes_nothing(
     """The same devices train another copy of the scenario, to its end, before a run is resumed."""
     whole = configuration(
         evaluate=False, rounds=5, nodes=NODES[:3],
-        projected={"learning_rate": 1e-3, "coordinates": 200, "basis": basis},
+        # Within the basis nothing is left out, so nothing would be kept.
+        projected={"learning_rate": 1e-3, "coordinates": 200, "basis": basis, "within_basis": False},
     )  # fmt: skip
     run(whole.model_copy(update={"rounds": 2}), tmp_path / "parts")
     run(whole, tmp_path / "copy")
@@ -273,7 +274,10 @@ def test_a_copy_that_trained_in_between_changes_nothing(
 
 
 def test_a_device_that_lost_its_residuals_says_so(configuration: Any, tmp_path: Path) -> None:
-    whole = configuration(evaluate=False, rounds=3, nodes=NODES[:3])
+    whole = configuration(
+        evaluate=False, rounds=3, nodes=NODES[:3],
+        projected={"learning_rate": 1e-3, "within_basis": False},
+    )  # fmt: skip
     run(whole.model_copy(update={"rounds": 2}), tmp_path / "run")
     shutil.rmtree(tmp_path / "cache" / "residuals")
     told: list[Event] = []
