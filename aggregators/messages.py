@@ -316,7 +316,7 @@ def member_plans(plan: Plan) -> list[tuple[Plan, CohortGroup]]:
 
 
 def encode_member_plan(plan: Plan, view: SealedView) -> bytes:
-    """A device's plan with the view that the edge got for it, as the root itself would encode it."""
+    """A device's plan with the view that the edge got for it, in the form of every plan."""
     header = {"schema": SCHEMA, "plan": plan.model_dump(mode="json"), "view": view.header}
     return pack(header, view.tensors)
 

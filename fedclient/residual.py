@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,10 +48,11 @@ class Residuals:
             path = self._path(name)
             try:
                 found = load_file(path)
-                # What a run goes on from is as young as what it will leave.
-                os.utime(path)
             except (OSError, SafetensorError):
                 continue
+            with suppress(OSError):
+                # What a run goes on from is as young as what it will leave.
+                os.utime(path)
             return {tensor: left.float() for tensor, left in found.items()}, name
         return {}, ""
 
@@ -58,6 +60,7 @@ class Residuals:
         """File what a round left, and forget what is too old.
 
         In bfloat16: a residual is a correction, and takes half the room of the weights.
+        Raises OSError or SafetensorError where there is no room, or no right to write.
         """
         if not residual:
             return

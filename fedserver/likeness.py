@@ -70,8 +70,8 @@ def likeness(
         assert update is not None
         if isinstance(update, Cohort):
             raise LedgerError(
-                f"{row['node']} is an edge: its sum is no one node's change; compare the runs of its"
-                " devices"
+                f"{row['node']} is an edge: its sum is no one node's change; run the scenario without"
+                " edges to compare its devices"
             )
         within = configuration.projected.within
         vectors.append(_vector(update, basis, within, int(entry.hash[:15], 16), probes))

@@ -35,6 +35,11 @@ class Lineage:
         self._height = 0
         self._origin = ""
         self._asked: dict[str, list[_Asked]] = {}
+        # The last round of the model's line, all of that line, and the round that each came after.
+        # Numbers only grow, so a roll-back may go to any round, also to one that was left before.
+        self._at = 0
+        self._line: set[int] = set()
+        self._after: dict[int, int] = {}
 
     @classmethod
     def before(cls, ledger: Ledger, number: int) -> Lineage:
@@ -53,7 +58,7 @@ class Lineage:
 
     def history(self, node: str) -> tuple[str, ...]:
         """The name of the round that is to begin, then those of the last rounds that asked the node."""
-        earlier = [one.origin for one in reversed(self._asked.get(node, []))]
+        earlier = [one.origin for one in reversed(self._standing(node))]
         return (self._origin, *earlier[: MOST_HISTORY - 1])
 
     def lost(self, outcome: Outcome) -> str | None:
@@ -68,7 +73,7 @@ class Lineage:
         names = plan.history[1:]
         accepted = [
             one
-            for one in self._asked.get(outcome.plan.node, [])
+            for one in self._standing(outcome.plan.node)
             if one.accepted and one.round < outcome.plan.round
         ]
         if not accepted:
@@ -80,7 +85,7 @@ class Lineage:
             return None
         return (
             f"{outcome.plan.node} no longer has what its message of round {newest.round} left out, and"
-            " began without it; keep the device's cache folder between rounds"
+            " began without it; keep the device's cache folder between rounds, with room on its disk"
         )
 
     def take_in(self, entry: Entry) -> None:
@@ -92,12 +97,21 @@ class Lineage:
             for row in entry.content["nodes"]:
                 for node, action, accepted in _asked_by(row):
                     self._take_in(node, action, accepted, row["plan"]["round"], entry.round)
+            self._after[entry.round] = self._at
+            self._at = entry.round
+            self._line.add(entry.round)
             self._origin = entry.hash
         elif entry.kind == OPERATOR and entry.content["action"] == "rollback":
-            target = entry.content["arguments"]["round"]
-            for node, asked in self._asked.items():
-                self._asked[node] = [one for one in asked if one.round <= target]
+            self._at = number = int(entry.content["arguments"]["round"])
+            self._line = set()
+            while number:
+                self._line.add(number)
+                number = self._after[number]
             self._origin = entry.hash
+
+    def _standing(self, node: str) -> list[_Asked]:
+        """The rounds that asked a node and that the model has come by."""
+        return [one for one in self._asked.get(node, []) if one.round in self._line]
 
     def _take_in(self, node: str, action: str, accepted: bool, number: int, now: int) -> None:
         """What an entry of round ``now`` says of one node, asked in round ``number``."""

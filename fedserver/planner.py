@@ -1,6 +1,7 @@
 """What each node is asked to do in a round: a plan that its capabilities and the scenario allow.
 
-Plans are functions of (scenario, round, node): a resumed run asks exactly what the first one asked.
+Plans are functions of (scenario, round, node) and the model's sums: a resumed run asks exactly what the
+first one asked.
 """
 
 from __future__ import annotations

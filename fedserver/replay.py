@@ -18,7 +18,7 @@ from fedserver.configuration import RunConfiguration
 from fedserver.control import OPERATOR
 from fedserver.global_model import GlobalModel, first_basis, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
-from fedserver.run_folder import read_layout
+from fedserver.run_folder import check_rules, read_layout
 from fedserver.staleness import discounted
 
 
@@ -122,8 +122,9 @@ def states(
 ) -> Iterator[tuple[Replayed, GlobalModel]]:
     """The model after every round, made from the recorded updates alone.
 
-    ``skipped``: a family whose updates are left out.
+    ``skipped``: a family whose updates are left out. Raises LedgerError: other rules made the run.
     """
+    check_rules(ledger)
     layout = read_layout(ledger)
     model = GlobalModel.empty(layout)
     # The order of floating-point sums depends on the number of threads.

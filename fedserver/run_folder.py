@@ -9,6 +9,7 @@ from aggregators import Layout
 from fedserver.configuration import ConfigurationError, RunConfiguration, load
 from fedserver.control import CONTROL
 from fedserver.ledger import BLOBS, KEYS, LOCK, Entry, Ledger, LedgerError
+from fedserver.scenario.rules import RULES
 
 
 def open_existing(
@@ -27,22 +28,31 @@ def open_existing(
             raise LedgerError(f"{folder} is not empty and holds no run; choose another --output")
         return None
     ledger = Ledger(folder, write=True, key_file=key_file)
+    try:
+        _check_continued(ledger, configuration, resume=resume)
+    except LedgerError:
+        ledger.close()
+        raise
+    return ledger
+
+
+def _check_continued(ledger: Ledger, configuration: RunConfiguration, *, resume: bool) -> None:
     genesis = ledger.last("genesis")
-    if genesis is not None and genesis.content["run"] != configuration.run_id():
+    if genesis is None:
+        return
+    check_rules(ledger)
+    if genesis.content["run"] != configuration.run_id():
         differing = [
             key
             for key, value in configuration.identity().items()
             if genesis.content["configuration"].get(key) != value
         ]
-        ledger.close()
         raise LedgerError(
-            f"{folder} holds another run (different {', '.join(differing) or 'scenario'});"
+            f"{ledger.folder} holds another run (different {', '.join(differing) or 'scenario'});"
             " choose another --output"
         )
-    if genesis is not None and not resume:
-        ledger.close()
-        raise LedgerError(f"{folder} already holds this run; continue it with --resume")
-    return ledger
+    if not resume:
+        raise LedgerError(f"{ledger.folder} already holds this run; continue it with --resume")
 
 
 def recorded_configuration(ledger: Ledger) -> RunConfiguration:
@@ -51,6 +61,7 @@ def recorded_configuration(ledger: Ledger) -> RunConfiguration:
     ``scenario.toml`` can be edited; of it only what decides no number is taken: name and description.
     """
     content = _genesis(ledger).content
+    recorded = {key: value for key, value in content["configuration"].items() if key != "rules"}
     presented: dict[str, Any] = {"name": ledger.folder.name}
     try:
         found = load(str(ledger.folder / "scenario.toml"))
@@ -60,11 +71,24 @@ def recorded_configuration(ledger: Ledger) -> RunConfiguration:
     last = ledger.last("round")
     presented["rounds"] = max(1, last.round if last is not None else 1)
     try:
-        return RunConfiguration.model_validate({**content["configuration"], **presented})
+        return RunConfiguration.model_validate({**recorded, **presented})
     except ValueError as error:
+        check_rules(ledger)
         raise LedgerError(
             f"{ledger.folder}: the run's configuration cannot be read by this version: {error}"
         ) from None
+
+
+def check_rules(ledger: Ledger) -> None:
+    """Refuse to make states by other rules than the run's own. Raises LedgerError."""
+    rules = _genesis(ledger).content["configuration"].get("rules", 1)
+    if rules != RULES:
+        which = "an older" if rules < RULES else "a newer"
+        raise LedgerError(
+            f"{ledger.folder} was made by {which} version of fedbraid, which adds updates by other"
+            f" rules ({rules}, here {RULES}): replay or continue it with that version, or start a new"
+            " run in another folder"
+        )
 
 
 def read_layout(ledger: Ledger) -> Layout:

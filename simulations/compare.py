@@ -79,10 +79,15 @@ def changes_of(variant: str, scenario: str) -> list[str]:
 
 
 def comparison_row(preset: str, found: Sequence[Summary]) -> dict[str, Any]:
-    """Means over seeds; [mean, half width of the 95 % interval or None] for loss and accuracy."""
+    """Means over seeds; [mean, half width of the 95 % interval or None] for loss and accuracy.
+
+    Rounds are those of all seeds: one without its quorum left the model as it was.
+    """
     return {
         "preset": preset,
         "seeds": len(found),
+        "rounds": sum(s["rounds"] for s in found),
+        "rounds_with_quorum": sum(s["rounds_with_quorum"] for s in found),
         "before": statistics.fmean(s["before"]["loss"] for s in found),
         "after": _pair(estimate([s["after"]["loss"] for s in found])),
         "accuracy": _pair(estimate([s["after"]["accuracy"] for s in found])),
@@ -99,6 +104,7 @@ def _table(scenario: str, seeds: int, rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=f"{scenario}, {seeds} seeds, evaluation over all nodes' held-out data")
     for heading in ("preset", "loss before", "loss after, 95 %", "accuracy, 95 %"):
         table.add_column(heading)
+    table.add_column("rounds with quorum", justify="right")
     table.add_column("MB up", justify="right")
     table.add_column("MB down", justify="right")
     for row in rows:
@@ -107,10 +113,16 @@ def _table(scenario: str, seeds: int, rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['before']:.4f}",
             _interval(*row["after"]),
             _interval(*row["accuracy"]),
+            _quorum(row["rounds_with_quorum"], row["rounds"]),
             f"{row['bytes_up'] / 1e6:.2f}",
             f"{row['bytes_down'] / 1e6:.2f}",
         )
     return table
+
+
+def _quorum(reached: int, rounds: int) -> str:
+    told = f"{reached} of {rounds}"
+    return told if reached == rounds else f"[yellow]{told}[/yellow]"
 
 
 def _interval(mean: float, half_width: float | None) -> str:

@@ -92,7 +92,11 @@ def comparison_html(runs: Sequence[Run]) -> str:
         reference=reference,
         paired=[row for g in groups if g is not reference for row in _paired(g, reference)],
         members=[(g, member, charts.key(g.tone)) for g in groups for member in g.members],
-        problems_found=[f"{run.path.name}: {text}" for run in runs for text in run.problems],
+        problems_found=[
+            f"{run.path.name}: {text}"
+            for run in runs
+            for text in (*run.problems, *_without_quorum(run))
+        ],
         final_loss=final_loss,
         total_bytes=total_bytes,
     )
@@ -206,6 +210,16 @@ def interval(found: Estimate | None, shown: Callable[[float | None], str]) -> Ma
     return Markup('{}<span class="sub">± {}</span>').format(
         datum(found.mean, shown(found.mean)), datum(found.half_width, shown(found.half_width))
     )
+
+
+def _without_quorum(run: Run) -> list[str]:
+    """What to say of a run whose loss is that of fewer rounds than it has."""
+    rounds, reached = run.number("rounds"), run.number("rounds_with_quorum")
+    if rounds is None or reached is None or reached >= rounds:
+        return []
+    return [
+        f"{reached:g} of {rounds:g} rounds reached their quorum; the others left the model as it was"
+    ]
 
 
 def _by_seed(member: Member) -> tuple[bool, int, str]:

@@ -6,16 +6,19 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fedserver.scenario.table import Table
+from fedserver.scenario.table import Several, Table
 
 NodeName = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class EdgeConfiguration(Table):
-    """Sums of sums are exact, so edges decide no number and are no part of a run's identity."""
+    """Sums of sums are exact, so edges are no part of a run's identity.
+
+    One is rounded on the way: a LoRA stack of more rank than its matrix has dimensions is cut to that.
+    """
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")
-    nodes: tuple[NodeName, ...] = Field(min_length=1, description="names of the nodes behind it")
+    nodes: Several[NodeName] = Field(min_length=1, description="names of the nodes behind it")
 
 
 def check_edges(edges: tuple[EdgeConfiguration, ...], names: list[str]) -> None:

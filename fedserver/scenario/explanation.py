@@ -28,14 +28,9 @@ TABLES: dict[str, type[BaseModel]] = {
 # What to write, by pydantic's kind of problem; fields in braces are of its context.
 WANTED = {
     "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_parsing_size": "a shorter whole number",
-    "int_from_float": "a whole number",
     "float_type": "a number",
-    "float_parsing": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
-    "bool_parsing": "true or false",
     "string_type": "a text in quotes",
     "string_too_short": "a text of at least {min_length} characters",
     "string_too_long": "a text of at most {max_length} characters",

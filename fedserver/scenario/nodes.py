@@ -8,7 +8,7 @@ from pydantic import Field
 
 from aggregators.methods import BaseFormat
 from aggregators.presets import Strand
-from fedserver.scenario.table import Table
+from fedserver.scenario.table import Several, Table
 
 Fault = Literal["nan", "shape", "layout", "twice", "late", "never", "crash"]
 FAULTS: tuple[str, ...] = get_args(Fault)
@@ -28,7 +28,7 @@ class NodeConfiguration(Table):
     )
     lora_r: int | None = Field(default=None, ge=1, description="LoRA rank of this node")
     lora_alpha: float | None = Field(default=None, gt=0)
-    categories: tuple[str, ...] | None = Field(
+    categories: Several[str] | None = Field(
         default=None, description="data categories that this node holds"
     )
     local_steps: int | None = Field(default=None, ge=1)
@@ -52,6 +52,6 @@ class NodeConfiguration(Table):
     backpropagates: bool = Field(default=True, description="false: forward passes alone")
     description: str = ""
     fault: Fault | None = Field(default=None, description="simulate a misbehaving node")
-    away: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+    away: Several[Annotated[int, Field(ge=1)]] = Field(
         default=(), description="rounds in which the simulated node does not answer"
     )

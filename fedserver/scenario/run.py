@@ -18,11 +18,13 @@ from fedserver.scenario.edges import EdgeConfiguration, check_edges
 from fedserver.scenario.mistakes import nearest
 from fedserver.scenario.nodes import NodeConfiguration
 from fedserver.scenario.rounds import RoundKeys
+from fedserver.scenario.rules import RULES
 from fedserver.scenario.strands import (
     MixingConfiguration,
     ProjectedConfiguration,
     ZerothOrderConfiguration,
 )
+from fedserver.scenario.table import Several
 
 NON_LINEAR_VARIANTS = {
     "dora": "its magnitude rescales the whole column, so two nodes' changes do not add",
@@ -64,7 +66,7 @@ class RunConfiguration(RoundKeys):
         default=16.0, gt=0, description="of rank lora_r; other ranks scale it"
     )
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    lora_target_modules: Several[str] = ("all-linear",)
     lora_rslora: bool = False
     lora_init: str | None = Field(default=None, description="random, carry, gaussian, orthogonal")
     lora_variant: str = "lora"
@@ -104,9 +106,9 @@ class RunConfiguration(RoundKeys):
     zeroth_order: ZerothOrderConfiguration = ZerothOrderConfiguration()
     projected: ProjectedConfiguration = ProjectedConfiguration()
     mixing: MixingConfiguration = MixingConfiguration()
-    nodes: tuple[NodeConfiguration, ...] = Field(min_length=1)
-    edges: tuple[EdgeConfiguration, ...] = Field(
-        default=(), description="aggregators between nodes and server; part of no number"
+    nodes: Several[NodeConfiguration] = Field(min_length=1)
+    edges: Several[EdgeConfiguration] = Field(
+        default=(), description="aggregators between nodes and server"
     )
 
     @field_validator("preset")
@@ -245,7 +247,11 @@ class RunConfiguration(RoundKeys):
                 )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the numbers: all but names, places and the number of rounds."""
+        """What decides the numbers: the rules, and what the scenario says that decides any."""
+        return {"rules": RULES, **self.deciding()}
+
+    def deciding(self) -> dict[str, Any]:
+        """All keys but names, places and the number of rounds."""
         return self.model_dump(
             mode="json",
             exclude={
@@ -255,7 +261,7 @@ class RunConfiguration(RoundKeys):
                 "rounds": True,
                 # Who signed stands beside what was sent, so a deployment has its simulation's head.
                 "signatures": True,
-                # Sums of sums are exact: who adds what on the way changes nothing.
+                # Sums of sums are exact (EdgeConfiguration): who adds on the way is a matter of place.
                 "edges": True,
                 # What a device would take is a view of a run, and changes none of its numbers.
                 "nodes": {"__all__": {"speed", "link_mbps"}},
@@ -263,13 +269,13 @@ class RunConfiguration(RoundKeys):
         )
 
     def run_id(self) -> str:
-        """128-bit hexadecimal id; equal scenarios have equal ids, whatever runs them."""
+        """128-bit hexadecimal id; equal scenarios have equal ids, whatever runs them, by any rules."""
         return self._run_id
 
     @cached_property
     def _run_id(self) -> str:
         # Once: every node's plan of every round asks for it, and it is of all nodes.
-        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.deciding(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:

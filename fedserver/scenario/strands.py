@@ -10,7 +10,7 @@ from aggregators.messages import WireDtype
 from aggregators.methods import Estimator, Objective, Optimiser, Probe, Sampling, Subset
 from aggregators.presets import Strand
 from aggregators.reach import MOST_BLOCKS
-from fedserver.scenario.table import Table
+from fedserver.scenario.table import Several, Table, Two
 
 
 class ZerothOrderConfiguration(Table):
@@ -28,10 +28,10 @@ class ZerothOrderConfiguration(Table):
     trains: Literal["weights", "lora"] = Field(
         default="weights", description="lora: B of rank lora_r, beside an A that a seed stands for"
     )
-    target_modules: tuple[str, ...] = Field(
+    target_modules: Several[str] = Field(
         default=(), description="empty: all weights; with lora all-linear"
     )
-    layers: tuple[int, int] | None = Field(
+    layers: Two[int] | None = Field(
         default=None, description="[first, past]: these layers alone, counted from 0"
     )
     cut: int | None = Field(
@@ -80,7 +80,7 @@ class ProjectedConfiguration(Table):
     seeds: Literal["shared", "per-node"] = Field(
         default="shared", description="random probes of a round: everybody's, or each node its own"
     )
-    target_modules: tuple[str, ...] = Field(default=(), description="empty: all weights")
+    target_modules: Several[str] = Field(default=(), description="empty: all weights")
     scale: Literal["unbiased", "mmse"] = Field(
         default="mmse", description="of random probes: 1/K, or the least mean squared error"
     )

@@ -94,3 +94,16 @@ def test_a_killed_writer_leaves_a_whole_residual(
     assert float(values["weight"].unique()) == written[-1] % 100
     node.keep("after", left(1))
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_sound_file_is_found_where_it_cannot_be_touched(
+    kept: Residuals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a folder of another user's, or on a disk that is mounted to be read."""
+    kept.keep("a", left(1))
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(residual.os, "utime", refuse)
+    assert found(kept, "a") == (1.0, "a")

@@ -72,13 +72,13 @@ def test_the_scenario_is_hashed_once_however_many_plans_are_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hashed = []
-    identity = RunConfiguration.identity
+    deciding = RunConfiguration.deciding
 
     def counted(self: RunConfiguration) -> dict[str, Any]:
         hashed.append(self)
-        return identity(self)
+        return deciding(self)
 
-    monkeypatch.setattr(RunConfiguration, "identity", counted)
+    monkeypatch.setattr(RunConfiguration, "deciding", counted)
     found = parse({"nodes": [{"name": str(number)} for number in range(20)]})
     for node in found.nodes:
         capabilities = Capabilities(
@@ -106,6 +106,15 @@ def test_the_scenario_is_hashed_once_however_many_plans_are_made(
         ({"quorum": 3}, ["quorum 3", "2 nodes"]),
         ({"data": {"partition": "categories"}}, ["categories", "'a'"]),
         ({"learning_rate": float("nan")}, ["learning_rate"]),
+        ({"rounds": True}, ["rounds", "whole number", "True"]),
+        ({"rounds": "5"}, ["rounds", "whole number", "'5'"]),
+        ({"rounds": 5.0}, ["rounds", "whole number", "5.0"]),
+        ({"quorum": True}, ["quorum", "number", "True"]),
+        ({"lora_alpha": "16"}, ["lora_alpha", "number", "'16'"]),
+        ({"evaluate": 1}, ["evaluate", "true or false", "1"]),
+        ({"data": {"alpha": True}}, ["data.alpha", "number", "True"]),
+        ({"mixing": {"weights": {"lora": "2"}}}, ["mixing.weights.lora", "number", "'2'"]),
+        ({"nodes": [{"name": "a", "away": [True]}]}, ["nodes.0.away.0", "whole number", "True"]),
     ],
 )
 def test_every_mistake_is_named_with_its_remedy(values: dict[str, Any], words: list[str]) -> None:
@@ -177,6 +186,21 @@ def test_overrides_reach_tables_and_nodes_by_name_and_index() -> None:
     assert changed.nodes[0].lora_r == 2
     assert changed.data.held_out_max == 7
     assert changed.base_model == "some/model"
+
+
+@pytest.mark.parametrize("text", ["true", '"5"', "2.5", "five"])
+def test_an_override_is_as_strict_as_a_file(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="rounds: write a whole number"):
+        load("quickstart", [f"rounds={text}"])
+
+
+def test_whole_numbers_are_numbers_and_lists_are_lists() -> None:
+    """What JSON and TOML have no two of: a list is no tuple, and 8 is 8.0 where a number is wanted."""
+    changed = load("quickstart", ["lora_alpha=8", "quorum=4/6", "zeroth_order.layers=[0, 2]"])
+    assert changed.run_id() == load("quickstart", ["lora_alpha=8.0", "quorum=4/6",
+                                                   "zeroth_order.layers=[0, 2]"]).run_id()  # fmt: skip
+    again = parse({**changed.model_dump(mode="json"), "nodes": changed.model_dump()["nodes"]})
+    assert again == changed
 
 
 @pytest.mark.parametrize(

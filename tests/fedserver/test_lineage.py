@@ -68,17 +68,20 @@ STEPS = st.lists(
 def test_a_history_names_the_rounds_that_asked_and_stand(steps: list[Any], edge: str) -> None:
     chain = Chain()
     asked: list[tuple[int, str]] = []
+    # By round, what had been asked when it was committed: a roll-back may go to any line.
+    after = {0: asked}
     for step in steps:
         if isinstance(step, int):
             if step >= chain.number:
                 continue
             chain.roll_back(step)
-            asked = [one for one in asked if one[0] <= step]
+            asked = after[step]
         elif step["a"] == "not asked":
             chain.round(edge, b="accepted")
         else:
             name = chain.round(edge, a=step["a"], b="missing")
-            asked.append((chain.number, name))
+            asked = [*asked, (chain.number, name)]
+        after[chain.number] = after.get(chain.number, asked)
         first, *rest = chain.lineage.history("a")
         assert first == chain.head
         assert rest == [name for _, name in asked][::-1][: MOST_HISTORY - 1]
@@ -101,3 +104,12 @@ def test_rounds_that_only_differ_in_who_took_part_have_unlike_names() -> None:
     one.round(a="late", b="accepted")
     other.round(b="accepted")
     assert one.lineage.history("a")[0] != other.lineage.history("a")[0]
+
+
+def test_a_line_that_was_left_comes_back_whole() -> None:
+    chain = Chain()
+    names = [chain.round(a="accepted") for _ in range(4)]
+    chain.roll_back(2)
+    chain.round(a="accepted")
+    chain.roll_back(4)
+    assert chain.lineage.history("a")[1:] == tuple(reversed(names))

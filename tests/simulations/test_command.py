@@ -177,6 +177,22 @@ def test_compare_prints_every_preset_and_writes_a_page(
     assert last["comparison"][0]["seeds"] == 2
 
 
+def test_compare_says_which_rounds_had_their_quorum(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = ["braid", "braid+nodes.a.fault=nan"]
+    words = ["--scenario", scenario, "--seeds", 1, "--output", tmp_path / "c", "--set", "quorum=1"]
+    words += ["--set", "rounds=1", "--set", "nodes.b.trains=false"]
+    assert run("compare", *variants, *words, "--json") == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["comparison"]
+    assert [(row["rounds_with_quorum"], row["rounds"]) for row in rows] == [(1, 1), (0, 1)]
+    assert rows[1]["after"][0] == rows[1]["before"]
+    assert run("compare", *variants, *words) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 1" in shown
+    assert "0 of 1" in shown
+
+
 def test_compare_takes_strands_and_changes(
     scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

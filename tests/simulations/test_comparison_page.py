@@ -96,6 +96,20 @@ def test_unfinished_runs_are_named_and_left_out_of_the_means(
     assert "braid-seed1: summary.json is missing" in text
 
 
+def test_rounds_without_their_quorum_are_named(
+    fake_run: MakeRun, tmp_path: Path, outline: Any
+) -> None:
+    runs = make_runs(fake_run, tmp_path, braid=1.6)
+    for run, reached in zip(runs, (4, 1, 0), strict=True):
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        summary |= {"rounds": 4, "rounds_with_quorum": reached}
+        (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    text = outline(comparison(runs, tmp_path / "c.html").read_text(encoding="utf-8")).text
+    assert "braid-seed1:" not in text
+    assert "braid-seed2: 1 of 4 rounds reached their quorum" in text
+    assert "braid-seed3: 0 of 4 rounds reached their quorum" in text
+
+
 def test_folders_decide_preset_and_seed_and_other_names_fall_back(
     fake_run: MakeRun, tmp_path: Path
 ) -> None:
