@@ -178,6 +178,7 @@ def status(directory: Folder, as_json: Json = False) -> None:
     """Processes, nodes and open invitations; exit code 1 when something is not ready."""
     from fedhost.supervision import status_of
     from fedserver.deployment.folder import open_folder
+    from fedserver.deployment.front_door import is_healthy
 
     folder = open_folder(directory)
     settings = folder.settings()
@@ -187,6 +188,11 @@ def status(directory: Folder, as_json: Json = False) -> None:
     registry.close()
     processes: dict[str, Any] = told["children"] if told else {}
     ready = bool(processes) and all(one["state"] == "ready" for one in processes.values())
+    # Processes that are well do not help where devices refuse what the front door shows them.
+    refused = ready and not is_healthy(
+        settings.host, settings.port, folder.identity(settings).authority
+    )
+    ready = ready and not refused
     if as_json:
         print(
             json.dumps(
@@ -207,6 +213,8 @@ def status(directory: Folder, as_json: Json = False) -> None:
     else:
         console = Console()
         console.print(f"https://{settings.address}: {'ready' if ready else 'not ready'}")
+        if refused:
+            console.print("it shows no certificate that devices accept: 'server down', then 'up'")
         table = Table("process", "state", "restarts", "process id", box=box.SIMPLE_HEAD)
         for label, one in processes.items():
             table.add_row(label, one["state"], str(one["restarts"]), str(one["pid"] or ""))
