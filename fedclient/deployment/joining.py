@@ -224,10 +224,10 @@ def _once(
         found = answer.status, answer.read(ANSWER_BYTES), answer.getheader("Date")
     except ssl.SSLCertVerificationError as error:
         if error.verify_code in OUT_OF_TIME:
-            found, else_ = OUT_OF_TIME[error.verify_code]
+            problem, else_ = OUT_OF_TIME[error.verify_code]
             raise EnrolmentRefused(
                 "wrong-clock",
-                f"the certificate of {server} {found}, and this device's clock says"
+                f"the certificate of {server} {problem}, and this device's clock says"
                 f" {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: set it{else_}",
             ) from None
         raise EnrolmentRefused(
