@@ -235,8 +235,13 @@ http {{
 
 
 def is_healthy(host: str, port: int, authority: Path | None = None) -> bool:
-    """Whether the front door answers; with ``authority``, also by a certificate that devices accept."""
+    """Whether the front door answers; with ``authority``, also by a certificate that this one signed."""
     return answers_https(port, {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host), authority)
+
+
+def is_refused(host: str, port: int, authority: Path) -> bool:
+    """Whether the front door answers, but by a certificate that devices with ``authority`` refuse."""
+    return is_healthy(host, port) and not is_healthy(host, port, authority)
 
 
 def _process(folder: Path) -> str:

@@ -15,7 +15,7 @@ from fedhost.probes import answers_https
 from fedserver.deployment import certificates
 from fedserver.deployment.certificates import make_authority, make_server_certificate
 from fedserver.deployment.folder import ServerFolder
-from fedserver.deployment.front_door import is_healthy
+from fedserver.deployment.front_door import is_refused
 from fedserver.deployment.processes import children
 
 
@@ -52,14 +52,16 @@ def test_a_server_lives_whose_certificate_has_expired(
             )
             nginx = children(folder, settings, folder.choose_ports())[-1]
             assert answers_https(port, authority=authority.certificate)
+            assert not is_refused(LOOPBACK, port, authority.certificate)
             context.load_cert_chain(expired.certificate, expired.key)
             for pinned in (authority.certificate, other, expired.key, tmp_path / "none"):
                 assert not answers_https(port, authority=pinned)
-                assert not is_healthy(LOOPBACK, port, pinned)
+                assert is_refused(LOOPBACK, port, pinned)
             other.unlink()
             assert nginx.ready()
         finally:
             server.shutdown()
             thread.join()
     assert not nginx.ready()
+    assert not is_refused(LOOPBACK, port, authority.certificate)
     assert not answers_https(free_ports(1)[0])
