@@ -32,6 +32,7 @@ RefusalKind = Literal[
     "used-token",
     "expired-token",
     "wrong-authority",
+    "wrong-clock",
     "name-taken",
     "key-taken",
     "bad-request",

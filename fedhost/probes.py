@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import ssl
+from pathlib import Path
 
 import grpc
 
@@ -22,6 +24,28 @@ def answers_http(port: int) -> bool:
     finally:
         connection.close()
     return True
+
+
+def answers_https(port: int, host: str = LOOPBACK, authority: Path | None = None) -> bool:
+    """Whether a server on this host says over TLS that it is well (200 at /health).
+
+    ``authority`` (PEM): its certificate must also hold, for any name: the one in a given certificate may
+    not be the address that this host calls itself by. Without it the certificate is not judged: who
+    serves with one that has expired is alive, and would not be mended by another start.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE if authority is None else ssl.CERT_REQUIRED
+    connection = http.client.HTTPSConnection(host, port, timeout=PROBE_SECONDS, context=context)
+    try:
+        if authority is not None:
+            context.load_verify_locations(authority)
+        connection.request("GET", "/health")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def answers_grpc(port: int) -> bool:

@@ -1,6 +1,6 @@
 """Child processes that are kept running: started in order, watched, restarted with a growing pause.
 
-One that has died is started again, and so is one that lives and answers nothing.
+One that has died is started again, and so is one that lives and answers nothing, or never begins to.
 
 A supervisor writes what it knows to one status file, so that other commands can ask and stop it, and so
 that the next supervisor finds what a killed one has left behind.
@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,8 @@ WELL_SECONDS = 60.0
 STOP_SECONDS = 10.0
 # A child that serves is asked so often whether it still does; one that is silent so many times hangs.
 PROBE_SECONDS, SILENT_PROBES = 3.0, 4
+# One that does not serve so long after its start hangs as well.
+START_SECONDS = 120.0
 LOG_BYTES = 16 << 20
 
 
@@ -41,7 +44,8 @@ class SupervisionError(Exception):
 @dataclass(frozen=True)
 class Child:
     """One process. ``ready`` says, within seconds, whether it serves; later children wait for it, and
-    one that served and does so no longer is ended and started again.
+    one that served and does so no longer is ended and started again. If it raises, that is no.
+    ``start_seconds``: one that does not serve by then is ended and started again.
 
     What the process itself started ends with it: nginx's workers would hold the port.
     ``finish``: exit codes that end the whole supervision instead of a restart, and what they mean.
@@ -51,6 +55,7 @@ class Child:
     command: Sequence[str]
     environment: Mapping[str, str]
     ready: Callable[[], bool] = lambda: True
+    start_seconds: float = START_SECONDS
     finish: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -64,6 +69,7 @@ class _Running:
     resume_at: float = 0.0
     probe_at: float = 0.0
     silent: int = 0
+    complaint: str = ""
     restarts: int = 0
     last_exit: int | None = None
     groups: list[tuple[int, float]] = field(default_factory=list)
@@ -109,26 +115,36 @@ class Supervisor:
         self._wake.set()
 
     def _step(self, now: float) -> None:
+        held = False
         for one in self._running:
             if one.process is not None and (code := one.process.poll()) is not None:
                 self._died(one, code, now)
-            if one.process is None and now >= one.resume_at:
+            if self._stopping:
+                return
+            if one.process is None and not held and now >= one.resume_at:
                 self._start(one, now)
-            if one.state == "starting" and one.child.ready():
-                one.state, one.silent = "ready", 0
-                one.probe_at = now + PROBE_SECONDS
+            if one.state == "starting":
+                self._await(one, now)
             if one.state == "ready" and now >= one.probe_at:
                 self._probe(one, now)
             if now - one.started > WELL_SECONDS:
                 one.pause = FIRST_PAUSE
-            if one.state != "ready":
-                # Those behind it need it.
-                break
+            # Those behind it need it to be started; what serves is watched all the same.
+            held = held or one.state != "ready"
+
+    def _await(self, one: _Running, now: float) -> None:
+        """See whether a child serves by now, and end it if it has had its time."""
+        assert one.process is not None
+        if _serves(one):
+            one.state, one.silent = "ready", 0
+            one.probe_at = now + PROBE_SECONDS
+        elif now - one.started > one.child.start_seconds:
+            _signal_group(one.process.pid, signal.SIGKILL)
 
     def _probe(self, one: _Running, now: float) -> None:
         """End a child that has stayed silent for too long; it is then started again."""
         assert one.process is not None
-        one.silent = 0 if one.child.ready() else one.silent + 1
+        one.silent = 0 if _serves(one) else one.silent + 1
         one.probe_at = now + PROBE_SECONDS
         if one.silent == SILENT_PROBES:
             _signal_group(one.process.pid, signal.SIGKILL)
@@ -195,6 +211,19 @@ class Supervisor:
             if one.process is not None:
                 one.process.wait()
         (self._folder / STATUS).unlink(missing_ok=True)
+
+
+def _serves(one: _Running) -> bool:
+    """What its probe says. One that raises must not end the others: it counts as silent, and is told."""
+    try:
+        return one.child.ready()
+    except Exception as error:
+        complaint = f"{one.child.name} cannot be asked whether it serves: {error!r}"
+        if complaint != one.complaint:
+            one.complaint = complaint
+            with contextlib.suppress(OSError):
+                print(complaint, file=sys.stderr, flush=True)
+        return False
 
 
 def status_of(folder: Path) -> dict[str, Any] | None:

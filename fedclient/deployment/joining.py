@@ -12,6 +12,7 @@ import shutil
 import ssl
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -43,6 +44,11 @@ TIMEOUT_SECONDS = 30.0
 ANSWER_BYTES = 1 << 16
 # The front door lets two requests a second through, for an address.
 BUSY_SECONDS, BUSY_ATTEMPTS = 1.0, 10
+# By OpenSSL's codes. A handshake is judged by this device's own clock: no answer was heard yet.
+OUT_OF_TIME = {
+    9: ("is not valid yet", ""),
+    10: ("has expired", ", or if it is right let the server's operator renew the certificate"),
+}
 
 Answer = TypeVar("Answer", JoinAnswer, NodeAnswer)
 
@@ -217,6 +223,13 @@ def _once(
         answer = connection.getresponse()
         found = answer.status, answer.read(ANSWER_BYTES), answer.getheader("Date")
     except ssl.SSLCertVerificationError as error:
+        if error.verify_code in OUT_OF_TIME:
+            problem, else_ = OUT_OF_TIME[error.verify_code]
+            raise EnrolmentRefused(
+                "wrong-clock",
+                f"the certificate of {server} {problem}, and this device's clock says"
+                f" {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: set it{else_}",
+            ) from None
         raise EnrolmentRefused(
             "wrong-authority",
             f"{server} shows a certificate that its authority did not sign for it:"

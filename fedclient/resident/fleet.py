@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from functools import partial
 
 import httpx
@@ -21,7 +22,7 @@ from flwr.supercore.heartbeat import HeartbeatFailure, HeartbeatSender
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 
-from fedclient.resident.server_clock import ServerClock
+from fedclient.resident.server_clock import CLOSE_SECONDS, ServerClock
 from fedhost.node_signature import signed_headers
 
 # How long a server that answers with an error of its own is asked again; then the SuperNode starts anew.
@@ -100,12 +101,19 @@ class TimedSignature:
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         """Sign the request and send it."""
-        response = self._sent(context, call_next)
-        moved = self._clock.hear(response.headers.get("date"))
-        if moved and response.status_code == httpx.codes.UNAUTHORIZED:
-            response = self._sent(context, call_next)
+        signed = self._clock.now()
+        response = self._sent(context, call_next, signed)
+        self._clock.hear(response.headers.get("date"))
+        if response.status_code != httpx.codes.UNAUTHORIZED:
+            return response
+        # Whichever thread's answer has set the clock: what counts is whether this request was off.
+        now = self._clock.now()
+        if abs((now - signed).total_seconds()) > CLOSE_SECONDS:
+            response = self._sent(context, call_next, now)
         return response
 
-    def _sent(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        context.request.headers.update(signed_headers(self._key, self._clock.now()))
+    def _sent(
+        self, context: ProtobufRequestContext, call_next: ProtobufCall, signed: datetime
+    ) -> httpx.Response:
+        context.request.headers.update(signed_headers(self._key, signed))
         return call_next(context)

@@ -23,8 +23,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedhost.private_files import make_private_folder, write_private
 
 AUTHORITY_DAYS, SERVER_DAYS, RENEW_DAYS = 3650, 397, 30
-# A device's clock may be a little behind the server's.
-BACKDATED = timedelta(hours=1)
+# A device's clock may be behind the server's, and TLS judges by it.
+BACKDATED = timedelta(days=1)
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 

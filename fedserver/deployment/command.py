@@ -19,6 +19,7 @@ server_app = typer.Typer(help="Run a server that devices join.", no_args_is_help
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 POLL_SECONDS = 1.0
+REFUSED = "devices refuse the certificate that the server shows"
 RESUMPTIONS = 20
 
 
@@ -52,8 +53,9 @@ def up(
 ) -> None:
     """Start the server: SuperLink, SuperExec, enrolment and nginx; settings are remembered."""
     from fedhost.supervision import start_detached
+    from fedserver.deployment.certificates import CertificateError
     from fedserver.deployment.folder import open_folder
-    from fedserver.deployment.front_door import is_healthy
+    from fedserver.deployment.front_door import is_healthy, is_refused
     from fedserver.deployment.processes import check_startable, supervise
 
     changes: dict[str, Any] = {"listen": listen, "names": tuple(name) if name else None}
@@ -66,9 +68,10 @@ def up(
     if foreground:
         supervise(folder.path)
         return
-    pinned = folder.identity(settings).authority
     command = [sys.executable, "-m", "fedserver.deployment.processes", str(folder.path)]
-    start_detached(command, folder.path, lambda: is_healthy(settings.host, settings.port, pinned))
+    start_detached(command, folder.path, lambda: is_healthy(settings.host, settings.port))
+    if is_refused(settings.host, settings.port, folder.identity(settings).authority):
+        raise CertificateError(f"the server runs, but {REFUSED}: give another, or see to the clock")
     print(f"https://{settings.address} serves; folder {folder.path}")
     if settings.dashboard:
         print(f"https://{settings.dashboard} shows the dashboard")
@@ -178,6 +181,7 @@ def status(directory: Folder, as_json: Json = False) -> None:
     """Processes, nodes and open invitations; exit code 1 when something is not ready."""
     from fedhost.supervision import status_of
     from fedserver.deployment.folder import open_folder
+    from fedserver.deployment.front_door import is_refused
 
     folder = open_folder(directory)
     settings = folder.settings()
@@ -187,6 +191,11 @@ def status(directory: Folder, as_json: Json = False) -> None:
     registry.close()
     processes: dict[str, Any] = told["children"] if told else {}
     ready = bool(processes) and all(one["state"] == "ready" for one in processes.values())
+    # Processes that are well do not help where devices refuse what the front door shows them.
+    refused = ready and is_refused(
+        settings.host, settings.port, folder.identity(settings).authority
+    )
+    ready = ready and not refused
     if as_json:
         print(
             json.dumps(
@@ -207,6 +216,8 @@ def status(directory: Folder, as_json: Json = False) -> None:
     else:
         console = Console()
         console.print(f"https://{settings.address}: {'ready' if ready else 'not ready'}")
+        if refused:
+            console.print(f"{REFUSED}: 'server down', then 'up'")
         table = Table("process", "state", "restarts", "process id", box=box.SIMPLE_HEAD)
         for label, one in processes.items():
             table.add_row(label, one["state"], str(one["restarts"]), str(one["pid"] or ""))

@@ -205,9 +205,14 @@ class ServerFolder:
         """The ports of the last start. Raises FolderError if there was none."""
         try:
             return Ports(**json.loads((self.path / "ports.json").read_text()))
-        except (FileNotFoundError, TypeError):  # An older version had fewer.
+        except FileNotFoundError:
             raise FolderError(
                 f"the server has never run: 'fedbraid server up {self.path}'"
+            ) from None
+        except TypeError:  # Another version has other ports.
+            raise FolderError(
+                "the server was last started by another version: 'fedbraid server down"
+                f" {self.path}', then 'server up {self.path}' again"
             ) from None
 
     def _connect_flower(self, ports: Ports) -> None:

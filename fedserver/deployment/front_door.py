@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import ssl
 import subprocess
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedhost.ports import LOOPBACK
 from fedhost.private_files import make_private_folder, write_private
+from fedhost.probes import answers_https
 from fedserver.deployment.certificates import Identity
 
 # What a SuperNode with a registered key calls (flwr.superlink.routers.fleet). register-node and
@@ -236,20 +234,14 @@ http {{
         return command
 
 
-def is_healthy(host: str, port: int, authority: Path) -> bool:
-    """Whether the front door answers /health over TLS."""
-    address = LOOPBACK if host in ("0.0.0.0", "::") else host
-    address = f"[{address}]" if ":" in address else address
-    context = ssl.create_default_context(cafile=str(authority))
-    # The name in a given certificate may not be the address that this host calls itself by.
-    context.check_hostname = False
-    try:
-        with urllib.request.urlopen(
-            f"https://{address}:{port}/health", timeout=2.0, context=context
-        ) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+def is_healthy(host: str, port: int, authority: Path | None = None) -> bool:
+    """Whether the front door answers; with ``authority``, also by a certificate that this one signed."""
+    return answers_https(port, {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host), authority)
+
+
+def is_refused(host: str, port: int, authority: Path) -> bool:
+    """Whether the front door answers, but by a certificate that devices with ``authority`` refuse."""
+    return is_healthy(host, port) and not is_healthy(host, port, authority)
 
 
 def _process(folder: Path) -> str:

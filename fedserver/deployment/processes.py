@@ -9,16 +9,13 @@ With process isolation and a database a run survives the death of its SuperLink.
 from __future__ import annotations
 
 import socket
-import ssl
 import sys
-import urllib.error
-import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
 
 from fedhost.flower import environment, program
 from fedhost.ports import LOOPBACK, accepts, holder
-from fedhost.probes import answers_grpc, answers_http
+from fedhost.probes import answers_grpc, answers_http, answers_https
 from fedhost.supervision import Child, SupervisionError, Supervisor, status_of
 from fedserver.deployment.certificates import CertificateError, check_given
 from fedserver.deployment.dashboard import require_accounts
@@ -26,18 +23,6 @@ from fedserver.deployment.folder import FolderError, Ports, ServerFolder, Settin
 from fedserver.deployment.front_door import FrontDoor, FrontDoorError, is_healthy
 
 ERRORS = (CertificateError, FolderError, FrontDoorError, SupervisionError)
-
-
-def superlink_serves(folder: ServerFolder, ports: Ports) -> bool:
-    """Whether the SuperLink answers its health route."""
-    context = ssl.create_default_context(cafile=str(folder.loopback_identity.authority))
-    try:
-        with urllib.request.urlopen(
-            f"https://{LOOPBACK}:{ports.superlink}/health", timeout=2.0, context=context
-        ) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def children(folder: ServerFolder, settings: Settings, ports: Ports) -> list[Child]:
@@ -82,7 +67,7 @@ def children(folder: ServerFolder, settings: Settings, ports: Ports) -> list[Chi
     dashboard = [sys.executable, "-m", "fedserver.deployment.dashboard", str(folder.path)]
     shows = [Child("dashboard", dashboard, own, lambda: answers_http(ports.dashboard))]
     return [
-        Child("superlink", superlink, own, lambda: superlink_serves(folder, ports)),
+        Child("superlink", superlink, own, lambda: answers_https(ports.superlink)),
         Child(
             "superexec", superexec, own, lambda: answers_grpc(ports.superexec_health)
         ),
@@ -90,7 +75,7 @@ def children(folder: ServerFolder, settings: Settings, ports: Ports) -> list[Chi
         *(shows if settings.dashboard else []),
         Child(
             "nginx", door.write(folder.path / "nginx"), own,
-            lambda: is_healthy(settings.host, settings.port, shown.authority),
+            lambda: is_healthy(settings.host, settings.port),
         ),
     ]  # fmt: skip
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import uvicorn
 
 from fedhost.ports import LOOPBACK
+from fedhost.probes import answers_https
 from fedserver.deployment.flower_control import FlowerControl
 from fedserver.deployment.folder import open_folder
 from fedserver.deployment.gatekeeper import Gatekeeper
-from fedserver.deployment.processes import superlink_serves
 from fedserver.deployment.registry import Registry
 
 # nginx closes its idle connections after 60 s; it must be the first to.
@@ -28,7 +28,7 @@ async def serve(path: Path) -> None:
         registry,
         FlowerControl(ports.superlink, folder.loopback_identity.authority),
         folder.identity(folder.settings()).authority.read_bytes(),
-        lambda: superlink_serves(folder, ports),
+        lambda: answers_https(ports.superlink, authority=folder.loopback_identity.authority),
     )
     # What was invited, revoked or joined while Flower was down.
     await gatekeeper.follow()

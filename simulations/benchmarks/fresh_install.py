@@ -35,7 +35,10 @@ HEADING = "ten commands"
 PORT = 8443
 ROUNDS = 5
 # What only a server or a simulation needs. Flower itself brings a web server to every SuperNode.
-NOT_A_DEVICES = ("dp-accounting", "prometheus-client", "ray")
+NOT_A_DEVICES = (
+    "Authlib", "dp-accounting", "joserfc", "opentelemetry-exporter-otlp-proto-http",
+    "opentelemetry-sdk", "prometheus-client", "ray", "tensorboard",
+)  # fmt: skip
 HEAD = re.compile(r"(?:ledger head|^head:) ([0-9a-f]{64})", re.MULTILINE)
 
 

@@ -32,9 +32,15 @@ from fedhost import supervision
 from fedhost.supervision import Child, SupervisionError, Supervisor
 supervision.PROBE_SECONDS = 0.1
 folder = Path(sys.argv[1])
+
+def serves(one):
+    if (folder / "trap").exists():
+        raise ValueError("a trap")
+    return not one.get("needs") or (folder / one["needs"]).exists()
+
 children = [
     Child(one["name"], [sys.executable, "-c", *one["code"]], dict(os.environ),
-          ready=lambda one=one: not one.get("needs") or (folder / one["needs"]).exists(),
+          ready=lambda one=one: serves(one), **one.get("more", {}),
           finish={int(k): v for k, v in one.get("finish", {}).items()})
     for one in json.loads(sys.argv[2])
 ]
@@ -163,3 +169,48 @@ def test_a_child_that_lives_and_no_longer_serves_is_started_again(
     until(ready(tmp_path, restarts=1))
     driver.terminate()
     driver.wait()
+
+
+def test_a_probe_that_raises_counts_as_silence_and_is_told_once(
+    start: Start, tmp_path: Path
+) -> None:
+    driver = start([{"name": "one", "code": [WAIT]}])
+    first = until(ready(tmp_path))
+    (tmp_path / "trap").touch()
+    until(lambda: not psutil.pid_exists(first["pid"]))
+    until(lambda: (told := status_of(tmp_path)) and told["children"]["one"]["state"] == "starting")
+    (tmp_path / "trap").unlink()
+    until(ready(tmp_path, restarts=1))
+    driver.terminate()
+    _, text = driver.communicate(timeout=PATIENCE_SECONDS)
+    assert text == "one cannot be asked whether it serves: ValueError('a trap')\n"
+    assert driver.returncode == 0
+
+
+def test_a_child_that_hangs_while_it_starts_is_started_again(start: Start, tmp_path: Path) -> None:
+    def pid() -> Any:
+        told = status_of(tmp_path)
+        return told and told["children"]["one"]["pid"]
+
+    hanging = {"name": "one", "code": [WAIT], "needs": "word", "more": {"start_seconds": 0.2}}
+    start([hanging])
+    first = until(pid)
+    until(lambda: pid() not in (None, first))
+    assert not psutil.pid_exists(first)
+    (tmp_path / "word").touch()
+    until(ready(tmp_path, restarts=1))
+
+
+def test_what_serves_is_watched_while_one_before_it_starts(start: Start, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).touch()
+    start([{"name": name, "code": [WAIT], "needs": name} for name in ("first", "second")])
+    behind = until(ready(tmp_path, "second"))
+    (tmp_path / "first").unlink()
+    before = until(ready(tmp_path, "first"))
+    os.kill(before["pid"], signal.SIGKILL)
+    (tmp_path / "second").unlink()
+    until(lambda: not psutil.pid_exists(behind["pid"]))
+    for name in ("first", "second"):
+        (tmp_path / name).touch()
+    until(ready(tmp_path, "second", restarts=1))

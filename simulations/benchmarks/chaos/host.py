@@ -1,5 +1,4 @@
 """Hosts on one machine: network namespaces that end with their processes, disks of a fixed size.
-fixed size.
 
 Needs Linux and root; nothing is left behind, however the benchmark ends, for no namespace has a name.
 """

@@ -52,7 +52,7 @@ class Finding:
 
     @property
     def good(self) -> bool:
-        """Whether model or ledger are as they must be, and every node serves again in time."""
+        """Whether end, model and ledger are as they must be, and every node serves again in time."""
         times = list(self.served.values())
         return self.sound and all(t is not None and t <= SERVING_SECONDS for t in times)
 
@@ -72,7 +72,7 @@ def suffer(laboratory: Laboratory, fault: Fault) -> Finding:
             if served[node] is not None and run.accepted_after(node, lifted[node]) is None:
                 served[node] = 0.0
     code = run.wait()
-    words = "ended"
+    words, allowed = "ended", fault.allows(code)
     if code != 0:
         words = f"stopped ({run.told.splitlines()[-1]}), resumed"
         run = laboratory.start_run(fault.name, fault.overrides, resume=True)
@@ -82,7 +82,7 @@ def suffer(laboratory: Laboratory, fault: Fault) -> Finding:
     same = ledger_head(run.folder) == expected
     problems, named = faults_of(run.folder, laboratory.configuration(fault.overrides))
     words += ": the undisturbed head" if same else ": another head, replayed"
-    sound = not problems and (same or bool(named))
+    sound = allowed and not problems and (same or bool(named))
     return Finding(
         f"{words}{''.join(f'; {p}' for p in problems)}", sound, tuple(named), served,
         time.monotonic() - began,

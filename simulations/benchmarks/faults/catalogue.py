@@ -33,13 +33,17 @@ Lifted = dict[str, float]
 class Fault:
     """``inflict`` returns once the fault is lifted. ``overrides``: keys of the scenario.
 
-    ``resumed``: the run is expected to stop with a clear message, and to be resumed.
+    ``resumed``: the run may stop with a message, and is then resumed; under any other fault it goes on.
     """
 
     name: str
     inflict: Callable[[Laboratory, Run], Lifted]
     overrides: tuple[str, ...] = ()
     resumed: bool = False
+
+    def allows(self, code: int) -> bool:
+        """Whether a run that this fault hit may end with that exit code."""
+        return code == 0 or self.resumed
 
 
 def _weather(weather: Weather) -> Callable[[Laboratory, Run], Lifted]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -16,7 +17,7 @@ from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.heartbeat import HeartbeatFailure
 from flwr.supercore.protobuf.client import ProtobufRequestContext
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedclient.resident.fleet import (
@@ -27,7 +28,7 @@ from fedclient.resident.fleet import (
 )
 from fedclient.resident.server_clock import CLOSE_SECONDS, ServerClock
 from fedhost.enrolment import EnrolmentRefused
-from fedhost.node_signature import read_signed
+from fedhost.node_signature import read_signed, signed_headers
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 SKEWS = st.floats(-3e7, 3e7)
@@ -51,11 +52,24 @@ def test_a_clock_follows_what_was_heard(skew: float) -> None:
     assert moved or abs(skew) < CLOSE_SECONDS + 2
 
 
-@given(st.one_of(st.none(), st.text()))
+# Dates, all but: any day, any number of digits for the year, any offset.
+DATES = st.from_regex(
+    r"(Fri, )?[0-9]{1,3} (Jan|Dec) [0-9]{1,20} [0-9]{1,2}:[0-9]{2}:[0-9]{2} ([+-][0-9]{1,6}|GMT)?",
+    fullmatch=True,
+)
+
+
+@given(st.one_of(st.none(), st.text(), DATES))
+@example("Fri, 31 Dec 9999 23:59:59 -2300")
+@example("Fri, 31 Dec 9999 23:59:59 GMT")
+@example("Fri, 31 Dec 20261231202612312026 23:59:59 GMT")
+@example("Mon, 01 Jan 0001 00:00:00 GMT")
 def test_a_clock_hears_no_nonsense(date: str | None) -> None:
     clock = ServerClock()
-    clock.hear(date if date is None or not any(c.isdigit() for c in date) else "")
-    assert abs(clock.device_is_ahead) < CLOSE_SECONDS
+    moved = clock.hear(date)
+    assert moved or abs(clock.device_is_ahead) < CLOSE_SECONDS
+    # Whatever it heard, requests can be signed by it.
+    signed_headers(KEY, clock.now() + timedelta(days=300))
 
 
 @given(SKEWS)
@@ -78,6 +92,60 @@ def test_a_request_of_a_wrong_clock_is_signed_again(skew: float) -> None:
         assert signs.intercept(context, server).status_code == 200
     # The second request is right at once, and is not the first one again.
     assert len({one.text for one in sent}) == len(sent) == 2
+
+
+def test_of_two_refused_threads_both_sign_again() -> None:
+    """Both were signed by the wrong time; the second is answered when the first has set the clock."""
+    both_signed, first_done = threading.Barrier(2), threading.Event()
+    signs = TimedSignature.by(ServerClock())(KEY, KEY.public_key())
+    ends: dict[str, int] = {}
+
+    def speak(name: str) -> None:
+        refused = False
+
+        def server(context: ProtobufRequestContext) -> httpx.Response:
+            nonlocal refused
+            now = datetime.now(UTC) + timedelta(hours=1)
+            date = {"Date": format_datetime(now, usegmt=True)}
+            if not refused:
+                refused = True
+                both_signed.wait()
+                if name == "second":
+                    first_done.wait()
+                return httpx.Response(401, headers=date)
+            read_signed(context.request.headers, now.timestamp())
+            return httpx.Response(200, headers=date)
+
+        request = httpx.Request("POST", "https://server/v1/fleet/pull-messages", content=b"x")
+        context = ProtobufRequestContext("PullMessages", PullMessagesRequest(), request)
+        try:
+            ends[name] = signs.intercept(context, server).status_code
+        finally:
+            if name == "first":
+                first_done.set()
+
+    threads = [threading.Thread(target=speak, args=(name,)) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ends == {"first": 200, "second": 200}
+
+
+def test_what_is_refused_at_the_right_time_is_sent_once() -> None:
+    sent = []
+
+    def server(context: ProtobufRequestContext) -> httpx.Response:
+        sent.append(context)
+        return httpx.Response(
+            401, headers={"Date": format_datetime(datetime.now(UTC), usegmt=True)}
+        )
+
+    request = httpx.Request("POST", "https://server/v1/fleet/pull-messages", content=b"x")
+    context = ProtobufRequestContext("PullMessages", PullMessagesRequest(), request)
+    signs = TimedSignature.by(ServerClock())(KEY, KEY.public_key())
+    assert signs.intercept(context, server).status_code == 401
+    assert len(sent) == 1
 
 
 def test_what_passes_is_waited_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,3 +153,14 @@ def test_settings_are_remembered_and_ports_kept_while_free(tmp_path: Path) -> No
         assert folder.choose_ports().gatekeeper != ports.gatekeeper
     with pytest.raises(FolderError):
         ServerFolder(tmp_path / "elsewhere").settings()
+
+
+def test_ports_of_an_older_version_are_told_from_none(tmp_path: Path) -> None:
+    folder = ServerFolder(tmp_path / "server")
+    folder.prepare({})
+    with pytest.raises(FolderError, match="never run"):
+        folder.ports()
+    (folder.path / "ports.json").write_text('{"superlink": 1, "superexec_health": 2}')
+    with pytest.raises(FolderError, match="another version"):
+        folder.ports()
+    assert folder.choose_ports() == folder.ports()

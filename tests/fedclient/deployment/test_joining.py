@@ -1,0 +1,71 @@
+"""What a device is told when the server's certificate does not hold by the device's own clock."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from fedclient.deployment.joining import inquire
+from fedclient.deployment.settings import NodeFile, NodeFolder
+from fedhost.enrolment import EnrolmentRefused
+from fedhost.ports import LOOPBACK
+from fedserver.deployment import certificates
+from fedserver.deployment.certificates import Identity, make_authority, make_server_certificate
+
+
+def told_by(identity: Identity, authority: Path, folder: Path) -> EnrolmentRefused:
+    """What a device with that authority hears from a server with that certificate."""
+    node = NodeFolder(folder)
+    folder.mkdir()
+    node.transport_key()
+    node.authority.write_bytes(authority.read_bytes())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(identity.certificate, identity.key)
+    with socket.create_server((LOOPBACK, 0)) as listening:
+        node.write(NodeFile(f"{LOOPBACK}:{listening.getsockname()[1]}", "clinic", "0" * 64, {}))
+
+        def serve() -> None:
+            with suppress(OSError), context.wrap_socket(listening.accept()[0], server_side=True):
+                pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(EnrolmentRefused) as refusal:
+            inquire(node)
+        thread.join()
+    return refusal.value
+
+
+def test_a_certificate_out_of_time_is_the_clocks_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = make_authority(tmp_path / "authority")
+    other = make_authority(tmp_path / "other").certificate
+    hour = timedelta(hours=1)
+    monkeypatch.setattr(certificates, "BACKDATED", -hour)
+    early = make_server_certificate(tmp_path / "early", authority, [])
+    monkeypatch.setattr(certificates, "BACKDATED", 2 * hour)
+    monkeypatch.setattr(certificates, "SERVER_DAYS", -hour / timedelta(days=1))
+    late = make_server_certificate(tmp_path / "late", authority, [])
+    for name, identity, words in (("1", early, "not valid yet"), ("2", late, "has expired")):
+        told = told_by(identity, authority.certificate, tmp_path / name)
+        assert told.kind == "wrong-clock"
+        assert words in str(told)
+        assert "this device's clock says 2" in str(told)
+    foreign = told_by(early, other, tmp_path / "3")
+    assert foreign.kind == "wrong-authority"
+
+
+def test_a_new_server_is_accepted_by_a_device_that_is_half_a_day_slow(tmp_path: Path) -> None:
+    authority = make_authority(tmp_path / "authority")
+    identity = make_server_certificate(tmp_path / "own", authority, [])
+    for file in (authority.certificate, identity.certificate):
+        validity = ssl._ssl._test_decode_cert(str(file))  # type: ignore[attr-defined]
+        begins = ssl.cert_time_to_seconds(validity["notBefore"])
+        assert begins < file.stat().st_mtime - timedelta(hours=12).total_seconds()
