@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import httpx
 import pytest
 from joserfc import jwt
 from joserfc.jwk import RSAKey
@@ -62,12 +63,6 @@ def go(client: TestClient, wanted: str = "/runs/mixed") -> str:
     assert sent.status_code == 303
     answer = requests.get(sent.headers["location"], allow_redirects=False, timeout=10)
     return answer.headers["location"].removeprefix("https://testserver")
-
-
-def hold(client: TestClient, cookies: dict[str, str]) -> None:
-    """Have these cookies and no others."""
-    client.cookies.clear()
-    client.cookies.update(cookies)
 
 
 @pytest.mark.parametrize(
@@ -174,19 +169,19 @@ def test_a_token_that_the_provider_did_not_sign_lets_nobody_in(
 
 def test_an_attempt_is_of_one_browser_and_used_once(visitor: TestClient, issuer: Any) -> None:
     back = go(visitor)
-    held = dict(visitor.cookies)
+    held = httpx.Cookies(visitor.cookies)
     visitor.cookies.clear()
     assert visitor.get(back).status_code == 401
     # Who has the address alone takes nothing from who has the cookie.
-    hold(visitor, held)
+    visitor.cookies = held
     assert visitor.get(back.replace("state=", "state=x")).status_code == 401
     assert visitor.get(back).status_code == 200
-    hold(visitor, held)
+    visitor.cookies = held
     assert "used already" in visitor.get(back).text
-    old, held = go(visitor), dict(visitor.cookies)
+    old, held = go(visitor), httpx.Cookies(visitor.cookies)
     back = go(visitor)
     assert visitor.get(old).status_code == 401
-    hold(visitor, held)
+    visitor.cookies = held
     assert visitor.get(back).status_code == 401
     assert visitor.get("/login/oidc/callback?error=access_denied&state=x").status_code == 401
     for wanted in ("//evil.example", "https://evil.example"):
