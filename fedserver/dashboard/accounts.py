@@ -1,6 +1,7 @@
 """Who may look and who may act: local accounts with scrypt hashes, sessions, and tokens for programs.
 
-Accounts stand in ``.dashboard/accounts.db`` below the served folder, readable by its owner alone.
+Accounts stand in ``.dashboard/accounts.db`` below the served folder (of a deployment: below its runs),
+readable by its owner alone.
 Sessions live in memory: a restart ends them all. Whoever changes or removes an account, by a command of
 another process too, ends its sessions: they are of one generation of it, which its salt is.
 """
@@ -20,9 +21,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedserver.dashboard.home import home_of
+
 VIEWER, OPERATOR = "viewer", "operator"
 ROLES = (VIEWER, OPERATOR)
-FOLDER = ".dashboard"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
@@ -76,7 +78,7 @@ class Accounts:
     """The accounts of one served folder."""
 
     def __init__(self, root: Path, *, now: Callable[[], float] = time.time) -> None:
-        self._folder = root / FOLDER
+        self._folder = home_of(root)
         self._now = now
         self._lock = threading.RLock()
         # Hashing takes a tenth of a second, in which the sessions of others go on.
