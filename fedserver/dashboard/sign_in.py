@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from anyio import CapacityLimiter, to_thread
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -83,11 +85,16 @@ class SignIn:
         if self.provider is None:
             raise NotThere("no OpenID provider is configured here")
         query = request.query_params
-        told = [query.get(key, "") for key in ("state", "code")]
-        told.append(request.cookies.get(oidc.COOKIE, ""))
-        told += [query.get(key, "") for key in ("error", "error_description")]
+        finish = partial(
+            self.provider.finish,
+            query.get("state", ""),
+            query.get("code", ""),
+            request.cookies.get(oidc.COOKIE, ""),
+            error=query.get("error", ""),
+            description=query.get("error_description", ""),
+        )
         try:
-            who = await to_thread.run_sync(self.provider.finish, *told, limiter=self._waiting)
+            who = await to_thread.run_sync(finish, limiter=self._waiting)
         except AccountError as error:
             return self._login_page(request, str(error), "", 401)
         self.accounts.sign_out(request.scope["cookie"])
