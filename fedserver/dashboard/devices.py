@@ -77,7 +77,7 @@ def devices(root: Path, question: Question) -> Page:
             problems.append(f"{folder.registry} cannot be read: {error}; restore it from a copy")
     try:
         recorded = _recorded(root)
-    except LedgerError as error:
+    except (LedgerError, OSError) as error:
         problems.append(str(error))
         nobody = "The record cannot be read."
     data = {

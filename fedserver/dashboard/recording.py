@@ -17,7 +17,7 @@ from fedserver.ledger import Ledger, LedgerError
 
 PROGRAM = "fedserver.dashboard.recording"
 LONGEST_SECONDS = 1800.0
-"""A verification that takes longer is ended; a gigabyte of blobs takes seconds."""
+"""A verification that takes longer is ended."""
 
 
 def append(
