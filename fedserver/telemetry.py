@@ -33,11 +33,12 @@ def traced(emit: events.Listener) -> events.Listener:
         return emit
     try:
         provider, lost = _provider()
-    except ImportError:
-        text = (
-            f"{endpoint} is set, but traces need pip install 'fedbraid[telemetry]'; there are none"
-        )
-        emit(events.Notice("warning", text))
+    except Exception as error:
+        # OpenTelemetry reads its many variables while it is set up, and raises what it likes.
+        need = f"they cannot be made: {error}"
+        if isinstance(error, ImportError):
+            need = "they need pip install 'fedbraid[telemetry]'"
+        emit(events.Notice("warning", f"{endpoint} is set, but there are no traces: {need}"))
         return emit
     return RoundTraces(emit, provider, lost=lost)
 
@@ -53,7 +54,7 @@ class RoundTraces:
         now: Callable[[], float] = time.time,
         lost: Callable[[], int] = lambda: 0,
     ) -> None:
-        """``lost``: how many spans could not be delivered."""
+        """``lost``: how many spans could not be delivered, those apart that a full queue dropped."""
         self._lost = lost
         self._emit = emit
         self._provider = provider
@@ -103,7 +104,10 @@ class RoundTraces:
                 self._provider.force_flush(FLUSH_MILLISECONDS)
                 self._provider.shutdown()
                 if self._lost():
-                    text = f"{self._lost()} spans could not be delivered to the traces' endpoint"
+                    text = (
+                        f"at least {self._lost()} spans could not be delivered to the traces'"
+                        " endpoint"
+                    )
                     self._emit(events.Notice("warning", text))
             case _:
                 pass

@@ -1,7 +1,9 @@
 """Who may look and who may act: local accounts with scrypt hashes, sessions, and tokens for programs.
 
-Accounts stand in ``.dashboard/accounts.db`` below the served folder, readable by its owner alone.
-Sessions live in memory: a restart ends them all.
+Accounts stand in ``.dashboard/accounts.db`` below the served folder (of a deployment: below its runs),
+readable by its owner alone.
+Sessions live in memory: a restart ends them all. Whoever changes or removes an account, by a command of
+another process too, ends its sessions: they are of one generation of it, which its salt is.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedserver.dashboard.home import home_of
+
 VIEWER, OPERATOR = "viewer", "operator"
 ROLES = (VIEWER, OPERATOR)
-FOLDER = ".dashboard"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
@@ -34,6 +37,7 @@ LOCKED_SECONDS = 900.0
 SESSION_SECONDS = 12 * 3600.0
 IDLE_SECONDS = 2 * 3600.0
 MOST_SESSIONS = 10_000
+SETTLED_NANOSECONDS = 2_000_000_000
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS accounts (
@@ -52,13 +56,17 @@ class AccountError(Exception):
 
 @dataclass
 class Session:
-    """Somebody who has signed in. ``csrf`` must come back with every action."""
+    """Somebody who has signed in. ``csrf`` must come back with every action.
+
+    ``generation``: the salt of the account as it was then; b"" for who has no account here.
+    """
 
     name: str
     role: str
     csrf: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     began: float = 0.0
     seen: float = 0.0
+    generation: bytes = b""
 
     @property
     def may_act(self) -> bool:
@@ -70,13 +78,14 @@ class Accounts:
     """The accounts of one served folder."""
 
     def __init__(self, root: Path, *, now: Callable[[], float] = time.time) -> None:
-        self._folder = root / FOLDER
+        self._folder = home_of(root)
         self._now = now
         self._lock = threading.RLock()
         # Hashing takes a tenth of a second, in which the sessions of others go on.
         self._guessing = threading.Lock()
         self._sessions: dict[str, Session] = {}
         self._invitation = ""
+        self._generations: tuple[object, dict[str, bytes]] = (None, {})
 
     def names(self) -> list[tuple[str, str]]:
         """Name and role of every account."""
@@ -86,7 +95,7 @@ class Accounts:
             return list(database.execute("SELECT name, role FROM accounts ORDER BY name"))
 
     def add(self, name: str, role: str, password: str) -> None:
-        """Make an account, or give one a new password and role."""
+        """Make an account, or give one a new password and role; its sessions end."""
         if not NAME.fullmatch(name):
             raise AccountError("a name is letters, digits and . _ @ -, at most 64 of them")
         if role not in ROLES:
@@ -101,7 +110,6 @@ class Accounts:
                 " hash = excluded.hash, failures = 0, locked_until = 0",
                 (name, role, salt, _hash(password, salt)),
             )
-        self._forget(name)
 
     def remove(self, name: str) -> None:
         """Delete an account, its tokens and its sessions."""
@@ -109,7 +117,6 @@ class Accounts:
             if not database.execute("DELETE FROM accounts WHERE name = ?", (name,)).rowcount:
                 raise AccountError(f"there is no account {name!r}")
             database.execute("DELETE FROM tokens WHERE name = ?", (name,))
-        self._forget(name)
 
     def issue_token(self, name: str, role: str) -> str:
         """A token for a program, shown once; only its SHA-256 is kept."""
@@ -150,10 +157,13 @@ class Accounts:
                 )
             if not right:
                 raise wrong
-            return self.open_session(name, role)
+            return self.open_session(name, role, salt)
 
-    def open_session(self, name: str, role: str) -> str:
-        """The cookie of a new session for somebody whose identity is established."""
+    def open_session(self, name: str, role: str, generation: bytes = b"") -> str:
+        """The cookie of a new session for somebody whose identity is established.
+
+        ``generation``: of the account, where it is one of this folder.
+        """
         now = self._now()
         token = secrets.token_urlsafe(32)
         with self._lock:
@@ -161,14 +171,22 @@ class Accounts:
                 del self._sessions[key]
             if len(self._sessions) >= MOST_SESSIONS:
                 del self._sessions[min(self._sessions, key=lambda k: self._sessions[k].seen)]
-            self._sessions[_digest(token)] = Session(name, role, began=now, seen=now)
+            self._sessions[_digest(token)] = Session(
+                name, role, began=now, seen=now, generation=generation
+            )
         return token
 
     def session(self, cookie: str) -> Session | None:
-        """Who holds this cookie; None where it is unknown, old, or unused for long."""
+        """Who holds this cookie.
+
+        None where it is unknown, old, unused for long, or of an account that was changed or removed.
+        """
         with self._lock:
             found = self._sessions.get(_digest(cookie)) if cookie else None
             if found is None or self._over(found):
+                return None
+            if found.generation and self._generation(found.name) != found.generation:
+                del self._sessions[_digest(cookie)]
                 return None
             found.seen = self._now()
             return found
@@ -212,10 +230,21 @@ class Accounts:
         now = self._now()
         return now - session.began > SESSION_SECONDS or now - session.seen > IDLE_SECONDS
 
-    def _forget(self, name: str) -> None:
-        with self._lock:
-            for key in [k for k, s in self._sessions.items() if s.name == name]:
-                del self._sessions[key]
+    def _generation(self, name: str) -> bytes:
+        """Of an account as it is now, b"" for none; the database is read when its file has changed."""
+        try:
+            # Not opened: closing it would end the locks that SQLite has on it for other threads.
+            file = os.stat(self._path)
+        except FileNotFoundError:
+            return b""
+        stamp = (file.st_ino, file.st_mtime_ns, file.st_size)
+        if self._generations[0] != stamp:
+            with self._database() as database:
+                found = dict(database.execute("SELECT name, salt FROM accounts"))
+            # What changed just now may change once more within the same tick of the clock.
+            settled = time.time_ns() - file.st_mtime_ns > SETTLED_NANOSECONDS
+            self._generations = (stamp if settled else None, found)
+        return self._generations[1].get(name, b"")
 
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:

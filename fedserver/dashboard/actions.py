@@ -17,7 +17,7 @@ import fedserver
 from fedserver.control import APPLIED, EXCLUDING, OPERATOR, ControlError, ControlQueue, Request
 from fedserver.dashboard import recording
 from fedserver.dashboard.accounts import Session
-from fedserver.dashboard.devices import deployment_of
+from fedserver.dashboard.home import deployment_of
 from fedserver.dashboard.jobs import Jobs
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Page, Question, page_of

@@ -25,7 +25,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from fedserver.control import ControlError
-from fedserver.dashboard import actions, devices, ledger_views, library_views, openapi
+from fedserver.dashboard import actions, devices, library_views, openapi
 from fedserver.dashboard.accounts import LOOPBACK, Accounts
 from fedserver.dashboard.actions import Desk, scenario_names
 from fedserver.dashboard.exposition import CONTENT_TYPE, exposition
@@ -42,6 +42,7 @@ from fedserver.dashboard.sign_in import SignIn
 from fedserver.dashboard.streams import Channels, version
 from fedserver.dashboard.tables import Choice, to_csv
 from fedserver.dashboard.vendor import VendorError, missing
+from fedserver.dashboard.verifications import VerificationError, Verifications
 from fedserver.ledger import LedgerError
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Site:
         self.meters = library_views.Meters()
         self.desk = Desk(library, Jobs(library.root))
         self.replays = Replays(self.desk.jobs)
+        self.verifications = Verifications()
 
     def routes(self) -> list[Route | Mount]:
         """Every address."""
@@ -241,7 +243,11 @@ class Site:
     async def verify(self, request: Request) -> Response:
         """Hash everything again."""
         run = await run_in_threadpool(self._reader, request)
-        page = await run_in_threadpool(ledger_views.verify, run, Question())
+        try:
+            found = await self.verifications.verify(run.folder)
+        except VerificationError as error:
+            return PlainTextResponse(str(error), 503)
+        page = Page({"run": run.identity, **found})
         return self._answer(request, page, "verify.html.jinja")
 
     async def act(self, request: Request) -> Response:

@@ -72,7 +72,10 @@ def add(
     name: Annotated[str, typer.Argument(help="Whom to let in.")],
     role: Annotated[str, typer.Option(help=" or ".join(ROLES))] = VIEWER,
 ) -> None:
-    """Make an account, or set its password and role anew; asks for the password, or reads a pipe."""
+    """Make an account, or set its password and role anew, which ends its sessions.
+
+    Asks for the password, or reads a pipe.
+    """
     if sys.stdin.isatty():
         password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
     else:
@@ -90,11 +93,9 @@ def list_accounts(folder: Root) -> None:
 
 @accounts_app.command()
 def remove(folder: Root, name: str) -> None:
-    """Delete an account and its tokens."""
+    """Delete an account, its tokens and its sessions, in a dashboard that runs as well."""
     _existing(folder).remove(name)
-    print(
-        f"{name} may no longer sign in; a dashboard that runs forgets its sessions when restarted"
-    )
+    print(f"{name} may no longer sign in, and is signed out")
 
 
 @accounts_app.command()

@@ -1,12 +1,14 @@
 """Devices of the deployment that is served: who has joined, who may, and who let them.
 
 An invitation belongs to no run, so it is recorded in a ledger of the dashboard's own, beside the
-accounts: sealed and chained like a run's, and checked by the same ``fedbraid ledger verify``.
+accounts: sealed and chained like a run's, and checked by the same ``fedbraid ledger verify``. What the
+command ``fedbraid server invite`` makes is listed with the open ones, and recorded nowhere.
 """
 
 from __future__ import annotations
 
 import re
+import sqlite3
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +16,19 @@ from typing import TYPE_CHECKING
 
 from fedserver.control import OPERATOR, ControlError
 from fedserver.dashboard import recording
-from fedserver.dashboard.accounts import FOLDER, Session
+from fedserver.dashboard.accounts import Session
+from fedserver.dashboard.home import deployment_of, home_of
 from fedserver.dashboard.ledger_views import words_of
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.run_reader import Row
 from fedserver.dashboard.tables import Column, make_table
 from fedserver.ledger import Ledger, LedgerError
+from fedserver.ledger_database import DATABASE
 
 if TYPE_CHECKING:
     from fedserver.deployment.folder import ServerFolder
     from fedserver.deployment.invitation import Invitation
 
-SETTINGS = "server.toml"
 NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
 HOURS, MOST_HOURS = 24.0, 24.0 * 30
 JOINED = (
@@ -51,46 +54,39 @@ INVITATIONS = (
 )
 
 
-def deployment_of(root: Path) -> ServerFolder | None:
-    """The server's folder that is served, itself or by its runs; None where it is none."""
-    from fedserver.deployment.folder import ServerFolder
-
-    for folder in (root, root.parent) if root.name == "runs" else (root,):
-        if (folder / SETTINGS).is_file():
-            return ServerFolder(folder)
-    return None
-
-
 def devices(root: Path, question: Question) -> Page:
     """The nodes of the deployment, open invitations, and what operators did about them."""
+    from fedserver.deployment.folder import FolderError
+
     folder = deployment_of(root)
     joined: list[Row] = []
     invited: list[Row] = []
-    if folder is not None and folder.registry.is_file():
-        from fedserver.deployment.registry import Registry
-
-        registry = Registry(folder.registry)
+    recorded: list[Row] = []
+    address: str | None = None
+    nobody = "Nobody has invited a device from this dashboard."
+    # What can be shown is shown, beside what is wrong with the rest.
+    problems: list[str] = []
+    if folder is not None:
         try:
-            joined = [
-                {
-                    "name": node.name,
-                    "state": "revoked" if node.revoked is not None else "member",
-                    "joined": node.joined,
-                    "revoked": node.revoked,
-                    "update_key": node.update_key,
-                }
-                for node in registry.nodes()
-            ]
-            found = registry.open_invitations(time.time())
-            invited = [{"name": name, "expires": found[name]} for name in sorted(found)]
-        finally:
-            registry.close()
+            address = f"https://{folder.settings().address}"
+        except FolderError as error:
+            problems.append(str(error))
+        try:
+            joined, invited = _registered(folder)
+        except sqlite3.Error as error:
+            problems.append(f"{folder.registry} cannot be read: {error}; restore it from a copy")
+    try:
+        recorded = _recorded(root)
+    except (LedgerError, OSError) as error:
+        problems.append(str(error))
+        nobody = "The record cannot be read."
     data = {
         "folder": str(root),
         "deployment": None if folder is None else str(folder.path),
-        "address": None if folder is None else f"https://{folder.settings().address}",
+        "address": address,
         "hours": HOURS,
         "ledger": str(_ledger_folder(root)),
+        "problems": problems,
     }
     return page_of(
         data,
@@ -102,8 +98,8 @@ def devices(root: Path, question: Question) -> Page:
             empty="No invitation is open.", searchable=False,
         ),
         make_table(
-            "invitations", "Recorded actions", INVITATIONS, _recorded(root), question.choice,
-            empty="Nobody has invited a device from this dashboard.", searchable=False,
+            "invitations", "Recorded actions", INVITATIONS, recorded, question.choice,
+            empty=nobody, searchable=False,
         ),
     )  # fmt: skip
 
@@ -137,7 +133,7 @@ def invite(root: Path, form: Mapping[str, str], who: Session) -> Invitation:
         raise ControlError(f"a token holds for up to {MOST_HOURS:.0f} hours")
     try:
         made = make(folder, name, hours)
-    except (EnrolmentRefused, FolderError) as error:
+    except (EnrolmentRefused, FolderError, OSError, sqlite3.Error) as error:
         raise ControlError(str(error)) from None
     content = {
         "action": "invite",
@@ -152,27 +148,56 @@ def invite(root: Path, form: Mapping[str, str], who: Session) -> Invitation:
         recording.append(target, OPERATOR, 0, content, {"applied": time.time()}, create=True)
     except BaseException:
         # Nobody has seen the token yet, and without a record nobody shall.
-        _withdraw(folder, name)
+        _withdraw(folder, made)
         raise
     return made
 
 
-def _withdraw(folder: ServerFolder, name: str) -> None:
+def _registered(folder: ServerFolder) -> tuple[list[Row], list[Row]]:
+    """The nodes, and the open invitations by name."""
+    from fedserver.deployment.registry import Registry
+
+    if not folder.registry.is_file():
+        return [], []
+    registry = Registry(folder.registry)
+    try:
+        joined = [
+            {
+                "name": node.name,
+                "state": "revoked" if node.revoked is not None else "member",
+                "joined": node.joined,
+                "revoked": node.revoked,
+                "update_key": node.update_key,
+            }
+            for node in registry.nodes()
+        ]
+        found = registry.open_invitations(time.time())
+    finally:
+        registry.close()
+    return joined, [{"name": name, "expires": found[name]} for name in sorted(found)]
+
+
+def _withdraw(folder: ServerFolder, made: Invitation) -> None:
+    """Make this token void: another of the same name may have replaced it meanwhile."""
+    from fedhost.enrolment import Token
     from fedserver.deployment.registry import Registry
 
     registry = Registry(folder.registry)
     try:
-        registry.revoke(name, time.time())
+        registry.withdraw(Token.parse(made.token))
     finally:
         registry.close()
 
 
 def _recorded(root: Path) -> list[Row]:
-    """The dashboard's own ledger, the newest first."""
-    try:
-        ledger = Ledger(_ledger_folder(root))
-    except LedgerError:
+    """The dashboard's own ledger, the newest first; nothing where nobody has invited yet.
+
+    Raises:
+        LedgerError: there is one that cannot be read.
+    """
+    if not (_ledger_folder(root) / DATABASE).exists():
         return []
+    ledger = Ledger(_ledger_folder(root))
     try:
         entries = list(ledger.entries(OPERATOR))
     finally:
@@ -190,4 +215,4 @@ def _recorded(root: Path) -> list[Row]:
 
 
 def _ledger_folder(root: Path) -> Path:
-    return root / FOLDER / "ledger"
+    return home_of(root) / "ledger"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedserver.dashboard.accounts import FOLDER
+from fedserver.dashboard.home import home_of
 
 MOST_AT_ONCE = 4
 REMEMBERED = 50
@@ -51,7 +51,7 @@ class Jobs:
     """The jobs of this dashboard, the newest first."""
 
     def __init__(self, root: Path) -> None:
-        self._folder = root / FOLDER
+        self._folder = home_of(root)
         self._jobs: list[Job] = []
         self._lock = threading.Lock()
 

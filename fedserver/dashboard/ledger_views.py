@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from fedserver.dashboard import recording
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
 from fedserver.dashboard.run_reader import Row, RunReader
@@ -86,11 +85,6 @@ def ledger(run: RunReader, question: Question) -> Page:
             searchable=False,
         ),
     )
-
-
-def verify(run: RunReader, question: Question) -> Page:
-    """Hash every entry and blob again."""
-    return Page({"run": run.identity, **recording.verify(run.folder)})
 
 
 def log(run: RunReader, question: Question) -> Page:

@@ -2,22 +2,27 @@
 Core 1.0, section 3.1; RFC 7636). Authlib speaks OAuth; joserfc, its sister, checks the signed ID token.
 
 Who may do what is decided here, by a mapping from a claim to roles: a provider knows people, not this
-dashboard. A state is of one browser, of one attempt, and of ten minutes.
+dashboard. A state is of one browser, of one attempt, and of ten minutes. The browser holds its attempt
+itself, encrypted by a key of this process: whoever begins many takes no room from anybody else.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
+import json
+import re
 import secrets
 import threading
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cryptography.fernet import Fernet, InvalidToken
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedserver.dashboard.accounts import LOOPBACK, OPERATOR, VIEWER, AccountError
@@ -29,11 +34,18 @@ DISCOVERY = "/.well-known/openid-configuration"
 # Signatures by a key that only the provider has: none, and none that our own secret could make.
 ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA"]
 ATTEMPT_SECONDS = 600.0
-MOST_ATTEMPTS = 1000
+MOST_USED = 10_000
+"""So many used states are remembered; after as many others the provider alone refuses a code again."""
+LONGEST_WANTED = 1024
+"""In bytes of UTF-8: proxies take 4096 of all headers, and encryption makes four of three."""
 LEEWAY_SECONDS = 60
 TIMEOUT_SECONDS = 10.0
 KEYS_SECONDS = 30.0
 """Unknown keys are looked for at the provider no more often than this."""
+SILENT_SECONDS = 10.0
+"""For so long nobody asks a provider that has just not said where it is found."""
+SUBJECT = re.compile(r"(?!sha256:)[!-'*-~]{1,128}")
+"""Subjects that stand in names as they are: short, no space, no parenthesis. Of others the hash does."""
 
 
 class OidcSettings(BaseModel):
@@ -86,9 +98,9 @@ def read_settings(path: Path) -> tuple[OidcSettings, str]:
 
 @dataclass(frozen=True)
 class Attempt:
-    """Somebody who was sent to the provider. ``browser``: what its cookie holds."""
+    """Somebody who was sent to the provider, as the browser's cookie holds it, encrypted."""
 
-    browser: str
+    state: str
     nonce: str
     verifier: str
     wanted: str
@@ -114,8 +126,11 @@ class Provider:
         self.settings = settings
         self._secret = secret
         self._now = now
+        self._attempts = Fernet(Fernet.generate_key())
         self._lock = threading.Lock()
-        self._attempts: dict[str, Attempt] = {}
+        self._used: dict[str, float] = {}
+        self._asking = threading.Lock()
+        self._silent: tuple[float, str] | None = None
         self._addresses: dict[str, str] = {}
         self._keys: Any = None
         self._keys_fetched = float("-inf")
@@ -128,45 +143,46 @@ class Provider:
     def begin(self, wanted: str, here: str) -> tuple[str, str]:
         """The provider's address for a new attempt, and the cookie that binds it to this browser.
 
-        ``here``: this server's address as the browser called it.
+        ``here``: this server's address as the browser called it. ``wanted``: where the browser goes
+        afterwards; forgotten where it is too long for a cookie.
 
         Raises:
             AccountError: the provider cannot be reached or says nonsense.
         """
         callback = (self.settings.address or here).rstrip("/") + CALLBACK
-        attempt = Attempt(
-            secrets.token_urlsafe(32),
-            secrets.token_urlsafe(32),
-            secrets.token_urlsafe(64),
-            wanted,
-            callback,
-            self._now(),
-        )
+        nonce, verifier = secrets.token_urlsafe(32), secrets.token_urlsafe(64)
         endpoint = self._address("authorization_endpoint")
         with self._session(callback) as session:
             address, state = session.create_authorization_url(
-                endpoint, code_verifier=attempt.verifier, nonce=attempt.nonce
+                endpoint, code_verifier=verifier, nonce=nonce
             )
-        with self._lock:
-            for old in [s for s, a in self._attempts.items() if self._over(a)]:
-                del self._attempts[old]
-            while len(self._attempts) >= MOST_ATTEMPTS:
-                del self._attempts[next(iter(self._attempts))]
-            self._attempts[state] = attempt
-        return address, attempt.browser
+        wanted = wanted if len(wanted.encode()) <= LONGEST_WANTED else ""
+        attempt = Attempt(state, nonce, verifier, wanted, callback, self._now())
+        text = json.dumps(asdict(attempt), ensure_ascii=False)
+        return address, self._attempts.encrypt(text.encode()).decode()
 
-    def finish(self, state: str, code: str, browser: str) -> Identity:
+    def finish(
+        self, state: str, code: str, cookie: str, error: str = "", description: str = ""
+    ) -> Identity:
         """Who has come back from the provider with a code.
 
+        ``error``, ``description``: what the provider says instead of a code.
+
         Raises:
-            AccountError: not this browser's attempt, an ID token that is not sound, or no role here.
+            AccountError: not this browser's attempt, the provider refused, an ID token that is not
+                sound, or no role here.
         """
-        with self._lock:
-            attempt = self._attempts.pop(state, None)
-        if attempt is None or self._over(attempt) or not code:
+        attempt = self._attempt(cookie)
+        if attempt is None or self._over(attempt):
             raise AccountError("this sign-in was not begun here, or took too long: try again")
-        if not hmac.compare_digest(browser.encode(), attempt.browser.encode()):
-            raise AccountError("this sign-in was begun in another browser: try again")
+        if not hmac.compare_digest(state.encode(), attempt.state.encode()):
+            raise AccountError(
+                "this sign-in is not the one that this browser began last: try again"
+            )
+        self._use(attempt)
+        if error or not code:
+            words = _line(f"{error}: {description}" if description else error) or "it sent no code"
+            raise AccountError(f"{self.title} refused the sign-in: {words}")
         claims = self._claims(self._id_token(code, attempt), attempt.nonce)
         role = self._role(claims)
         if role is None:
@@ -174,6 +190,23 @@ class Provider:
                 f"{self.title} knows you, but none of your {self.settings.claim} has a role here"
             )
         return Identity(self._name(claims), role, attempt.wanted)
+
+    def _attempt(self, cookie: str) -> Attempt | None:
+        try:
+            return Attempt(**json.loads(self._attempts.decrypt(cookie.encode())))
+        except InvalidToken:
+            return None
+
+    def _use(self, attempt: Attempt) -> None:
+        """Mark a state as used. Raises AccountError where it was."""
+        with self._lock:
+            for old in [state for state, until in self._used.items() if until < self._now()]:
+                del self._used[old]
+            if attempt.state in self._used:
+                raise AccountError("this sign-in has been used already: try again")
+            while len(self._used) >= MOST_USED:
+                del self._used[next(iter(self._used))]
+            self._used[attempt.state] = attempt.began + ATTEMPT_SECONDS
 
     def _id_token(self, code: str, attempt: Attempt) -> str:
         import requests
@@ -229,6 +262,12 @@ class Provider:
         several = isinstance(audience, list) and len(audience) > 1
         if (several or "azp" in claims) and claims.get("azp") != wanted.client_id:
             raise AccountError(f"the ID token of {self.title} is for another program")
+        if not isinstance(claims["sub"], str):
+            raise AccountError(f"the ID token of {self.title} does not say who you are")
+        if wanted.claim == "email" and claims.get("email_verified") is not True:
+            raise AccountError(
+                f"{self.title} has not verified your email address, so it has no role here"
+            )
         return claims
 
     def _role(self, claims: dict[str, Any]) -> str | None:
@@ -241,13 +280,20 @@ class Provider:
         return VIEWER if values & set(self.settings.viewers) else None
 
     def _name(self, claims: dict[str, Any]) -> str:
-        """A name for people, and what identifies the person; no local account can have such a name."""
+        """A name for people, and in parentheses what identifies the person, which is never cut.
+
+        The name is the person's own choice, so it has no parentheses; no local account has any either.
+        """
         shown = next(
             (claims[k] for k in ("preferred_username", "email") if isinstance(claims.get(k), str)),
             "",
         )
-        identity = f"{claims['sub']} at {urlsplit(self.settings.issuer).hostname}"
-        return _line(f"{shown[:64]} ({identity})" if shown else f"({identity})")
+        shown = _line(shown.replace("(", " ").replace(")", " ")[:64])
+        subject = claims["sub"]
+        if not SUBJECT.fullmatch(subject):
+            subject = "sha256:" + hashlib.sha256(subject.encode(errors="surrogatepass")).hexdigest()
+        identity = f"({subject} at {urlsplit(self.settings.issuer).hostname})"
+        return f"{shown} {identity}" if shown else identity
 
     def _session(self, callback: str) -> Any:
         from authlib.integrations.requests_client import OAuth2Session
@@ -262,15 +308,26 @@ class Provider:
         )
 
     def _address(self, key: str) -> str:
-        if not self._addresses:
-            found = self._fetch(self.settings.issuer.rstrip("/") + DISCOVERY)
-            if found.get("issuer") != self.settings.issuer:
-                raise AccountError(f"{self.title} calls itself {_line(found.get('issuer'))}")
-            self._addresses = {k: v for k, v in found.items() if isinstance(v, str)}
+        # One asks; a failure is told to all who come within a while.
+        with self._asking:
+            if not self._addresses:
+                if self._silent is not None and self._now() < self._silent[0]:
+                    raise AccountError(self._silent[1])
+                try:
+                    self._addresses = self._discover()
+                except AccountError as error:
+                    self._silent = (self._now() + SILENT_SECONDS, str(error))
+                    raise
         address = self._addresses.get(key, "")
         if not _private(address):
             raise AccountError(f"{self.title} has no {key} by https")
         return address
+
+    def _discover(self) -> dict[str, str]:
+        found = self._fetch(self.settings.issuer.rstrip("/") + DISCOVERY)
+        if found.get("issuer") != self.settings.issuer:
+            raise AccountError(f"{self.title} calls itself {_line(found.get('issuer'))}")
+        return {k: v for k, v in found.items() if isinstance(v, str)}
 
     def _key_set(self) -> Any:
         from joserfc.jwk import KeySet

@@ -6,6 +6,7 @@ happen in a process of their own, and the dashboard's memory stays what it is.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fedserver.ledger import Ledger, LedgerError
+
+PROGRAM = "fedserver.dashboard.recording"
+LONGEST_SECONDS = 1800.0
+"""A verification that takes longer is ended."""
 
 
 def append(
@@ -40,26 +45,52 @@ def append(
     )
 
 
-def verify(folder: Path) -> dict[str, Any]:
+async def verify(folder: Path) -> dict[str, Any]:
     """``problems``, ``height`` and ``head`` of a ledger, every entry and blob hashed again."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        PROGRAM,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    question = json.dumps({"folder": str(folder), "entry": None}).encode()
     try:
-        return _ask({"folder": str(folder), "entry": None})
+        async with asyncio.timeout(LONGEST_SECONDS):
+            told, said = await process.communicate(question)
+        return _read(told.decode(), said.decode(errors="replace"), process.returncode)
+    except TimeoutError:
+        problem = (
+            f"it was not verified within {LONGEST_SECONDS / 60:.0f} minutes: run fedbraid ledger"
+            f" verify {folder}"
+        )
+        return {"problems": [problem], "height": 0, "head": ""}
     except LedgerError as error:
         return {"problems": [str(error)], "height": 0, "head": ""}
+    finally:
+        # Also where the server is stopped meanwhile.
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
 
 
 def _ask(question: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "fedserver.dashboard.recording"],
+        [sys.executable, "-m", PROGRAM],
         input=json.dumps(question, allow_nan=False),
         capture_output=True,
         text=True,
     )
+    return _read(done.stdout, done.stderr, done.returncode)
+
+
+def _read(told: str, said: str, code: int | None) -> dict[str, Any]:
     try:
-        answer: dict[str, Any] = json.loads(done.stdout)
+        answer: dict[str, Any] = json.loads(told)
     except ValueError:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise LedgerError(f"the ledger's process ended with {done.returncode}: {last}") from None
+        last = (said.strip().splitlines() or ["it said nothing"])[-1]
+        raise LedgerError(f"the ledger's process ended with {code}: {last}") from None
     if "error" in answer:
         raise LedgerError(answer["error"])
     return answer

@@ -47,7 +47,8 @@ class Replays:
 
     def page(self, run: RunReader, number: int) -> Page:
         """How far the replay of a round is: the digest that the ledger has, and the one it gave."""
-        entry = run.round_entry(number)
+        # Not the one that is kept: the folder may hold another run of that name by now.
+        entry = run.entry("round", number)
         if entry is None:
             raise NotThere(f"round {number} was not committed")
         data: dict[str, Any] = {
@@ -62,7 +63,7 @@ class Replays:
         }
         with self._lock:
             job = self._found.get((run.identity, number))
-        if job is None:
+        if job is None or not job.log.is_file():
             return Page(data)
         code = job.process.poll()
         lines = _lines(job)
@@ -70,7 +71,8 @@ class Replays:
         last = next((line for line in done if line.get("round") == number), None)
         data["rounds_done"] = len(done)
         if last is not None:
-            data |= {"state": "finished", "replayed": last["found"], "equal": last["equal"]}
+            data |= {"state": "finished", "replayed": last["found"]}
+            data["equal"] = last["found"] == data["recorded"]
         elif code is None:
             data["state"] = "working"
         else:

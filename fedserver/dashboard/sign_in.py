@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from anyio import CapacityLimiter, to_thread
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
@@ -14,6 +17,9 @@ from fedserver.dashboard.html import render
 from fedserver.dashboard.oidc import Provider
 from fedserver.dashboard.page import NotThere
 
+PROVIDER_THREADS = 4
+"""Anybody may begin to sign in; so many threads wait for the provider, and none of those of pages."""
+
 
 class SignIn:
     """The handlers; where one goes afterwards is always this server."""
@@ -21,6 +27,7 @@ class SignIn:
     def __init__(self, accounts: Accounts, provider: Provider | None) -> None:
         self.accounts = accounts
         self.provider = provider
+        self._waiting = CapacityLimiter(PROVIDER_THREADS)
 
     def routes(self) -> list[Route]:
         """Their addresses."""
@@ -60,13 +67,15 @@ class SignIn:
         wanted = _own_path(request.query_params.get("wanted", ""))
         here = str(request.base_url)
         try:
-            address, browser = await run_in_threadpool(self.provider.begin, wanted, here)
+            address, attempt = await to_thread.run_sync(
+                self.provider.begin, wanted, here, limiter=self._waiting
+            )
         except AccountError as error:
             return self._login_page(request, str(error), wanted, 502)
         answer = RedirectResponse(address, 303)
         # Lax: the way back begins at the provider's page.
         answer.set_cookie(
-            oidc.COOKIE, browser, max_age=int(oidc.ATTEMPT_SECONDS), path="/", secure=True,
+            oidc.COOKIE, attempt, max_age=int(oidc.ATTEMPT_SECONDS), path="/", secure=True,
             httponly=True, samesite="lax",
         )  # fmt: skip
         return answer
@@ -76,11 +85,16 @@ class SignIn:
         if self.provider is None:
             raise NotThere("no OpenID provider is configured here")
         query = request.query_params
-        browser = request.cookies.get(oidc.COOKIE, "")
+        finish = partial(
+            self.provider.finish,
+            query.get("state", ""),
+            query.get("code", ""),
+            request.cookies.get(oidc.COOKIE, ""),
+            error=query.get("error", ""),
+            description=query.get("error_description", ""),
+        )
         try:
-            who = await run_in_threadpool(
-                self.provider.finish, query.get("state", ""), query.get("code", ""), browser
-            )
+            who = await to_thread.run_sync(finish, limiter=self._waiting)
         except AccountError as error:
             return self._login_page(request, str(error), "", 401)
         self.accounts.sign_out(request.scope["cookie"])

@@ -170,6 +170,13 @@ class Registry:
             ).rowcount
         return bool(gone or void)
 
+    def withdraw(self, token: Token) -> None:
+        """Make one invitation void, unless it was used; another of the same name stands."""
+        with self._transaction() as run:
+            run.execute(
+                "DELETE FROM invitations WHERE verifier = ? AND used IS NULL", (token.verifier,)
+            )
+
     def admit(self, signed: Signed) -> Node:
         """The node behind a signed request, whose time is used up by this.
 

@@ -114,7 +114,9 @@ def test_an_endpoint_receives_them_and_no_head_changes(
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
         heard: list[events.Event] = []
         run_local(configuration, tmp_path / name, heard.append)
-        warned[name] = sum("could not be delivered" in str(event) for event in heard)
+        warned[name] = sum(
+            "at least" in str(event) and "delivered" in str(event) for event in heard
+        )
         heads[name] = ledger_head(tmp_path / name)
         assert bool(requests) == (name != "off")
     assert len(set(heads.values())) == 1
@@ -149,3 +151,13 @@ def test_without_an_endpoint_or_the_package_there_is_nothing_between(
     assert traced(emit) is emit
     assert [type(event) for event in heard] == [events.Notice]
     assert "fedbraid[telemetry]" in str(heard[0])
+
+
+def test_a_variable_that_cannot_be_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[events.Event] = []
+    emit = heard.append
+    monkeypatch.setenv(ENDPOINTS[0], "http://127.0.0.1:9/v1/traces")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "-1")
+    assert traced(emit) is emit
+    assert [type(event) for event in heard] == [events.Notice]
+    assert "no traces" in str(heard[0])

@@ -13,12 +13,15 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from starlette.testclient import TestClient
 
 from fedhost.enrolment import EnrolmentRefused, JoinRequest, Token
-from fedserver.dashboard.accounts import OPERATOR, VIEWER, Accounts
+from fedserver.dashboard import devices
+from fedserver.dashboard.accounts import OPERATOR, VIEWER, Accounts, Session
 from fedserver.dashboard.application import make_application
 from fedserver.dashboard.guard import COOKIE
+from fedserver.dashboard.page import Question
 from fedserver.deployment.folder import ServerFolder
+from fedserver.deployment.invitation import invite as make
 from fedserver.deployment.registry import Registry
-from fedserver.ledger import Ledger
+from fedserver.ledger import Ledger, LedgerError
 from fedserver.statements import open_seal
 
 WHY = "a laptop for the school"
@@ -87,7 +90,7 @@ def test_a_token_is_shown_once_recorded_and_lets_one_device_join(
     assert (
         answer.json()["command"] == f"fedbraid client join https://127.0.0.1:8443 --token {token}"
     )
-    ledger = Ledger(root / ".dashboard" / "ledger")
+    ledger = Ledger(deployment.runs / ".dashboard" / "ledger")
     entries = list(ledger.entries())
     assert ledger.verify() == []
     ledger.close()
@@ -102,7 +105,7 @@ def test_a_token_is_shown_once_recorded_and_lets_one_device_join(
         told = client.get(path, headers={"accept": "text/html"}).text
         for secret in (first, token, Token.parse(token).secret.hex()):
             assert secret not in told
-    for file in (root / ".dashboard").rglob("*"):
+    for file in (deployment.runs / ".dashboard").rglob("*"):
         if file.is_file():
             assert token.encode() not in file.read_bytes()
     # The second one of that name has made the first void.
@@ -121,7 +124,7 @@ def test_a_token_is_shown_once_recorded_and_lets_one_device_join(
 
 
 def test_it_needs_an_operator_a_reason_a_name_and_the_sessions_token(
-    visitor: Callable[[str], tuple[TestClient, str]], root: Path
+    visitor: Callable[[str], tuple[TestClient, str]], deployment: ServerFolder
 ) -> None:
     client, csrf = visitor(VIEWER)
     good = {"csrf": csrf, "name": "school", "reason": WHY}
@@ -142,10 +145,75 @@ def test_it_needs_an_operator_a_reason_a_name_and_the_sessions_token(
         assert client.post("/devices/invite", data=good | wrong).status_code == 409, wrong
     assert client.get("/api/v1/devices").json()["tables"]["invitations"]["total"] == 0
     # Where nothing can be recorded, no token is made.
-    held = Ledger(root / ".dashboard" / "ledger", create=True)
+    held = Ledger(deployment.runs / ".dashboard" / "ledger", create=True)
     assert client.post("/devices/invite", data=good).status_code == 409
     held.close()
     assert client.get("/api/v1/devices").json()["tables"]["invited"]["total"] == 0
+
+
+def test_a_deployment_has_one_set_of_accounts_and_one_record_however_it_is_served(
+    deployment: ServerFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedserver.dashboard.accounts.SCRYPT_N", 16)
+    Accounts(deployment.path).add("olga", OPERATOR, "a long password")
+    monkeypatch.chdir(deployment.runs)
+    for root in (deployment.path, deployment.runs, Path()):
+        assert Accounts(root).names() == [("olga", OPERATOR)]
+    who = Session("olga", OPERATOR)
+    for number, root in enumerate((deployment.path, deployment.runs)):
+        devices.invite(root, {"name": f"n{number}", "reason": WHY}, who)
+    for root in (deployment.path, deployment.runs):
+        page = devices.devices(root, Question())
+        assert [row["arguments"] for row in page.tables["invitations"].rows] == [
+            "hours 24.0, node n1",
+            "hours 24.0, node n0",
+        ]
+    assert not (deployment.path / ".dashboard").exists()
+
+
+def test_what_cannot_be_read_is_a_warning_and_not_nothing(
+    visitor: Callable[[str], tuple[TestClient, str]], deployment: ServerFolder
+) -> None:
+    client, csrf = visitor(OPERATOR)
+    form = {"csrf": csrf, "name": "school", "reason": WHY}
+    html = {"accept": "text/html"}
+    assert "Nobody has invited" in client.get("/devices", headers=html).text
+    assert client.post("/devices/invite", data=form).status_code == 201
+    page = client.get("/devices", headers=html).text
+    assert "fedbraid server invite</code> prints are not recorded" in page
+    assert client.get("/api/v1/devices").json()["problems"] == []
+    record = deployment.runs / ".dashboard" / "ledger" / "ledger.db"
+    for file in (record, deployment.registry):
+        for beside in file.parent.glob(f"{file.name}-*"):
+            beside.unlink()
+        file.write_bytes(b"damaged" * 1000)
+        answer = client.get("/devices", headers=html)
+        assert answer.status_code == 200
+        assert str(file) in answer.text
+        assert "Nobody has invited" not in answer.text
+        assert client.post("/devices/invite", data=form, headers=html).status_code == 409
+    settings = deployment.path / "server.toml"
+    settings.write_text("listen = \n")
+    answer = client.get("/devices", headers=html)
+    assert answer.status_code == 200
+    assert str(settings) in answer.text
+    assert len(client.get("/api/v1/devices").json()["problems"]) == 3
+
+
+def test_only_the_token_that_could_not_be_recorded_is_void(
+    deployment: ServerFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meanwhile: list[str] = []
+
+    def append(*told: object, **more: object) -> None:
+        meanwhile.append(make(deployment, "school", 1.0).token)
+        raise LedgerError("the disk is full")
+
+    monkeypatch.setattr(devices.recording, "append", append)
+    who = Session("olga", OPERATOR)
+    with pytest.raises(LedgerError):
+        devices.invite(deployment.path, {"name": "school", "reason": WHY}, who)
+    assert join(deployment, meanwhile[0]) == "school"
 
 
 def test_runs_alone_are_no_deployment_and_the_page_says_so(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,40 @@ def test_an_account_is_locked_after_failures_and_an_unknown_name_tells_nothing(
     assert accounts.session(cookie) is not None
     now[0] += 3 * 3600
     assert accounts.session(cookie) is None
+
+
+@pytest.mark.parametrize("change", ["remove", "password", "role", "remove and add", "file gone"])
+def test_a_command_that_changes_an_account_ends_its_sessions_in_a_server_that_runs(
+    client: TestClient, sign_in: SignIn, runs: Path, change: str
+) -> None:
+    sign_in("vera")
+    others = client.cookies[COOKIE]
+    client.cookies.clear()
+    csrf = sign_in("olga")
+    file = runs / ".dashboard" / "accounts.db"
+    # As if nobody had changed the file for long.
+    os.utime(file, ns=(1, 1))
+    assert client.get("/").status_code == 200
+    command = Accounts(runs)
+    if "remove" in change:
+        command.remove("olga")
+    if change == "password":
+        command.add("olga", "operator", "another long password")
+    if change == "role":
+        command.add("olga", "viewer", PASSWORD)
+    if "add" in change:
+        command.add("olga", "operator", PASSWORD)
+    if change == "file gone":
+        file.unlink()
+    assert client.post(ACT, data={"csrf": csrf, "reason": "spite"}).status_code == 401
+    assert client.get("/").status_code == 401
+    held = {"cookie": f"{COOKIE}={others}"}
+    client.cookies.clear()
+    status = 401 if change == "file gone" else 200
+    assert client.get("/", headers=held).status_code == status
+    if change in ("role", "remove and add"):
+        sign_in("olga")
+        assert client.get("/").status_code == 200
 
 
 def test_an_invitation_signs_in_once(runs: Path) -> None:

@@ -51,6 +51,28 @@ def test_a_replayed_round_has_the_recorded_digest_and_a_damaged_one_says_so(
     assert found["said"]
 
 
+def test_a_replay_is_compared_with_what_is_recorded_now_and_forgotten_with_its_log(
+    client: TestClient, sign_in: Callable[[str], str], runs: Path
+) -> None:
+    csrf = sign_in("olga")
+    page = "/api/v1/runs/mixed/rounds/1/replay"
+    assert replayed(client, csrf, 1)["equal"] is True
+    database = sqlite3.connect(runs / "mixed" / "ledger.db")
+    other = "ab" * 32
+    database.execute(
+        "UPDATE entries SET content = json_set(content, '$.state', ?) WHERE kind = 'round'",
+        (other,),
+    )
+    database.commit()
+    database.close()
+    found = client.get(page).json()
+    assert (found["state"], found["recorded"], found["equal"]) == ("finished", other, False)
+    for log in (runs / ".dashboard").glob("job-*.log"):
+        log.unlink()
+    found = client.get(page).json()
+    assert (found["state"], found["replayed"], found["equal"]) == ("not asked", None, None)
+
+
 def test_signatures_of_updates_and_the_servers_key_are_shown(
     client: TestClient, sign_in: Callable[[str], str], runs: Path
 ) -> None:
