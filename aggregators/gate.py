@@ -103,10 +103,9 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
     """Check everything that can be checked, cheapest first. Raises UpdateRejected and nothing else."""
     reply, signature = split_signature(payload)
     method = context.plan.method
-    cohort = method.names if isinstance(method, CohortMethod) else []
-    max_bytes = context.max_bytes * (len(cohort) * EXACT_BYTES if cohort else 1)
-    max_examples = context.max_examples * (len(cohort) or 1)
-    envelope = open_envelope(reply, max_bytes)
+    nodes = len(method.names) if isinstance(method, CohortMethod) else 1
+    max_examples = context.max_examples * nodes
+    envelope = open_envelope(reply, most_bytes(context))
     _check_identity(envelope, context)
     if context.public_key is not None:
         check_signature(envelope, signature, context.public_key)
@@ -118,8 +117,8 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
             Verdict.WEIGHT,
             f"{envelope.report.examples} examples exceed the limit of {max_examples}",
         )
-    if not cohort and (beyond := envelope.report.beyond_one_node()):
-        raise UpdateRejected(Verdict.WEIGHT, beyond)
+    if claimed := envelope.report.beyond(nodes):
+        raise UpdateRejected(Verdict.WEIGHT, claimed)
     if context.view is not None and envelope.report.view != context.view:
         raise UpdateRejected(
             Verdict.DIVERGED,
@@ -142,6 +141,14 @@ def admit(payload: bytes, context: GateContext) -> Admitted:
         raise UpdateRejected(Verdict.WRONG_FAMILY, "an update came with an evaluation")
     checked = signature if context.public_key is not None else None
     return Admitted(update, envelope.report, envelope.payload_digest, reply, checked)
+
+
+def most_bytes(context: GateContext) -> int:
+    """How long a reply may be: an edge's as its devices' together, with numbers of exact sums."""
+    method = context.plan.method
+    if isinstance(method, CohortMethod):
+        return context.max_bytes * len(method.names) * EXACT_BYTES
+    return context.max_bytes
 
 
 def norm_of(update: Update | Cohort) -> float:

@@ -144,7 +144,7 @@ class Report(_Message):
     began without. ``unchanged``: training was sound and found nothing to change, so that the update is
     zero; one that is zero unsaid is a defect.
 
-    The fields hold the sums of many devices; ``beyond_one_node`` has the limits of one.
+    The fields hold the sums of many devices; ``beyond`` has the limits of a number of them.
     """
 
     examples: int = Field(ge=1, le=MAX_EXAMPLES * MOST_DEVICES)
@@ -159,8 +159,8 @@ class Report(_Message):
     residual: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     unchanged: bool = False
 
-    def beyond_one_node(self) -> str:
-        """What of it is more than one node can have counted, in words; "" for an honest node's."""
+    def beyond(self, nodes: int) -> str:
+        """What of it is more than so many nodes can have counted, in words; "" for an honest report."""
         limits: dict[str, float] = {
             "examples": MAX_EXAMPLES,
             "train_tokens": MOST_COUNTED,
@@ -171,13 +171,13 @@ class Report(_Message):
             for name, number in self.evaluation.model_dump().items():
                 told[f"evaluation.{name}"] = number
                 limits[f"evaluation.{name}"] = (
-                    MOST_LOSS_SUM if name.endswith("loss_sum") else MOST_COUNTED
+                    MOST_LOSS_SUM * ROUNDED_UP if name.endswith("loss_sum") else MOST_COUNTED
                 )
         return next(
             (
-                f"{name} {number:g} exceeds one node's limit of {limits[name]:g}"
+                f"{name} {number:g} exceeds the limit of {nodes * limits[name]:g}"
                 for name, number in told.items()
-                if number > limits[name]
+                if number > nodes * limits[name]
             ),
             "",
         )

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from aggregators import UpdateRejected, Verdict, admit, decode
 from aggregators.codec import METADATA_KEY, pack, unpack
+from aggregators.gate import most_bytes
 from aggregators.messages import open_body
 from simulations.benchmarks.specimens import LAYOUT, Specimen, forge, specimens, with_body
 
@@ -337,7 +338,7 @@ PROTOCOL = {
     "a negative loss": case(report(train_loss=-1.0), V.MALFORMED),
     "a loss as text": case(report(train_loss="low"), V.MALFORMED),
     "negative steps": case(report(steps=-1), V.MALFORMED),
-    "tokens of 14 digits": case(report(train_tokens=10**14), V.MALFORMED),
+    "tokens of 14 digits": case(report(train_tokens=10**14), V.WEIGHT),
     "a report with more in it": case(report(weight=1000), V.MALFORMED),
     "another view": case(report(view="6" * 64), V.DIVERGED),
     "no view": case(report(view=""), V.DIVERGED),
@@ -364,7 +365,11 @@ PROTOCOL = {
 
 RESOURCES = {
     "more bytes than are allowed": case(
-        around(lambda f, t: t.update(body=torch.zeros(1 << 20, dtype=torch.uint8))), V.TOO_LARGE),
+        lambda reply, specimen: around(
+            lambda f, t: t.update(
+                body=torch.zeros(most_bytes(specimen.context), dtype=torch.uint8)
+            )
+        )(reply, specimen), V.TOO_LARGE),
     "an envelope of 100 KB": case(envelope(run="r" * 100_000), V.MALFORMED),
     "a report of 100 KB": case(report(notes="r" * 100_000), V.MALFORMED),
     "an envelope in an envelope": case(
