@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,31 +20,7 @@ from torch import Tensor
 
 from aggregators.basis import Basis, Sides
 from aggregators.methods import Optimiser
-
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
-
-
-@dataclass
-class Moments:
-    """Adam's two running means of one tensor's gradient, and how many gradients they have seen."""
-
-    first: Tensor
-    second: Tensor
-    steps: int = 0
-
-    @classmethod
-    def like(cls, gradient: Tensor) -> Moments:
-        """Before the first gradient."""
-        return cls(torch.zeros_like(gradient), torch.zeros_like(gradient))
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """Take a gradient in; the step for a learning rate of one, against it."""
-        self.steps += 1
-        self.first.lerp_(gradient, 1 - BETAS[0])
-        self.second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        root = (self.second / (1 - BETAS[1] ** self.steps)).sqrt_().add_(EPSILON)
-        return self.first / (1 - BETAS[0] ** self.steps) / root
+from fedclient.local.moments import Moments
 
 
 class WithinBasis(torch.optim.Optimizer):

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 import fedkernels as fk
+from fedclient.local.moments import Moments
 
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
 # Steps for which the directions are kept; the paper's.
 REFRESH = 200
 # Columns beside the rank, and rounds of power iteration, of the randomised range finder.
@@ -60,12 +59,8 @@ class LowRankAdamW(torch.optim.Optimizer):
             directions = state["directions"]
             gradient = directions.T @ gradient if wide else gradient @ directions
         if steps == 1:
-            state["first"], state["second"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        first, second = state["first"], state["second"]
-        first.lerp_(gradient, 1 - BETAS[0])
-        second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        root = (second / (1 - BETAS[1] ** steps)).sqrt_().add_(EPSILON)
-        change = first / (1 - BETAS[0] ** steps) / root
+            state["moments"] = Moments.like(gradient)
+        change = state["moments"].direction(gradient)
         if low:
             change = directions @ change if wide else change @ directions.T
         parameter.sub_(change, alpha=learning_rate)

@@ -161,7 +161,7 @@ def test_the_moments_of_matrices_are_of_the_low_rank():
         for leaf in (wide, tall, vector):
             leaf.grad = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(2))
         optimiser.step()
-    shapes = [tuple(optimiser.state[leaf]["first"].shape) for leaf in (wide, tall, vector)]
+    shapes = [tuple(optimiser.state[leaf]["moments"].first.shape) for leaf in (wide, tall, vector)]
     assert shapes == [(3, 30), (30, 3), (9,)]
     for leaf in (wide, tall):
         assert int(torch.linalg.matrix_rank(leaf.detach())) == 3
