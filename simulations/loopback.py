@@ -79,8 +79,9 @@ class Loopback:
             f'[superlink]\ndefault = "loop"\n\n[superlink.loop]\naddress = "{HOST}:{self.port}"\n'
             "insecure = true\n"
         )
+        superlink = "-m fedserver.deployment.superlink" if self.resident else "flower-superlink"
         self._add(
-            "superlink", self._home, "flower-superlink", "--insecure", "--host", HOST,
+            "superlink", self._home, superlink, "--insecure", "--host", HOST,
             "--port", str(self.port), "--isolation", "process",
             "--database", str(self.folder / "server" / "superlink.db"),
             "--disable-runtime-dependency-installation",

@@ -133,7 +133,8 @@ def test_devices_join_train_and_are_shut_out(
         told = run.result()
     simulate(load(str(scenario), []), tmp_path / "simulated", lambda event: None, samples=0)
     head = ledger_head(tmp_path / "simulated")
-    assert re.search(rf"ledger head {head}", told), told
+    deployed, simulated = server / "runs" / "joined", tmp_path / "simulated"
+    assert re.search(rf"ledger head {head}", told), told + _unlike(deployed, simulated)
     fedbraid("ledger", "verify", server / "runs" / "joined")
     ledger = Ledger(server / "runs" / "joined")
     measured = [entry.wall["memory"] for entry in ledger.entries("round")]
@@ -180,6 +181,20 @@ def _foreign_replies(server: ServerFolder, folder: Path) -> list[str]:
     _until(lambda: control.run_status(run).finished)
     assert control.run_status(run).outcome == "completed", control.run_status(run)
     return (folder / "replies").read_text().splitlines()
+
+
+def _unlike(*folders: Path) -> str:
+    """What the rounds of the runs' ledgers say of the nodes, and the deployed run's log."""
+    told = []
+    for folder in folders:
+        ledger = Ledger(folder)
+        for entry in ledger.entries():
+            nodes = entry.content.get("nodes", [])
+            rows = [(row["node"], row["verdict"], row["reason"], row["update"]) for row in nodes]
+            told.append(f"{entry.kind} {entry.round} {entry.content.get('state')} {rows}")
+        ledger.close()
+    log = folders[0] / "events.jsonl"
+    return "\n".join(told) + (log.read_text()[-6000:] if log.exists() else "")
 
 
 def _kill(folder: Path, name: str) -> None:
