@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import fedkernels as fk
+from aggregators.bit_packing import pack_bits, unpack_bits, width_of
 from aggregators.layout import Layout
 from aggregators.probe_codec import read_reach
 from aggregators.projected import ProjectedGradient
@@ -195,22 +196,20 @@ class ProbeSum:
     def parts(self, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Header and tensors; the totals of all vectors lie behind each other, as narrow as they fit."""
         everything = torch.cat(self.vectors)
-        largest = int(everything.abs().max())
-        kind = next(
-            k for k in (torch.int8, torch.int16, torch.int32) if largest <= torch.iinfo(k).max
-        )
+        width = width_of(everything)
         header: dict[str, Any] = {
             "seed": self.master_seed,
             "probe": self.probe,
             "exponent": self.exponent,
             "sizes": [len(vector) for vector in self.vectors],
+            "bits": width,
         }
         if self.reach != EVERYTHING:
             header["reach"] = [self.reach.blocks, self.reach.density]
         if self.places != {spec.name: 0 for spec in self.layout}:
             ids = [self.layout.tensor_id(name) for name in self.places]
             header["places"] = [ids, list(self.places.values())]
-        return header, {f"{prefix}{TOTALS}": everything.to(kind)}
+        return header, {f"{prefix}{TOTALS}": pack_bits(everything, width)}
 
     @classmethod
     def from_parts(
@@ -218,10 +217,9 @@ class ProbeSum:
     ) -> ProbeSum:
         """What ``parts`` wrote. Raises UpdateRejected for anything else."""
         try:
-            totals = tensors[f"{prefix}{TOTALS}"]
-            if totals.is_floating_point():
-                raise ValueError("totals are not whole numbers")
-            vectors = torch.split(totals.to(torch.int64), header["sizes"])
+            sizes = header["sizes"]
+            totals = unpack_bits(tensors[f"{prefix}{TOTALS}"], header["bits"], sum(sizes))
+            vectors = torch.split(totals, sizes)
             ids, places = header.get("places", (range(len(layout)), [0] * len(layout)))
             named = {layout.tensors[i].name: p for i, p in zip(ids, places, strict=True)}
             return cls(

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregators import Layout, SeedScalars, UpdateRejected, Verdict, decode, encode
+from aggregators.bit_packing import pack_bits
 from aggregators.codec import METADATA_KEY, pack, unpack
 from aggregators.messages import (
     Capabilities,
@@ -136,8 +137,8 @@ def plan_bytes(asked, view, tensors, **changes):
 
 
 LOW_RANK = {"adapter": {"schema": 1, "family": "low_rank"}}
-SUM = {"seed": 1, "probe": "rank1", "exponent": -9, "sizes": [2]}
-TOTALS = {"sums.0.totals": torch.tensor([1, -2], dtype=torch.int32)}
+SUM = {"seed": 1, "probe": "rank1", "exponent": -9, "sizes": [2], "bits": 2}
+TOTALS = {"sums.0.totals": pack_bits(torch.tensor([1, -2]), 2)}
 
 
 def factors(b, a):
@@ -161,8 +162,11 @@ def factors(b, a):
         ({"sums": 7}, {}, {}),
         ({"sums": [7]}, TOTALS, {}),
         ({"sums": [SUM]}, {}, {}),
-        ({"sums": [SUM | {"sizes": [3]}]}, TOTALS, {}),
+        ({"sums": [SUM | {"sizes": [5]}]}, TOTALS, {}),
         ({"sums": [SUM | {"sizes": []}]}, TOTALS, {}),
+        ({"sums": [SUM | {"sizes": [10**15]}]}, TOTALS, {}),
+        ({"sums": [SUM | {"bits": 33}]}, TOTALS, {}),
+        ({"sums": [SUM | {"bits": "2"}]}, TOTALS, {}),
         ({"sums": [SUM | {"probe": "cauchy"}]}, TOTALS, {}),
         ({"sums": [SUM | {"seed": -1}]}, TOTALS, {}),
         ({"sums": [SUM | {"exponent": 0.5}]}, TOTALS, {}),
