@@ -28,7 +28,10 @@ def width_of(values: Tensor) -> int:
 
 
 def pack_bits(values: Tensor, width: int) -> Tensor:
-    """int64 [n] -> uint8 [ceil(n width / 8)]: two's complement, the highest bit first."""
+    """int64 [n] -> uint8 [ceil(n width / 8)]: each value + 2**(width - 1), the highest bit first.
+
+    The last byte ends with zeros.
+    """
     pieces = []
     for piece in torch.split(values, PIECE):
         raised = (piece.numpy() + (1 << (width - 1))).astype(">u4")
@@ -43,6 +46,8 @@ def unpack_bits(packed: Tensor, width: int, count: int) -> Tensor:
         raise ValueError(f"{width!r} bits are not from 1 to {WIDEST}")
     if packed.dtype != torch.uint8 or packed.ndim != 1 or len(packed) != -(-count * width // 8):
         raise ValueError(f"{count} values of {width} bits take {-(-count * width // 8)} bytes")
+    if count and int(packed[-1]) & ((1 << (-count * width % 8)) - 1):
+        raise ValueError(f"there is more than {count} values of {width} bits")
     values = torch.empty(count, dtype=torch.int64)
     for start in range(0, count, PIECE):
         own = values[start : start + PIECE]

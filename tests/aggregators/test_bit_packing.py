@@ -43,6 +43,7 @@ def test_no_bit_too_many(values: list[int], width: int) -> None:
         (torch.zeros(3, dtype=torch.uint8), 33, 3),
         (torch.zeros(3, dtype=torch.uint8), True, 24),
         (torch.zeros(0, dtype=torch.uint8), 8, -1),
+        (torch.ones(2, dtype=torch.uint8), 3, 5),
     ],
 )
 def test_other_bytes_are_refused(packed: torch.Tensor, width: int, count: int) -> None:
