@@ -75,7 +75,7 @@ screenshots: venv chromium
 test: nginx lint chromium
 	$(BIN)/python -m fedclient.base_model fetch
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
-		--cov --cov-report=term --cov-fail-under=80
+		--cov --cov-report=term --cov-fail-under=80 --durations=25 --durations-min=10
 
 bench: venv
 	$(BIN)/python -m simulations.benchmarks.recompression
