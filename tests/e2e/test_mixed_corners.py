@@ -1,4 +1,4 @@
-"""What a review of mixed cohorts found: each was wrong before it stood here."""
+"""Corners of mixed cohorts, each of which was wrong once."""
 
 from __future__ import annotations
 
