@@ -205,6 +205,9 @@ class Exchange:
                 closing = self._clock.now() + grace
             elif not pulled:
                 self._clock.wait(POLL_SECONDS)
+        if kind == QUERY:
+            # Who was not heard is met as a newcomer.
+            self._known -= {sent.node_id for sent in waiting.values()}
         self._overdue.update(waiting)
 
     def _push(self, sent: _Sent) -> str:

@@ -190,6 +190,11 @@ class Coordinator:
             )
         )
 
+        here = {name for member in roster.members for name in member.names}
+        for node in configuration.nodes:
+            if node.name not in here:
+                text = f"{node.name} is missing, and takes part from the round after it connects"
+                self._emit(events.Notice("warning", text))
         for name, reason in self._choices.items():
             self._emit(events.Notice("info", f"{name}: {reason}"))
 
