@@ -100,13 +100,16 @@ def gather_roster(
     *,
     enrolled: Mapping[str, str] | None = None,
     known: Mapping[str, str] | None = None,
+    revoked: Collection[str] = (),
 ) -> Roster:
     """Wait for the nodes, ask what they can do, and keep those that share one base model.
 
     ``enrolled``: public keys by node; where it is given and signatures are required, others stay out.
     ``known``: the keys that nodes signed with so far. A node that either names keeps its key.
+    ``revoked``: nodes that it does not wait for.
     """
-    wanted = configuration.answering()
+    wanted = configuration.answering() - sum(configuration.names(name) for name in revoked)
+    minimum = configuration.minimum_updates(without=revoked)
     waited = 0.0
     members: dict[str, Member] = {}
     failures: list[str] = []
@@ -144,11 +147,10 @@ def gather_roster(
         connected = set(exchange.nodes())
         able = connected if configuration.newcomers else connected - uninvited
         # How many are behind an edge, it says itself.
-        if len(able) < (1 if configuration.edges else configuration.minimum_updates()):
+        if len(able) < (1 if configuration.edges else minimum):
             raise ConfigurationError(
                 f"{len(able)} of {wanted} nodes connected in {CONNECT_SECONDS:.0f} s; a round"
-                f" needs {configuration.minimum_updates()}: start the missing nodes or lower 'quorum'"
-                + _told(failures)
+                f" needs {minimum}: start the missing nodes or lower 'quorum'" + _told(failures)
             )
         found = sorted(connected - asked)
         goal = max(wanted, len(able)) if configuration.newcomers else wanted
@@ -181,11 +183,10 @@ def gather_roster(
         notify(Notice("warning", f"{who} cannot take part: {problem}"))
     roster = agree(members, configuration.base_model, notify)
     taking_part = sum(len(member.names) for member in roster.members)
-    if taking_part < configuration.minimum_updates():
+    if taking_part < minimum:
         raise ConfigurationError(
             f"{taking_part} of {len(configuration.nodes)} nodes can take part, a round needs"
-            f" {configuration.minimum_updates()}: mend the others or lower 'quorum'"
-            + _told(failures)
+            f" {minimum}: mend the others or lower 'quorum'" + _told(failures)
         )
     return roster
 

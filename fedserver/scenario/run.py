@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -344,9 +344,13 @@ class RunConfiguration(RoundKeys):
         """How many answer the server itself: edges, and nodes that are behind none."""
         return len(self.edges) + len(self.nodes) - sum(len(edge.nodes) for edge in self.edges)
 
-    def minimum_updates(self) -> int:
-        """The quorum of a round, by default a majority of the nodes that it asks to train."""
-        return self.needed(self.participants(sum(node.trains for node in self.nodes)))
+    def minimum_updates(self, without: Collection[str] = ()) -> int:
+        """The quorum of a round, by default a majority of the nodes that it asks to train.
+
+        ``without``: nodes that no longer may.
+        """
+        training = sum(node.trains for node in self.nodes if node.name not in without)
+        return self.needed(self.participants(training))
 
     def names(self, name: str) -> bool:
         """Whether the scenario names a node, or an edge, so."""

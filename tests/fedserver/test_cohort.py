@@ -18,11 +18,13 @@ from fedclient.app import make_app
 from fedclient.node import Kind, NodeSettings
 from fedserver import events
 from fedserver.configuration import ConfigurationError, RunConfiguration, parse
+from fedserver.control import ControlQueue
 from fedserver.exchange import Exchange
 from fedserver.ledger import Ledger
 from fedserver.roster import CONNECT_SECONDS
 from fedserver.rounds import Coordinator
 from simulations.local_grid import FIRST_NODE, Answer, Delivery, LocalGrid, SimulatedClock, honest
+from simulations.run import ledger_head
 
 LAYOUT = Layout({"model.layers.0.self_attn.q_proj.weight": (16, 8)})
 
@@ -161,3 +163,69 @@ def test_newcomers_decide_nothing_of_a_run(tmp_path: Path) -> None:
     )
     assert strict.run_id() == open_.run_id()
     assert strict.identity() == open_.identity()
+
+
+def revoking(run: Run, name: str, in_round: int) -> Callable[[], frozenset[str]]:
+    """Who is revoked: that node, from the moment at which a round has sent its plans."""
+    gone: set[str] = set()
+
+    def hear(event: events.Event) -> None:
+        if isinstance(event, events.PlansSent) and event.round == in_round:
+            gone.add(name)
+
+    run.hear = hear
+    return lambda: frozenset(gone)
+
+
+def test_a_revoked_node_is_not_waited_for(tmp_path: Path) -> None:
+    run = Run(tmp_path, "a", "b", rounds=4, quorum=None)
+    revoked = revoking(run, "b", 2)
+    found = run.over(Device("a"), Device("b", silent_in=2), revoked=revoked)
+    assert found == [
+        {"a": "accepted", "b": "accepted"}, {"a": "accepted", "b": "revoked"},
+        {"a": "accepted"}, {"a": "accepted"},
+    ]  # fmt: skip
+    assert run.clock.now() < run.configuration.deadline_seconds
+    assert sum("'b' has been revoked" in text for text in run.notices) == 1
+    # More than half of those that may still train: every round counts.
+    ledger = Ledger(run.folder)
+    assert [entry.content["quorum"] for entry in ledger.entries("round")] == [True] * 4
+    ledger.close()
+
+
+def test_a_quorum_that_a_revocation_puts_out_of_reach_ends_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, "a", "b", rounds=4, quorum=2)
+    revoked = revoking(run, "b", 2)
+    with pytest.raises(ConfigurationError, match=r"1 nodes may still train .* b was revoked"):
+        run.over(Device("a"), Device("b", silent_in=2), revoked=revoked)
+    assert run.clock.now() < run.configuration.deadline_seconds
+    # Another device that has joined under its name takes its place.
+    found = run.over(Device("a"), Device("b"), resume=True)
+    assert found[2:] == [{"a": "accepted", "b": "accepted"}] * 2
+
+
+def test_a_node_that_was_revoked_before_is_not_waited_for_either(tmp_path: Path) -> None:
+    run = Run(tmp_path, "a", "b", quorum=None)
+    assert run.over(Device("a"), revoked=lambda: frozenset({"b"})) == [{"a": "accepted"}]
+    assert run.clock.now() < CONNECT_SECONDS
+    assert any("b is missing: it has been revoked" in text for text in run.notices)
+
+
+def test_a_run_that_is_stopped_at_once_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole, stopped = Run(tmp_path / "whole", "a", "b", rounds=3), Run(tmp_path, "a", "b", rounds=3)
+    whole.over(Device("a"), Device("b"))
+
+    def hear(event: events.Event) -> None:
+        if isinstance(event, events.PlansSent) and event.round == 2:
+            ask = ControlQueue(stopped.folder).ask
+            ask("stop", {"now": True}, who="ana", role="operator", reason="a test")
+
+    stopped.hear = hear
+    found = stopped.over(Device("a"), Device("b", silent_in=2))
+    assert len(found) == 1
+    assert stopped.events[-1] == events.RoundsEnded("stopped", "stopped by ana")
+    assert stopped.clock.now() < stopped.configuration.deadline_seconds
+    assert [one.state for one in ControlQueue(stopped.folder).requests()] == ["applied"]
+    stopped.hear = lambda event: None
+    stopped.over(Device("a"), Device("b"), resume=True)
+    assert ledger_head(stopped.folder) == ledger_head(whole.folder)
