@@ -219,6 +219,7 @@ class DeviceCapabilities(_Message):
 class Capabilities(_Message):
     """What a node has and can do. ``public_key``: of the key that signs its replies, if it has one.
 
+    ``part``: the part of the scenario's data whose owner it plays; None: it has data of its own.
     ``devices``: of an edge aggregator those behind it; what it says of itself is then their sum.
     """
 
@@ -233,6 +234,7 @@ class Capabilities(_Message):
     device: str
     versions: dict[str, str]
     public_key: Digest | None = None
+    part: int | None = Field(default=None, ge=0)
     devices: tuple[DeviceCapabilities, ...] = ()
 
     @model_validator(mode="after")

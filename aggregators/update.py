@@ -51,6 +51,7 @@ class Verdict(StrEnum):
     LATE = "late"
     FAILED = "failed"
     MISSING = "missing"
+    REVOKED = "revoked"
 
 
 class UpdateRejected(Exception):

@@ -40,8 +40,9 @@ def settings_of(context: Context) -> NodeSettings:
     """A node's settings from its Flower node configuration."""
     own = context.node_config
     name, source, key, worker = (own.get(part) for part in ("name", "data", "key", "worker"))
+    index = own.get("partition-id")
     return NodeSettings(
-        index=int(own.get("partition-id", 0)),
+        index=int(index) if index is not None else None,
         name=str(name) if name is not None else None,
         data=str(source) if source is not None else None,
         rank_limit=int(own.get("rank-limit", NodeSettings.rank_limit)),

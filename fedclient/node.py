@@ -15,13 +15,15 @@ Kind = Literal["query", "train", "evaluate"]
 
 @dataclass(frozen=True)
 class NodeSettings:
-    """A node's own settings. ``index`` is its position among the simulated nodes.
+    """A node's own settings.
 
+    ``index``: the part of the scenario's data whose owner it plays, without ``name`` the scenario's node
+    there; it needs this or ``data``, a file of its own.
     ``key``: file of the key that signs its replies, made when it is missing; None: they are not signed.
     ``worker``: the socket of the resident worker that answers; None: the process that is asked does.
     """
 
-    index: int = 0
+    index: int | None = None
     name: str | None = None
     data: str | None = None
     rank_limit: int = 1 << 16

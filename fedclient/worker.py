@@ -67,12 +67,8 @@ class Worker:
         with base_model.IN_USE, _threads(query["threads"]):
             base = base_model.load(query["base_model"], query["dtype"])
             own = _load_data(query["data"], settings)
-            names = query["names"]
-            default = (
-                names[settings.index] if settings.index < len(names) else f"node-{settings.index}"
-            )
             return Capabilities(
-                node=settings.name or default,
+                node=settings.name or _name_at(settings.index, query["names"]),
                 examples=len(own.train),
                 held_out=len(own.held_out),
                 rank_limit=settings.rank_limit,
@@ -88,6 +84,7 @@ class Worker:
                     "peft": version("peft"),
                 },
                 public_key=public_hex(_key(settings.key)) if settings.key else None,
+                part=settings.index if settings.data is None else None,
             )
 
     def work(self, payload: bytes, settings: NodeSettings) -> bytes:
@@ -186,6 +183,12 @@ def _answer(plan: Plan, base_digest: str, report: Report, update: Any) -> bytes:
     )
 
 
+def _name_at(index: int | None, names: Sequence[str]) -> str:
+    if index is None:
+        raise NodeError("this node has no name: start it with --node-config 'name=\"NAME\"'")
+    return names[index] if index < len(names) else f"node-{index}"
+
+
 def _key(path: str) -> Ed25519PrivateKey:
     try:
         return load_or_create(Path(path))
@@ -201,8 +204,11 @@ def _load_data(given: Mapping[str, Any] | None, settings: NodeSettings) -> data.
         chosen |= {"source": settings.data, "partition": "iid", "nodes": 1, "categories": None}
         chosen["key"] = None
         index = 0
-    if not chosen:
-        raise NodeError("this node has no data: start it with --node-config 'data=\"FILE\"'")
+    if not chosen or index is None:
+        raise NodeError(
+            "this node has no data: give it a file of its own, --node-config 'data=\"FILE\"', or the"
+            " number of a part of the scenario's, 'partition-id=N'"
+        )
     try:
         specification = data.DataSpec.model_validate(chosen)
     except ValidationError as error:

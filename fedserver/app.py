@@ -56,6 +56,7 @@ def deployed(grid: Grid, context: Context) -> None:
     folder = Path(output or Path("runs") / configuration.name).expanduser()
     sealing_key = str(settings.get("server-key", ""))
     registry = str(settings.get("enrolment", ""))
+    enrolled = EnrolledKeys(Path(registry)) if registry else None
     coordinator = Coordinator(
         configuration,
         Exchange(grid, MachineClock()),
@@ -63,7 +64,8 @@ def deployed(grid: Grid, context: Context) -> None:
         emit=traced(LiveLog(folder, _print_event)),
         resume=bool(settings.get("resume", False)),
         key_file=Path(sealing_key) if sealing_key else None,
-        enrolled=EnrolledKeys(Path(registry)) if registry else None,
+        enrolled=enrolled,
+        revoked=enrolled.revoked if enrolled is not None else frozenset,
     )
     summary = coordinator.run()
     print(f"finished: ledger head {summary['head']}, run folder {folder.resolve()}", flush=True)

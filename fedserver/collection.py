@@ -7,7 +7,7 @@ enters the round in which it comes, once, or gets the verdict "late".
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from aggregators import GateContext, Layout, Verdict
@@ -15,8 +15,9 @@ from aggregators.cohort import Cohort
 from fedserver import events
 from fedserver.configuration import RunConfiguration
 from fedserver.device_cost import memory_of
-from fedserver.exchange import EVALUATE, TRAIN, Exchange, Newcomers, Reply
+from fedserver.exchange import EVALUATE, TRAIN, Exchange, Reply
 from fedserver.ledger import Ledger
+from fedserver.newcomers import Churn
 from fedserver.open_round import committed_before, recall, remember
 from fedserver.outcome import Outcome, judge, replied, unlike_weights
 from fedserver.questions import Question
@@ -80,15 +81,18 @@ class Collector:
         number: int,
         action: str,
         questions: Sequence[Question],
-        needed: int,
+        needed: Callable[[Collection[str]], int],
         deadline: float,
-        newcomers: Newcomers,
+        churn: Churn,
+        stops: Callable[[], bool],
     ) -> list[Outcome]:
         """The outcomes of one round, by node: an answer to each question or its absence, then answers to
-        earlier questions and second answers. With ``needed`` updates it may close; after ``deadline``
-        seconds it does.
+        earlier questions and second answers. With as many updates as ``needed`` it may close; after
+        ``deadline`` seconds it does. ``needed`` is asked with the names of the nodes that were revoked
+        meanwhile, for which it does not wait.
 
-        Answers that arrived before the server was started again are not asked for twice.
+        Answers that arrived before the server was started again are not asked for twice. Raises
+        Abandoned when ``stops`` says so.
         """
         rules = self._configuration
         trains = action == "train"
@@ -96,6 +100,18 @@ class Collector:
         answered: dict[int, Outcome] = {}
         others: list[Outcome] = []
         updates = 0
+        revoked: frozenset[str] = frozenset()
+
+        def enough() -> bool:
+            return updates >= needed(revoked)
+
+        def leaves() -> list[int]:
+            nonlocal revoked
+            revoked = churn.revoked()
+            asked_ever = {node: q.plan.node for (node, _), q in self._open.items()}
+            asked_ever |= {node: question.plan.node for node, question in asked.items()}
+            return [node for node, name in asked_ever.items() if name in revoked]
+
         for reply in recall(self._ledger, {node: q.plan for node, q in asked.items()}):
             outcome = self._judged(reply, number, action, asked)
             if outcome is not None and outcome.admitted is not None:
@@ -117,11 +133,13 @@ class Collector:
             TRAIN if trains else EVALUATE,
             number,
             deadline,
-            enough=lambda: updates >= needed,
+            enough=enough,
             grace=rules.closing_seconds if trains else None,
             wait_for_late=trains and rules.late == "discount",
-            newcomers=newcomers,
+            newcomers=churn,
             sent=lambda: self._emit(sent),
+            leaves=leaves,
+            stops=stops,
         )
         for reply in replies:
             outcome = self._judged(reply, number, action, asked)
@@ -136,10 +154,12 @@ class Collector:
             self._tell(outcome, number)
         for node_id, question in asked.items():
             if node_id not in answered:
+                shut_out = question.plan.node in revoked
                 answered[node_id] = self._missing(
-                    question, number, deadline, closed=updates >= needed
+                    question, number, deadline, closed=enough(), revoked=shut_out
                 )
-                self._open[node_id, number] = question
+                if not shut_out:
+                    self._open[node_id, number] = question
         self._give_up(number + 1 - rules.staleness_limit)
         for outcome in answered.values():
             outcome.choice = self._choices.get(outcome.plan.node, "")
@@ -189,15 +209,14 @@ class Collector:
         return outcome
 
     def _missing(
-        self, question: Question, number: int, deadline: float, *, closed: bool
+        self, question: Question, number: int, deadline: float, *, closed: bool, revoked: bool
     ) -> Outcome:
-        early = closed and self._configuration.closing_seconds is not None
-        reason = (
-            "no reply before the round closed with its quorum"
-            if early
-            else f"no reply within {deadline:g} s"
-        )
-        outcome = Outcome(question.plan, Verdict.MISSING, reason, round=number)
+        verdict, reason = Verdict.MISSING, f"no reply within {deadline:g} s"
+        if revoked:
+            verdict, reason = Verdict.REVOKED, "shut out by the server's operator before its reply"
+        elif closed and self._configuration.closing_seconds is not None:
+            reason = "no reply before the round closed with its quorum"
+        outcome = Outcome(question.plan, verdict, reason, round=number)
         outcome.bytes_down = len(question.payload)
         self._tell(outcome, number)
         return outcome

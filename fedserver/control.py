@@ -26,7 +26,7 @@ EXCLUDING = {"drain": "drained", "quarantine": "quarantined", "revoke": "revoked
 ARGUMENTS: dict[str, frozenset[str]] = {
     "pause": frozenset(),
     "resume": frozenset(),
-    "stop": frozenset(),
+    "stop": frozenset({"now"}),
     "next_round": frozenset({"deadline_seconds", "quorum"}),
     **dict.fromkeys([*EXCLUDING, "readmit"], frozenset({"node"})),
     "rollback": frozenset({"round"}),
@@ -34,7 +34,11 @@ ARGUMENTS: dict[str, frozenset[str]] = {
     "continue": frozenset(),
     "export": frozenset({"to"}),
 }
-"""Every action, with the arguments that it takes."""
+"""Every action, with the arguments that it takes.
+
+A stop ends a run before its next round, and is recorded; with ``now`` at once, in the midst of one.
+Then nothing is recorded, for nothing was decided: the run, resumed, has the ledger of an unstopped one.
+"""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
@@ -162,6 +166,8 @@ def check(action: str, arguments: Mapping[str, Any]) -> None:
         raise ControlError(f"{action} takes no {unknown[0]}")
     if "node" in taken and not arguments.get("node"):
         raise ControlError(f"{action}: name the node")
+    if not isinstance(arguments.get("now", True), bool):
+        raise ControlError("stop: now is true or false")
     if action == "next_round":
         if not arguments:
             raise ControlError("give a deadline or a quorum")

@@ -8,7 +8,7 @@ all, and a question that was lost on the way is put again: a node answers it wit
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -23,7 +23,7 @@ POLL_SECONDS = 0.2
 # A late reply is still worth a verdict, and a node's clock may be ten minutes off: Flower compares the
 # two clocks, and drops what is older than this beyond the deadline.
 LATE_GRACE_SECONDS = 900.0
-# Nodes that come or come back are looked for this often.
+# Nodes that come, come back, or were shut out are looked for this often.
 NEWCOMERS_SECONDS = 2.0
 # A node that is away is asked again this often; a ClientApp that was killed, at once and so many times.
 AWAY_SECONDS = 5.0
@@ -63,6 +63,10 @@ class MachineClock:
     def wait(self, seconds: float) -> None:
         """Sleep."""
         time.sleep(seconds)
+
+
+class Abandoned(Exception):
+    """A question was given up because its run is to stop."""
 
 
 class Newcomers(Protocol):
@@ -154,6 +158,8 @@ class Exchange:
         wait_for_late: bool = False,
         newcomers: Newcomers | None = None,
         sent: Callable[[], None] = lambda: None,
+        leaves: Callable[[], Collection[int]] = tuple,
+        stops: Callable[[], bool] = lambda: False,
     ) -> Iterator[Reply]:
         """Send each node its bytes, call ``sent``, and yield replies, late ones of earlier rounds too.
 
@@ -161,8 +167,12 @@ class Exchange:
         says so of what was yielded. ``wait_for_late``: not before answers to earlier questions have
         come, unless there is enough. Nodes that stay silent are not yielded: the caller knows whom it
         asked.
+
+        ``leaves``: ids of nodes that are not waited for any longer. Raises Abandoned when ``stops``
+        says so.
         """
         start, closing = self._clock.now(), float("inf")
+        look_at = start
         waiting: dict[str, _Sent] = {}
         self._away = []
         ttl = deadline + LATE_GRACE_SECONDS
@@ -182,6 +192,11 @@ class Exchange:
             now = self._clock.now()
             if now - start >= deadline or now >= closing:
                 break
+            if now >= look_at:
+                look_at = now + NEWCOMERS_SECONDS
+                if stops():
+                    raise Abandoned
+                self._leave(leaves(), waiting)
             self._send_again(waiting)
             if newcomers is not None:
                 self._look_for_newcomers(newcomers.query)
@@ -205,6 +220,9 @@ class Exchange:
                 closing = self._clock.now() + grace
             elif not pulled:
                 self._clock.wait(POLL_SECONDS)
+        if kind == QUERY:
+            # Who was not heard is met as a newcomer.
+            self._known -= {sent.node_id for sent in waiting.values()}
         self._overdue.update(waiting)
 
     def _push(self, sent: _Sent) -> str:
@@ -259,6 +277,13 @@ class Exchange:
         else:
             self._send(again, waiting)
         return True
+
+    def _leave(self, gone: Collection[int], waiting: dict[str, _Sent]) -> None:
+        """Wait for these nodes no longer, and hear nothing more of them."""
+        for identity in [i for i, sent in waiting.items() if sent.node_id in gone]:
+            del waiting[identity]
+        self._overdue = {i: s for i, s in self._overdue.items() if s.node_id not in gone}
+        self._away = [(time, sent) for time, sent in self._away if sent.node_id not in gone]
 
     def _look_for_newcomers(self, query: bytes) -> None:
         if self._clock.now() - self._looked < NEWCOMERS_SECONDS:

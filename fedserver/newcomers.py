@@ -1,10 +1,11 @@
-"""Nodes that connect in the middle of a run: one that is new takes part from the next round on, one that
-is back under another id of Flower's gets the question that it left open.
+"""Nodes that come and go in the middle of a run: one that is new takes part from the next round on, one
+that is back under another id of Flower's gets the question that it left open, one that was shut out is
+waited for no longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from fedserver.configuration import RunConfiguration
 from fedserver.events import Listener, Notice
@@ -21,9 +22,14 @@ class Churn:
         notify: Listener,
         enrolled: Mapping[str, str] | None = None,
         known: Mapping[str, str] | None = None,
+        revoked: Callable[[], Collection[str]] = frozenset,
     ) -> None:
-        """``enrolled``, ``known``: public keys by node, as of ``gather_roster``."""
+        """``enrolled``, ``known``: public keys by node, as of ``gather_roster``. ``revoked``: names of
+        the nodes that are shut out now.
+        """
         self.roster = roster
+        self._revoked = revoked
+        self._told_of: frozenset[str] = frozenset()
         self._configuration = configuration
         self._enrolled = enrolled
         self._known = dict(known or {})
@@ -54,3 +60,13 @@ class Churn:
         how = "is back" if before is not None else "has joined and takes part from the next round"
         self._notify(Notice("info", f"node {name!r} {how}"))
         return before.node_id if before is not None else None
+
+    def revoked(self) -> frozenset[str]:
+        """The members that are shut out now; a line tells of each."""
+        members = {member.capabilities.node for member in self.roster.members}
+        found = frozenset(self._revoked()) & members
+        for name in sorted(found - self._told_of):
+            text = f"node {name!r} has been revoked: it is left out, and the others go on"
+            self._notify(Notice("warning", text))
+        self._told_of = found
+        return found

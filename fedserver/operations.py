@@ -77,6 +77,17 @@ class Operations:
                 self._emit(events.Notice("info", text))
             self._wait(PAUSED_POLL_SECONDS)
 
+    def stops_now(self) -> bool:
+        """Whether to leave the round under way as it is; what has arrived stays for who resumes it."""
+        for request in self._queue.pending():
+            if _is_at_once(request):
+                self._stop_now(request)
+        return bool(self.stopped_by)
+
+    def _stop_now(self, request: Request) -> None:
+        self._queue.settle(request, APPLIED)
+        self.stopped_by = request.who
+
     def deadline_seconds(self, number: int) -> float:
         """The deadline of a round."""
         asked = self._next.get("deadline_seconds") if number == self._next_round else None
@@ -102,6 +113,9 @@ class Operations:
     def _carry_out(self, request: Request, number: int, model: GlobalModel) -> GlobalModel:
         if request.id in self._recorded:
             self._queue.settle(request, APPLIED)
+            return model
+        if _is_at_once(request):
+            self._stop_now(request)
             return model
         content = request.content()
         try:
@@ -169,3 +183,7 @@ class Operations:
                 self.excluded[arguments["node"]] = EXCLUDING[action]
             case _:
                 pass
+
+
+def _is_at_once(request: Request) -> bool:
+    return request.action == "stop" and request.arguments.get("now") is True

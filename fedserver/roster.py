@@ -100,26 +100,21 @@ def gather_roster(
     *,
     enrolled: Mapping[str, str] | None = None,
     known: Mapping[str, str] | None = None,
+    revoked: Collection[str] = (),
 ) -> Roster:
     """Wait for the nodes, ask what they can do, and keep those that share one base model.
 
     ``enrolled``: public keys by node; where it is given and signatures are required, others stay out.
     ``known``: the keys that nodes signed with so far. A node that either names keeps its key.
+    ``revoked``: nodes that it does not wait for.
     """
-    wanted = configuration.answering()
+    wanted = configuration.answering() - sum(configuration.names(name) for name in revoked)
+    minimum = configuration.minimum_updates(without=revoked)
     waited = 0.0
-    while len(exchange.nodes()) < wanted and waited < CONNECT_SECONDS:
-        exchange.wait(CONNECT_POLL_SECONDS)
-        waited += CONNECT_POLL_SECONDS
-    found = exchange.nodes()
-    # How many are behind an edge, it says itself.
-    if len(found) < (1 if configuration.edges else configuration.minimum_updates()):
-        raise ConfigurationError(
-            f"{len(found)} of {wanted} nodes connected in {CONNECT_SECONDS:.0f} s; a round needs"
-            f" {configuration.minimum_updates()}: start the missing nodes or lower 'quorum'"
-        )
     members: dict[str, Member] = {}
-    failures = []
+    failures: list[str] = []
+    uninvited: set[int] = set()
+    asked: set[int] = set()
 
     def register(node_id: int, capabilities: bytes) -> str:
         """Take a node in; returns why it cannot be, "" if it is."""
@@ -127,32 +122,59 @@ def gather_roster(
         if member is None:
             return problem
         name = member.capabilities.node
-        problem = f"the name {name!r} is already taken" if name in members else ""
-        problem = problem or taken(member, members.values())
-        if not problem:
-            found, problem = known_as(member, configuration, enrolled, known or {})
-            if found is not None:
+        if not configuration.names(name):
+            uninvited.add(node_id)
+        found, problem = known_as(member, configuration, enrolled, known or {})
+        if found is not None:
+            twice = f"the name {name!r} is already taken" if name in members else ""
+            twice = twice or taken(member, members.values())
+            problem = twice or problem
+            if not twice:
                 members[name] = found
         return problem
 
+    goal = wanted
+
+    def complete() -> bool:
+        return len(members) >= goal
+
     query = query_of(configuration)
-    replies = exchange.ask(
-        dict.fromkeys(found, query),
-        QUERY,
-        0,
-        QUERY_SECONDS,
-        # A node that was restarted stays in Flower's list under its old id for a while, and its new id
-        # may come later.
-        enough=lambda: len(members) == wanted,
-        grace=0.0,
-        newcomers=_Arriving(query, register),
-    )
-    for reply in replies:
-        problem = reply.error
-        if reply.payload is not None:
-            problem = register(reply.node_id, reply.payload)
-        if problem:
-            failures.append(problem)
+    while True:
+        # Who is not in the scenario takes no missing node's place.
+        while len(set(exchange.nodes()) - uninvited) < wanted and waited < CONNECT_SECONDS:
+            exchange.wait(CONNECT_POLL_SECONDS)
+            waited += CONNECT_POLL_SECONDS
+        connected = set(exchange.nodes())
+        able = connected if configuration.newcomers else connected - uninvited
+        # How many are behind an edge, it says itself.
+        if len(able) < (1 if configuration.edges else minimum):
+            raise ConfigurationError(
+                f"{len(able)} of {wanted} nodes connected in {CONNECT_SECONDS:.0f} s; a round"
+                f" needs {minimum}: start the missing nodes or lower 'quorum'" + _told(failures)
+            )
+        found = sorted(connected - asked)
+        goal = max(wanted, len(able)) if configuration.newcomers else wanted
+        strangers = len(uninvited)
+        replies = exchange.ask(
+            dict.fromkeys(found, query),
+            QUERY,
+            0,
+            QUERY_SECONDS,
+            # A node that was restarted stays in Flower's list under its old id for a while, and its new
+            # id may come later.
+            enough=complete,
+            grace=0.0,
+            newcomers=_Arriving(query, register),
+        )
+        for reply in replies:
+            problem = reply.error
+            if reply.payload is not None:
+                problem = register(reply.node_id, reply.payload)
+            if problem:
+                failures.append(problem)
+        asked |= connected
+        if len(uninvited) == strangers or waited >= CONNECT_SECONDS:
+            break
     exchange.forget(before_round=1)
     if not members:
         raise ConfigurationError("no node can take part:\n  " + "\n  ".join(sorted(set(failures))))
@@ -161,17 +183,21 @@ def gather_roster(
         notify(Notice("warning", f"{who} cannot take part: {problem}"))
     roster = agree(members, configuration.base_model, notify)
     taking_part = sum(len(member.names) for member in roster.members)
-    if taking_part < configuration.minimum_updates():
+    if taking_part < minimum:
         raise ConfigurationError(
             f"{taking_part} of {len(configuration.nodes)} nodes can take part, a round needs"
-            f" {configuration.minimum_updates()}: mend the others or lower 'quorum'"
-            + "".join(f"\n  {problem}" for problem in sorted(set(failures)))
+            f" {minimum}: mend the others or lower 'quorum'" + _told(failures)
         )
     return roster
 
 
+def _told(failures: Iterable[str]) -> str:
+    return "".join(f"\n  {problem}" for problem in sorted(set(failures)))
+
+
 def taken(member: Member, others: Iterable[Member]) -> str:
-    """Which of a member's names, its devices' too, another one has or it has twice; "" where none.
+    """Which of a member's names, its devices' too, another one has or it has twice, or whether another
+    has its part of the data; "" where none.
 
     A member of its own name is itself, back again.
     """
@@ -181,6 +207,14 @@ def taken(member: Member, others: Iterable[Member]) -> str:
     for other in others:
         if other.capabilities.node != name:
             twice |= {other.capabilities.node, *other.names} & set(own)
+            if member.capabilities.part is not None and member.capabilities.part == (
+                other.capabilities.part
+            ):
+                return (
+                    f"{name!r} plays the owner of part {member.capabilities.part} of the data, which"
+                    f" {other.capabilities.node!r} does: let it join with another --partition, or"
+                    " --data"
+                )
     return f"the name {min(twice)!r} is already taken" if twice else ""
 
 
@@ -208,6 +242,17 @@ def stranger(
     known: Mapping[str, str],
 ) -> str:
     """Why a node is not who it has to be; "" where nothing speaks against it."""
+    if not configuration.names(told.node):
+        if not configuration.newcomers:
+            return (
+                f"{told.node!r} is not in the scenario: add it to its [[nodes]], or set"
+                " newcomers = true"
+            )
+        if isinstance(told, Capabilities) and told.part is not None:
+            return (
+                f"{told.node!r} is not in the scenario, whose data are its nodes': it takes part with"
+                " data of its own (client join --data FILE)"
+            )
     expected = {**known, **(enrolled or {})}.get(told.node)
     required = configuration.signatures == "required"
     if required and enrolled is not None and told.node not in enrolled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from aggregators.methods import label
 from aggregators.presets import PRESETS
 from fedserver import events, metrics
 from fedserver.collection import Collector
-from fedserver.configuration import RunConfiguration, to_toml
+from fedserver.configuration import ConfigurationError, RunConfiguration, to_toml
 from fedserver.device_choice import with_choices
-from fedserver.exchange import Exchange
+from fedserver.exchange import Abandoned, Exchange
 from fedserver.global_model import GlobalModel, Mixed, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
 from fedserver.lineage import Lineage
@@ -54,9 +54,10 @@ class Coordinator:
         resume: bool = False,
         key_file: Path | None = None,
         enrolled: Mapping[str, str] | None = None,
+        revoked: Callable[[], Collection[str]] = frozenset,
     ) -> None:
         """``key_file``: the server's private key, by default one in the folder. ``enrolled``: the
-        nodes' public keys, by name.
+        nodes' public keys, by name. ``revoked``: names of the nodes that are shut out now.
         """
         self._asked = self._configuration = configuration
         self._choices: dict[str, str] = {}
@@ -68,6 +69,7 @@ class Coordinator:
         self._resume = resume
         self._key_file = key_file
         self._enrolled = enrolled
+        self._revoked = revoked
 
     def run(self) -> dict[str, Any]:
         """Run to the configured number of rounds; returns the summary that it also writes."""
@@ -99,6 +101,7 @@ class Coordinator:
                 self._emit,
                 enrolled=self._enrolled,
                 known=known,
+                revoked=self._revoked(),
             )
             self._configuration, self._choices = with_choices(self._configuration, roster.layout)
             targets = check_targets(self._configuration, roster.layout)
@@ -113,7 +116,9 @@ class Coordinator:
                 self._emit,
                 self._choices,
             )
-            churn = Churn(roster, self._configuration, self._emit, self._enrolled, known)
+            churn = Churn(
+                roster, self._configuration, self._emit, self._enrolled, known, self._revoked
+            )
             return self._run(ledger, churn, collector, targets)
 
     def _run(
@@ -128,18 +133,21 @@ class Coordinator:
         self._operations = operations
         self._announce(roster, done + 1, metrics.baselines(configuration, roster.layout, targets))
         self._reopen(ledger, roster, collector)
-        for number in range(done + 1, configuration.rounds + 1):
-            model = operations.before(number, model)
-            if operations.stopped_by:
-                break
-            model = self._round(number, model, ledger, churn, collector)
-            metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
+        try:
+            for number in range(done + 1, configuration.rounds + 1):
+                model = operations.before(number, model)
+                if operations.stopped_by:
+                    break
+                model = self._round(number, model, ledger, churn, collector)
+                metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
+            if not operations.stopped_by:
+                if configuration.evaluate and not _evaluated(ledger, configuration.rounds):
+                    self._final_evaluation(model, ledger, churn, collector)
+                if configuration.contributions:
+                    self._contributions(ledger, churn, collector)
+        except Abandoned:
+            pass  # Operations know who wanted it.
         operations.end()
-        if not operations.stopped_by:
-            if configuration.evaluate and not _evaluated(ledger, configuration.rounds):
-                self._final_evaluation(model, ledger, churn, collector)
-            if configuration.contributions:
-                self._contributions(ledger, churn, collector)
         metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
         summary = metrics.summarise(ledger, configuration, roster.layout, targets)
         metrics.write_json(summary, self._folder / "summary.json")
@@ -190,6 +198,14 @@ class Coordinator:
             )
         )
 
+        revoked = self._revoked()
+        here = {name for member in roster.members for name in member.names}
+        for node in configuration.nodes:
+            if node.name not in here:
+                text = f"{node.name} is missing, and takes part from the round after it connects"
+                if node.name in revoked:
+                    text = f"{node.name} is missing: it has been revoked"
+                self._emit(events.Notice("warning", text))
         for name, reason in self._choices.items():
             self._emit(events.Notice("info", f"{name}: {reason}"))
 
@@ -253,16 +269,33 @@ class Coordinator:
         started, monotonic = time.time(), time.monotonic()
         configuration, roster = self._configuration, churn.roster
         self._emit(events.PhaseStarted(number, "plan"))
-        asked = asked_in(configuration, self._present(roster), number, collector.busy)
-        needed = configuration.needed(sum(training(configuration, member) for member in asked))
-        if configuration.asynchronous:
-            needed = configuration.minimum_updates()
-        needed = self._operations.quorum(number, needed)
+        shut_out = churn.revoked()
+        asked = asked_in(configuration, self._present(roster, shut_out), number, collector.busy)
+        able = sum(training(configuration, member) for member in asked)
+
+        def needs(revoked: Collection[str]) -> int:
+            """Of those that it asks and that are not revoked."""
+            left = (one for one in asked if one.capabilities.node not in revoked)
+            needed = configuration.needed(sum(training(configuration, one) for one in left))
+            if configuration.asynchronous:
+                needed = configuration.minimum_updates()
+            return self._operations.quorum(number, needed)
+
+        needed = needs(())
+        if shut_out and able < needed and not configuration.asynchronous:
+            raise ConfigurationError(
+                f"{able} nodes may still train and a round needs {needed} updates, since"
+                f" {', '.join(sorted(shut_out))} was revoked: let a node join in its place, then"
+                " --resume"
+            )
         self._lineage.catch_up(ledger)
         questions = self._questions(asked, roster, model, number, "train")
         deadline = self._operations.deadline_seconds(number)
         self._emit(events.PhaseStarted(number, "train", len(questions), needed, deadline))
-        outcomes = collector.collect(number, "train", questions, needed, deadline, churn)
+        outcomes = collector.collect(
+            number, "train", questions, needs, deadline, churn, self._operations.stops_now
+        )
+        needed = needs({o.plan.node for o in outcomes if o.verdict is Verdict.REVOKED})
         for told in filter(None, map(self._lineage.lost, outcomes)):
             self._emit(events.Notice("warning", f"round {number}: {told}"))
         accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
@@ -404,18 +437,27 @@ class Coordinator:
             for member in members
         ]
 
-    def _present(self, roster: Roster) -> list[Member]:
+    def _present(self, roster: Roster, revoked: Collection[str]) -> list[Member]:
         """The members that no operator has taken out, with those of their devices that none has."""
-        return roster.without(self._operations.excluded)
+        return roster.without({*self._operations.excluded, *revoked})
 
     def _evaluated_by_all(
         self, number: int, model: GlobalModel, churn: Churn, collector: Collector
     ) -> list[Outcome]:
         roster = churn.roster
-        questions = self._questions(self._present(roster), roster, model, number, "evaluate")
+        present = self._present(roster, churn.revoked())
+        questions = self._questions(present, roster, model, number, "evaluate")
         deadline = self._operations.deadline_seconds(number)
         self._emit(events.PhaseStarted(number, "evaluate", len(questions), 0, deadline))
-        return collector.collect(number, "evaluate", questions, len(questions), deadline, churn)
+        return collector.collect(
+            number,
+            "evaluate",
+            questions,
+            lambda revoked: len(questions),
+            deadline,
+            churn,
+            self._operations.stops_now,
+        )
 
     def _tail_energy(self, model: GlobalModel) -> float:
         if self._preset.view == "whole":

@@ -39,6 +39,12 @@ def join(
     from fedclient.deployment.settings import NodeFolderError, open_folder
     from fedclient.deployment.systemd import install
 
+    if (data is None) == (partition is None):
+        raise NodeFolderError(
+            "say what this device trains on: --data FILE, its own data, or --partition N, which plays"
+            " the owner of part N of the scenario's data (from 0)"
+            + ("; not both" if data is not None else "")
+        )
     own: dict[str, Any] = {}
     if data is not None:
         own["data"] = str(data.expanduser().resolve())

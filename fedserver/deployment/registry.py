@@ -66,6 +66,12 @@ class EnrolledKeys(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self._now())
 
+    def revoked(self) -> frozenset[str]:
+        """Names of the nodes that were shut out, or left, and have not joined anew."""
+        nodes = self._registry.nodes()
+        here = {node.name for node in nodes if node.revoked is None}
+        return frozenset(node.name for node in nodes) - here
+
     def _now(self) -> dict[str, str]:
         nodes = self._registry.nodes()
         return {node.name: node.update_key for node in nodes if node.revoked is None}

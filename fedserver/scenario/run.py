@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -84,6 +84,10 @@ class RunConfiguration(RoundKeys):
     wire_dtype: WireDtype = "bfloat16"
     server_learning_rate: float = Field(default=1.0, gt=0)
     evaluate: bool = True
+    newcomers: bool = Field(
+        default=False,
+        description="nodes that the scenario does not name may take part, with data of their own",
+    )
     contributions: bool = Field(
         default=False, description="at the end, evaluate the model without each family of updates"
     )
@@ -261,6 +265,8 @@ class RunConfiguration(RoundKeys):
                 "rounds": True,
                 # Who signed stands beside what was sent, so a deployment has its simulation's head.
                 "signatures": True,
+                # Who may take part; who did stands in every round.
+                "newcomers": True,
                 # Sums of sums are exact (EdgeConfiguration): who adds on the way is a matter of place.
                 "edges": True,
                 # What a device would take is a view of a run, and changes none of its numbers.
@@ -338,9 +344,17 @@ class RunConfiguration(RoundKeys):
         """How many answer the server itself: edges, and nodes that are behind none."""
         return len(self.edges) + len(self.nodes) - sum(len(edge.nodes) for edge in self.edges)
 
-    def minimum_updates(self) -> int:
-        """The quorum of a round, by default a majority of the nodes that it asks to train."""
-        return self.needed(self.participants(sum(node.trains for node in self.nodes)))
+    def minimum_updates(self, without: Collection[str] = ()) -> int:
+        """The quorum of a round, by default a majority of the nodes that it asks to train.
+
+        ``without``: nodes that no longer may.
+        """
+        training = sum(node.trains for node in self.nodes if node.name not in without)
+        return self.needed(self.participants(training))
+
+    def names(self, name: str) -> bool:
+        """Whether the scenario names a node, or an edge, so."""
+        return self.node(name) is not None or any(edge.name == name for edge in self.edges)
 
     def node(self, name: str) -> NodeConfiguration | None:
         """The entry of one node, None for a node that the scenario does not name."""

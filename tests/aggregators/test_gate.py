@@ -31,7 +31,9 @@ from aggregators.shared_factors import shared_a
 Q, UP, DOWN = (f"model.layers.0.{part}.weight" for part in ("q_proj", "up_proj", "down_proj"))
 EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 # Verdicts of the round loop: what never reached the gate, and what passed it.
-NOT_OF_THE_GATE = {Verdict.ACCEPTED, Verdict.LATE, Verdict.FAILED, Verdict.MISSING}
+NOT_OF_THE_GATE = {
+    Verdict.ACCEPTED, Verdict.LATE, Verdict.FAILED, Verdict.MISSING, Verdict.REVOKED,
+}  # fmt: skip
 # Verdicts on what lives on probes (test_gate_of_probes.py).
 OF_SIGNATURES = {Verdict.UNSIGNED, Verdict.FOREIGN_KEY, Verdict.FORGED}  # test_signatures.py
 OF_PROBES = {Verdict.POOL, Verdict.WRONG_BASIS, Verdict.EMPTY, Verdict.OVERFLOW}

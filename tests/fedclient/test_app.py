@@ -75,7 +75,7 @@ def test_a_plan_is_answered(kind: str, tiny: LoadedModel, make_plan: Callable[..
     admitted = admit(payload, GateContext(Layout.from_model(tiny.model), plan))
     assert (admitted.update is not None) == (kind == "train")
     # The same work through the worker alone: the transport adds nothing to the bytes.
-    assert payload == Worker().work(encode_plan(plan, View(), None), NodeSettings())
+    assert payload == Worker().work(encode_plan(plan, View(), None), NodeSettings(index=0))
 
 
 class Failing(Worker):

@@ -49,7 +49,7 @@ def test_every_preset_trains_and_passes_the_gate(
     plan = make_plan(preset, wire_dtype=wire_dtype, evaluate=True)
     view = a_view(layout, plan) if with_view else None
     payload = encode_plan(plan, View(view), "float32")
-    admitted = admit(Worker().work(payload, NodeSettings()), GateContext(layout, plan))
+    admitted = admit(Worker().work(payload, NodeSettings(index=0)), GateContext(layout, plan))
     update, report = admitted.update, admitted.report
     assert isinstance(update, LowRank)
     assert list(update.factors) == match_targets(layout, plan.lora.target_modules)
@@ -72,7 +72,7 @@ def test_every_start_init_and_message(
 ) -> None:
     plan = make_plan(init=init, start=start, sends=sends, local_steps=1)
     for view in (None, a_view(layout, plan)):
-        reply = Worker().work(encode_plan(plan, View(view), "float32"), NodeSettings())
+        reply = Worker().work(encode_plan(plan, View(view), "float32"), NodeSettings(index=0))
         assert isinstance(admit(reply, GateContext(layout, plan)).update, LowRank)
 
 
@@ -83,16 +83,16 @@ def test_equal_work_gives_equal_bytes(
     plan = make_plan(preset, dropout=0.1, evaluate=True)
     payload = encode_plan(plan, View(a_view(layout, plan)), "bfloat16")
     torch.manual_seed(1)
-    first = Worker().work(payload, NodeSettings())
+    first = Worker().work(payload, NodeSettings(index=0))
     torch.manual_seed(2)
     other = make_plan("ffa-lora", node="two", seed=77)
     Worker().work(encode_plan(other, View(), None), NodeSettings(index=1))
     state = torch.get_rng_state()
-    assert Worker().work(payload, NodeSettings()) == first
+    assert Worker().work(payload, NodeSettings(index=0)) == first
     assert torch.equal(torch.get_rng_state(), state)
     another = plan.model_copy(update={"seed": plan.seed + 1})
     assert Worker().work(
-        encode_plan(another, View(a_view(layout, plan)), "bfloat16"), NodeSettings()
+        encode_plan(another, View(a_view(layout, plan)), "bfloat16"), NodeSettings(index=0)
     ) != (first)
 
 
@@ -100,7 +100,7 @@ def test_an_evaluation_sends_no_update(make_plan: Callable[..., Plan], layout: L
     plan = make_plan(action="evaluate")
     found = {}
     for name, view in (("base", None), ("view", a_view(layout, plan))):
-        reply = Worker().work(encode_plan(plan, View(view), "float32"), NodeSettings())
+        reply = Worker().work(encode_plan(plan, View(view), "float32"), NodeSettings(index=0))
         admitted = admit(reply, GateContext(layout, plan))
         assert admitted.update is None
         assert admitted.report.steps == 0
@@ -116,7 +116,7 @@ def test_an_evaluation_sees_the_whole_view(make_plan: Callable[..., Plan], layou
     for preset, rank in (("braid", 4), ("fedit", 1)):
         plan = make_plan(preset, action="evaluate", rank=rank)
         reply = Worker().work(
-            encode_plan(plan, View(a_view(layout, plan)), "float32"), NodeSettings()
+            encode_plan(plan, View(a_view(layout, plan)), "float32"), NodeSettings(index=0)
         )
         scores.append(admit(reply, GateContext(layout, plan)).report.evaluation)
     assert scores[0] is not None
@@ -127,14 +127,14 @@ def test_an_evaluation_sees_the_whole_view(make_plan: Callable[..., Plan], layou
 def test_another_base_is_refused(make_plan: Callable[..., Plan], tiny: LoadedModel) -> None:
     plan = make_plan(base_digest="f" * 64)
     with pytest.raises(NodeError, match=tiny.digest[:12]) as caught:
-        Worker().work(encode_plan(plan, View(), None), NodeSettings())
+        Worker().work(encode_plan(plan, View(), None), NodeSettings(index=0))
     assert "f" * 12 in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_another_layout_is_refused(make_plan: Callable[..., Plan]) -> None:
     with pytest.raises(NodeError, match="layout"):
-        Worker().work(encode_plan(make_plan(layout="e" * 64), View(), None), NodeSettings())
+        Worker().work(encode_plan(make_plan(layout="e" * 64), View(), None), NodeSettings(index=0))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_an_impossible_plan_is_refused_in_one_line(
     changes: dict[str, Any], said: str, make_plan: Callable[..., Plan], tiny: LoadedModel
 ) -> None:
     with pytest.raises(NodeError, match=said) as caught:
-        Worker().work(encode_plan(make_plan(**changes), View(), None), NodeSettings())
+        Worker().work(encode_plan(make_plan(**changes), View(), None), NodeSettings(index=0))
     assert "\n" not in str(caught.value)
     assert base_model.digest(tiny.model) == tiny.digest
 
@@ -179,7 +179,8 @@ def test_the_plan_decides_the_threads(make_plan: Callable[..., Plan]) -> None:
     before = torch.get_num_threads()
     for threads in (1, 2):
         worker.work(
-            encode_plan(make_plan(threads=threads, local_steps=1), View(), None), NodeSettings()
+            encode_plan(make_plan(threads=threads, local_steps=1), View(), None),
+            NodeSettings(index=0),
         )
     assert seen == [1, 2]
     assert torch.get_num_threads() == before
@@ -188,7 +189,7 @@ def test_the_plan_decides_the_threads(make_plan: Callable[..., Plan]) -> None:
 def test_progress_is_heard(make_plan: Callable[..., Plan]) -> None:
     heard: list[tuple[str, int, int, float]] = []
     Worker(progress=lambda *report: heard.append(report)).work(
-        encode_plan(make_plan(local_steps=3), View(), None), NodeSettings()
+        encode_plan(make_plan(local_steps=3), View(), None), NodeSettings(index=0)
     )
     assert [report[:3] for report in heard] == [("one", step, 3) for step in (1, 2, 3)]
 
@@ -212,7 +213,7 @@ def test_capabilities(make_plan: Callable[..., Plan], tiny: LoadedModel, layout:
     assert type(found).from_bytes(found.to_bytes()) == found
     named = Worker().capabilities({**query, "names": []}, NodeSettings(index=1))
     assert named.node == "node-1"
-    named = Worker().capabilities(query, NodeSettings(name="mine"))
+    named = Worker().capabilities(query, NodeSettings(index=0, name="mine"))
     assert named.node == "mine"
 
 
@@ -266,13 +267,13 @@ def test_the_embedded_model_learns(
             },
         }
     )
-    reply = Worker().work(encode_plan(plan, View(), None), NodeSettings())
+    reply = Worker().work(encode_plan(plan, View(), None), NodeSettings(index=0))
     update = admit(reply, GateContext(layout, plan)).update
     assert isinstance(update, LowRank)
     asked = plan.model_copy(update={"action": "evaluate"})
     losses = []
     for view in (None, update):
-        reply = Worker().work(encode_plan(asked, View(view), "float32"), NodeSettings())
+        reply = Worker().work(encode_plan(asked, View(view), "float32"), NodeSettings(index=0))
         score = admit(reply, GateContext(layout, asked)).report.evaluation
         assert score is not None
         losses.append(score.loss_sum / score.tokens)

@@ -87,9 +87,9 @@ def grown_and_modelled(values: dict[str, Any], cache: str) -> dict[str, tuple[in
         basis = first_basis(configuration, base.layout) if node.name == "projected" else None
         payload = encode_plan(plan, View(basis=basis), None)
         # The first time modules are imported, and the base is quantised.
-        Worker().work(payload, NodeSettings())
+        Worker().work(payload, NodeSettings(index=0))
         memory = PeakMemory(collect=True)
-        Worker().work(payload, NodeSettings())
+        Worker().work(payload, NodeSettings(index=0))
         modelled = memory_of(plan, base.layout)
         # There is no view yet, so whole weights are copied from the base instead of rebuilt from it.
         found[node.name] = (memory.read().grown, modelled.view + modelled.work)

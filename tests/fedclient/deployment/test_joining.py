@@ -17,6 +17,7 @@ from fedhost.enrolment import EnrolmentRefused
 from fedhost.ports import LOOPBACK
 from fedserver.deployment import certificates
 from fedserver.deployment.certificates import Identity, make_authority, make_server_certificate
+from simulations.command import main
 
 
 def told_by(identity: Identity, authority: Path, folder: Path) -> EnrolmentRefused:
@@ -69,3 +70,18 @@ def test_a_new_server_is_accepted_by_a_device_that_is_half_a_day_slow(tmp_path: 
         validity = ssl._ssl._test_decode_cert(str(file))  # type: ignore[attr-defined]
         begins = ssl.cert_time_to_seconds(validity["notBefore"])
         assert begins < file.stat().st_mtime - timedelta(hours=12).total_seconds()
+
+
+@pytest.mark.parametrize("own", [[], ["--data", "notes.jsonl", "--partition", "0"]])
+def test_a_device_says_what_it_trains_on(
+    own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "node"
+    command = ["client", "join", "https://127.0.0.1:1", "--token", "fb1-x", "--folder", str(folder)]
+    with pytest.raises(SystemExit) as end:
+        main([*command, *own])
+    told = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "--data" in told
+    assert "--partition" in told
+    assert not folder.exists()

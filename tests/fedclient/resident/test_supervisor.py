@@ -43,7 +43,7 @@ def supervisor(folder: Path) -> Iterator[Supervisor]:
 
 
 def question(plan: Plan) -> Question:
-    return Question(plan.action, encode_plan(plan, View(), None), NodeSettings())
+    return Question(plan.action, encode_plan(plan, View(), None), NodeSettings(index=0))
 
 
 def answer(supervisor: Supervisor, asked: Question) -> tuple[dict[str, Any], bytes]:
@@ -152,7 +152,7 @@ def test_expected_failures_and_defects_are_told_apart(
 ) -> None:
     header, _ = answer(supervisor, question(make_plan(base_digest="f" * 64)))
     assert header["reason"] == "node"
-    header, _ = answer(supervisor, Question("query", b"{}", NodeSettings()))
+    header, _ = answer(supervisor, Question("query", b"{}", NodeSettings(index=0)))
     assert header["event"] == "defect"
 
 
@@ -201,7 +201,7 @@ def test_the_socket_is_the_owners_and_survives_its_server(
         import json
 
         with Connection(settings.socket) as connection:
-            told = connection.answer("query", json.dumps(query).encode(), NodeSettings())
+            told = connection.answer("query", json.dumps(query).encode(), NodeSettings(index=0))
             assert Capabilities.from_bytes(told.payload).node == "first"
             reply = connection.answer("train", asked.payload, asked.settings, kill_and_restart)
             assert reply.payload == Worker().work(asked.payload, asked.settings)
