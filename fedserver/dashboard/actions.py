@@ -25,8 +25,8 @@ from fedserver.dashboard.round_views import header
 from fedserver.dashboard.run_reader import RunReader
 from fedserver.dashboard.tables import Column, make_table
 from fedserver.ledger import KEYS
+from fedserver.live_log import ALIVE
 
-ALIVE = ("running", "paused")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 OVERRIDE = re.compile(r"[A-Za-z0-9_.]+=[^\x00-\x1f]{0,300}")
 REQUESTS = (
@@ -41,10 +41,12 @@ REQUESTS = (
 OFFERED = {
     "running": {"pause", "stop", "next_round", "rollback", "export", *EXCLUDING, "readmit"},
     "paused": {"resume", "stop", "next_round", "rollback", "export", *EXCLUDING, "readmit"},
+    "held": {"pause", "stop", "next_round", "rollback", "export", *EXCLUDING, "readmit"},
     "interrupted": {"continue", "rollback", "next_round", "export", *EXCLUDING, "readmit"},
     "stopped": {"continue", "rollback", "next_round", "export", *EXCLUDING, "readmit"},
     "failed": {"continue", "rollback", "next_round", "export", *EXCLUDING, "readmit"},
     "finished": {"export"},
+    "no_quorum": {"export"},
     "unknown": {"export"},
 }
 """Which actions make sense in which state of a run."""

@@ -17,6 +17,7 @@ from fedserver.dashboard.round_views import header, totals
 from fedserver.dashboard.run_reader import RunReader
 from fedserver.dashboard.tables import Column, make_table
 from fedserver.intervals import estimate
+from fedserver.live_log import ALIVE
 
 RUNS = (
     Column("name", "Run", link="address"),
@@ -193,7 +194,7 @@ def server(
     own = psutil.Process()
     rows = []
     for row in library.rows():
-        if row["state"] not in ("running", "paused"):
+        if row["state"] not in ALIVE:
             continue
         pid = str(row["live"].get("process", "")).partition("@")[0]
         used = meters.read(int(pid)) if pid.isdigit() else {}

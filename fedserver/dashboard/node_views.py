@@ -13,6 +13,7 @@ from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header, size_of, words
 from fedserver.dashboard.run_reader import ROUNDS_OF_NODES, Row, RunReader
 from fedserver.dashboard.tables import Column, LazyRows, make_table
+from fedserver.live_log import ALIVE
 
 FLEET = (
     Column("node", "Node"),
@@ -79,7 +80,7 @@ def fleet(run: RunReader, question: Question) -> Page:
     times = run.round_times(min(recent)) if recent else {}
     past = _past(recent)
     members, none = activity.members, Past()
-    live = activity.nodes if run.live().get("state") in ("running", "paused") else {}
+    live = activity.nodes if run.live().get("state") in ALIVE else {}
 
     def status(name: str) -> str:
         return str(

@@ -9,6 +9,7 @@ from typing import Any
 from fedserver.dashboard.page import NotThere, Page, Question, page_of, run_address
 from fedserver.dashboard.run_reader import REPORT, Row, RunReader
 from fedserver.dashboard.tables import Column, LazyRows, make_table
+from fedserver.live_log import ALIVE
 
 PHASES = ("plan", "train", "aggregate", "commit")
 PACE_ROUNDS = 5
@@ -29,6 +30,7 @@ ARRIVALS = (
 )
 ROUNDS = (
     Column("round", "Round", "count", link="address"),
+    Column("quorum", "Quorum", "state"),
     Column("loss", "Training loss", "loss"),
     Column("eval_loss", "Evaluation loss", "loss"),
     Column("eval_accuracy", "Accuracy", "share"),
@@ -73,7 +75,7 @@ def live(run: RunReader, question: Question) -> Page:
     counts = activity.counts()
     data = {
         **header(run),
-        "phase": phase if state in ("running", "paused") else "",
+        "phase": phase if state in ALIVE else "",
         "phases": list(PHASES),
         "asked": told.get("asked") if state == "running" else None,
         "quorum": told.get("quorum") if state == "running" else None,
@@ -112,6 +114,7 @@ def header(run: RunReader) -> dict[str, Any]:
         "name": told.get("name") or summary.get("name") or run.folder.name,
         "state": state,
         "reason": told.get("reason") or "",
+        "without_quorum": [row["round"] for row in rounds if not row.get("quorum", True)],
         "preset": told.get("preset") or summary.get("preset"),
         "base_model": told.get("base_model") or summary.get("base_model"),
         "nodes": told.get("nodes") or summary.get("nodes"),
@@ -125,15 +128,17 @@ def header(run: RunReader) -> dict[str, Any]:
 
 
 def totals(run: RunReader) -> dict[str, Any]:
-    """Sums over the committed rounds, beside what full exchanges of as many rounds would take."""
+    """Sums over the committed rounds, beside what full exchanges of the nodes asked would take."""
     rounds, told = run.rounds(), run.live()
+    asked = sum(row.get("asked") or 0 for row in rounds)
+    ranks = sum(row.get("asked_ranks") or 0 for row in rounds)
     latest = next((r for r in reversed(rounds) if r.get("eval_loss") is not None), None)
     before = (run.summary().get("before") or {}).get("loss")
     return {
         "bytes_up": sum(row["bytes_up"] for row in rounds),
         "bytes_down": sum(row["bytes_down"] for row in rounds),
-        "bytes_full_model": told.get("full_model_bytes", 0) * len(rounds) or None,
-        "bytes_full_lora": told.get("full_lora_bytes", 0) * len(rounds) or None,
+        "bytes_full_model": told.get("model_bytes_a_node", 0) * asked or None,
+        "bytes_full_lora": told.get("lora_bytes_a_rank", 0) * ranks or None,
         "seconds": sum(row["seconds"] for row in rounds),
         "accepted": sum(row["accepted"] for row in rounds),
         "rejected": sum(row["rejected"] for row in rounds),
@@ -168,6 +173,7 @@ def rounds(run: RunReader, question: Question) -> Page:
         lambda row: (
             row
             | {
+                "quorum": "met" if row.get("quorum", True) else "missed",
                 "families": words_of_families(row.get("families")),
                 "address": run_address(run.identity, "rounds", row["round"]),
             }

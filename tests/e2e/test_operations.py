@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 from fedserver import events, metrics
 from fedserver.configuration import RunConfiguration, load
 from fedserver.control import OPERATOR, ControlQueue
-from fedserver.dashboard.run_reader import read_json
+from fedserver.dashboard import round_views
+from fedserver.dashboard.application import live_payload
+from fedserver.dashboard.page import Question
+from fedserver.dashboard.run_reader import RunReader, read_json
 from fedserver.ledger import Entry, Ledger
 from fedserver.live_log import LIVE, state_of
 from fedserver.replay import replay, restore
@@ -205,6 +209,80 @@ def test_a_paused_run_waits_and_is_still_paused_when_resumed(
     assert [e.content["action"] for e in entries(folder, OPERATOR)] == ["pause", "resume"]
     assert [r.state for r in queue.requests()] == ["applied", "applied"]
     assert len(entries(folder, "round")) == 4
+
+
+@pytest.mark.parametrize("action", ["drain", "quarantine", "revoke"])
+def test_a_run_without_a_node_to_train_is_held_until_one_is_readmitted_or_it_is_stopped(
+    configuration: RunConfiguration, tmp_path: Path, action: str
+) -> None:
+    folder = tmp_path / "run"
+    held: list[dict[str, Any]] = []
+    then: dict[str, tuple[str, dict[str, Any]]] = {
+        "drain": ("readmit", {"node": "weak"}),
+        "quarantine": ("readmit", {"node": "weak"}),
+        "revoke": ("stop", {}),
+    }
+
+    def act(event: events.Event) -> None:
+        if isinstance(event, events.PhaseStarted) and event.phase == "held":
+            held.append(read_json(folder / LIVE))
+            ask(folder, then[action])
+
+    run(configuration, folder, {1: [(action, {"node": n}) for n in ("strong", "weak")]}, emit=act)
+    (told,) = held
+    assert state_of(told) == "held"
+    assert "readmit" in told["reason"]
+    assert "stop" in told["reason"]
+    rounds = entries(folder, "round")
+    live = read_json(folder / LIVE)
+    if action == "revoke":
+        assert (len(rounds), state_of(live)) == (1, "stopped")
+        return
+    assert [participants(entry) for entry in rounds[1:]] == [{"weak"}] * 3
+    assert all(entry.content["quorum"] for entry in rounds)
+    assert (state_of(live), live["reason"]) == ("finished", "")
+
+
+def test_a_run_whose_last_rounds_missed_their_quorum_is_no_success(
+    configuration: RunConfiguration, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    told: list[bool] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.RoundCommitted):
+            told.append(event.quorum)
+
+    few = configuration.model_copy(update={"quorum": 2})
+    run(few, folder, {2: [("drain", {"node": "weak"})]}, emit=listen)
+    live, summary = read_json(folder / LIVE), read_json(folder / "summary.json")
+    assert told == [True, True, False, False]
+    assert summary["rounds_without_quorum"] == [3, 4]
+    assert state_of(live) == "no_quorum"
+    assert "rounds 3 to 4" in live["reason"]
+    assert "rounds 3 to 4" in str(metrics.nothing_learnt(summary, folder))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["quorum"] for line in lines] == told
+    page = round_views.rounds(RunReader(folder, "run"), Question())
+    assert [row["quorum"] for row in page.tables["rounds"].rows] == [
+        "missed",
+        "missed",
+        "met",
+        "met",
+    ]
+    payload = live_payload(RunReader(folder, "run"))
+    # "weak" was asked twice and "strong" four times: six exchanges, not eight.
+    a_node = live["model_bytes_a_node"]
+    assert (
+        summary["bytes_full_model"] == 6 * a_node == payload["data"]["totals"]["bytes_full_model"]
+    )
+    ranks = sum(
+        (node.lora_r or few.lora_r) * (2 if node.name == "weak" else 4) for node in few.nodes
+    )
+    assert summary["bytes_full_lora"] == ranks * live["lora_bytes_a_rank"]
+    assert payload["data"]["totals"]["bytes_full_lora"] == summary["bytes_full_lora"]
+    assert payload["data"]["without_quorum"] == [3, 4]
+    assert "rounds 3 to 4" in payload["fragments"]["standing"]
 
 
 def test_requests_that_make_no_sense_are_refused_with_the_reason(
