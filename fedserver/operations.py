@@ -71,6 +71,7 @@ class Operations:
         while True:
             for request in self._queue.pending():
                 model = self._carry_out(request, number, model)
+            self._record_outcomes(number)
             held = bool(self.excluded) and not may_train()
             if self.stopped_by or not (self.paused or held):
                 return model
@@ -99,12 +100,21 @@ class Operations:
         return self._came_back.get(number, number - 1)
 
     def end(self) -> None:
-        """Settle what came too late."""
+        """Settle what came too late; how exports ended is still recorded."""
+        last = self._ledger.last("round")
+        self._record_outcomes(last.round if last is not None else 0)
         for request in self._queue.pending():
             if request.id in self._recorded:
                 self._queue.settle(request, APPLIED)
             else:
                 self._queue.settle(request, REFUSED, "the run has ended")
+
+    def _record_outcomes(self, number: int) -> None:
+        for request in self._queue.outcomes():
+            if request.id not in self._recorded:
+                wall = {"asked": request.asked, "applied": time.time()}
+                self._take_in(self._ledger.append(OPERATOR, number, request.content(), wall))
+            self._queue.settle(request, request.state, request.note)
 
     def _carry_out(self, request: Request, number: int, model: GlobalModel) -> GlobalModel:
         if request.id in self._recorded:

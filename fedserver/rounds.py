@@ -142,6 +142,7 @@ class Coordinator:
                 self._final_evaluation(model, ledger, churn, collector)
             if configuration.contributions:
                 self._contributions(ledger, churn, collector)
+        operations.end()
         metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
         summary = metrics.summarise(ledger, configuration, roster.layout, targets)
         metrics.write_json(summary, self._folder / "summary.json")

@@ -94,7 +94,7 @@ def test_what_is_asked_holds_from_the_next_round_and_is_in_the_ledger(
             ("pause", {}),
             ("resume", {}),
         ],
-        3: [("readmit", {"node": "strong"}), ("export", {"to": "somewhere"})],
+        3: [("readmit", {"node": "strong"})],
     }  # fmt: skip
     run(configuration, folder, wanted)
     rounds = entries(folder, "round")
@@ -107,7 +107,7 @@ def test_what_is_asked_holds_from_the_next_round_and_is_in_the_ledger(
     recorded = [(e.round, e.content["action"], e.content["who"]) for e in entries(folder, OPERATOR)]
     assert recorded == [
         (2, "next_round", "eve"), (2, "drain", "eve"), (3, "readmit", "eve"), (3, "revoke", "eve"),
-        (3, "pause", "eve"), (3, "resume", "eve"), (4, "export", "eve"),
+        (3, "pause", "eve"), (3, "resume", "eve"),
     ]  # fmt: skip
     refused = [r.action for r in ControlQueue(folder).requests() if r.state == "refused"]
     assert refused == ["readmit"]  # a revoked node does not come back
@@ -209,6 +209,32 @@ def test_a_paused_run_waits_and_is_still_paused_when_resumed(
     assert [e.content["action"] for e in entries(folder, OPERATOR)] == ["pause", "resume"]
     assert [r.state for r in queue.requests()] == ["applied", "applied"]
     assert len(entries(folder, "round")) == 4
+
+
+def test_an_export_stands_in_the_ledger_of_a_run_under_way_with_its_outcome_alone(
+    configuration: RunConfiguration, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    queue = ControlQueue(folder)
+
+    def export(event: events.Event) -> None:
+        if isinstance(event, events.RoundCommitted) and event.round == 1:
+            ask(folder, *[("export", {"kind": "peft", "to": f"exports/{n}"}) for n in range(3)])
+        if isinstance(event, events.RoundCommitted) and event.round == 2:
+            assert {request.state for request in queue.requests()} == {"requested"}
+            queue.say(queue.requests()[1], "failed", "no space")
+            assert not entries(folder, OPERATOR)
+        if isinstance(event, events.RoundCommitted) and event.round == 4:
+            queue.say(queue.requests()[0], "done", "exports/2")
+
+    run(configuration, folder, emit=export)
+    recorded = [
+        (e.round, e.content["outcome"], e.content["note"]) for e in entries(folder, OPERATOR)
+    ]
+    assert recorded == [(3, "failed", "no space"), (4, "done", "exports/2")]
+    # Of the third nobody knows yet.
+    assert [request.state for request in queue.requests()] == ["done", "failed", "requested"]
+    assert not queue.outcomes()
 
 
 @pytest.mark.parametrize("action", ["drain", "quarantine", "revoke"])

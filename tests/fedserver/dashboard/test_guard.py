@@ -196,19 +196,19 @@ def test_a_program_acts_by_its_token_without_a_cookie(
         assert client.get("/api/v1/runs", headers=bearer).json()["runs"] == 1
         answer = client.post(
             "/runs/mixed/actions/export",
-            data={"reason": "nightly"},
+            data={"reason": "nightly", "kind": "merged"},
             headers=bearer | {"accept": "application/json"},
         )
         assert answer.status_code == status
     assert client.get("/api/v1/runs", headers={"authorization": "Bearer x"}).status_code == 401
+    for job in client.app.state.site.desk.jobs._jobs:  # type: ignore[attr-defined]
+        job.process.wait()
     ledger = Ledger(runs / "mixed")
     entry = ledger.last("operator")
     assert entry is not None
     assert (entry.content["action"], entry.content["who"]) == ("export", "robot")
     assert ledger.verify() == []
     ledger.close()
-    for job in client.app.state.site.desk.jobs._jobs:  # type: ignore[attr-defined]
-        job.process.wait()
 
 
 def test_addresses_beside_loopback_need_tls_and_an_account(runs: Path, tmp_path: Path) -> None:
