@@ -77,6 +77,7 @@ class RunStarted:
     model_bytes_a_node: int = 0
     lora_bytes_a_rank: int = 0
     real_time: bool = False
+    seed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

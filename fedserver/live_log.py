@@ -108,6 +108,7 @@ class LiveLog:
             "model_bytes_a_node": event.model_bytes_a_node,
             "lora_bytes_a_rank": event.lora_bytes_a_rank,
             "real_time": event.real_time,
+            "seed": event.seed,
             "started": self._now(),
             "process": process_identity(os.getpid()),
             "host": socket.gethostname(),

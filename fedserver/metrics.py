@@ -185,6 +185,7 @@ def summarise(
     return {
         "name": configuration.name,
         "preset": configuration.preset,
+        "seed": configuration.seed,
         "base_model": configuration.base_model,
         "base_digest": genesis.content["base_digest"],
         "layout": layout.fingerprint,

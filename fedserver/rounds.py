@@ -190,6 +190,7 @@ class Coordinator:
                 model_bytes_a_node=baselines[0],
                 lora_bytes_a_rank=baselines[1],
                 real_time=self._exchange.real_time,
+                seed=configuration.seed,
             )
         )
 

@@ -23,6 +23,7 @@ from fedserver.control import ControlQueue
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.round_views import PHASES, totals
 from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.standings import arrivals, counts
 from fedserver.live_log import ALIVE, WAITING
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -87,7 +88,7 @@ def _of_runs(runs: list[tuple[Row, RunReader]]) -> Iterator[Metric]:
         planned.add_metric([name], row["rounds"] or 0)
         for one in (*PHASES, "evaluate", *WAITING):
             phase.add_metric([name, one], float(told.get("phase") == one))
-        for status, count in sorted(run.activity().counts().items()):
+        for status, count in sorted(counts(arrivals(run)).items()):
             nodes.add_metric([name, status], count)
         for direction in ("up", "down"):
             moved.add_metric([name, direction], sums[f"bytes_{direction}"])

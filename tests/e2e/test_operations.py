@@ -11,8 +11,10 @@ import pytest
 from fedserver import events, metrics
 from fedserver.configuration import RunConfiguration, load
 from fedserver.control import OPERATOR, ControlQueue
-from fedserver.dashboard import round_views
+from fedserver.dashboard import node_views, round_views
 from fedserver.dashboard.application import live_payload
+from fedserver.dashboard.exposition import exposition
+from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Question
 from fedserver.dashboard.run_reader import RunReader, read_json
 from fedserver.ledger import Entry, Ledger
@@ -235,6 +237,29 @@ def test_an_export_stands_in_the_ledger_of_a_run_under_way_with_its_outcome_alon
     # Of the third nobody knows yet.
     assert [request.state for request in queue.requests()] == ["done", "failed", "requested"]
     assert not queue.outcomes()
+
+
+def test_who_is_kept_out_does_not_wait_and_is_remembered(
+    configuration: RunConfiguration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedserver.dashboard.run_reader.ROUNDS_OF_NODES", 1)
+    folder = tmp_path / "run"
+    counted: list[dict[str, int]] = []
+    scraped: list[str] = []
+
+    def listen(event: events.Event) -> None:
+        if event == events.RoundStarted(4):
+            counted.append(round_views.live(RunReader(folder, "run"), Question()).data["arrivals"])
+            scraped.append(exposition(Library(tmp_path), 0).decode())
+
+    run(configuration, folder, {1: [("drain", {"node": "weak"})]}, emit=listen)
+    assert counted == [{"waiting": 1, "drained": 1}]
+    assert 'fedbraid_run_nodes{run="run",status="drained"} 1.0' in scraped[0]
+    rows = node_views.fleet(RunReader(folder, "run"), Question()).tables["fleet"].rows
+    found = {row["node"]: row for row in rows}
+    assert (found["weak"]["status"], found["weak"]["last_round"]) == ("drained", 1)
+    assert found["weak"]["last_seen"] == entries(folder, "round")[0].wall["started"]
+    assert found["strong"]["last_round"] == 4
 
 
 @pytest.mark.parametrize("action", ["drain", "quarantine", "revoke"])
