@@ -22,6 +22,9 @@ OPERATOR = "operator"
 """The kind of a ledger entry that records an action."""
 
 PENDING, APPLIED, REFUSED = "pending", "applied", "refused"
+REQUESTED, DONE, FAILED = "requested", "done", "failed"
+"""States of an export: a process of its own makes it, and only its outcome is recorded."""
+EXPORTS = ("peft", "merged")
 EXCLUDING = {"drain": "drained", "quarantine": "quarantined", "revoke": "revoked"}
 ARGUMENTS: dict[str, frozenset[str]] = {
     "pause": frozenset(),
@@ -32,7 +35,7 @@ ARGUMENTS: dict[str, frozenset[str]] = {
     "rollback": frozenset({"round"}),
     "start": frozenset({"scenario", "overrides"}),
     "continue": frozenset(),
-    "export": frozenset({"to"}),
+    "export": frozenset({"kind", "to"}),
 }
 """Every action, with the arguments that it takes.
 
@@ -69,7 +72,8 @@ class Request:
     settled: float | None = None
 
     def content(self) -> dict[str, Any]:
-        """What the ledger hashes: no clock."""
+        """What the ledger hashes: no clock. Of an export with its outcome."""
+        outcome = {"outcome": self.state, "note": self.note} if self.action == "export" else {}
         return {
             "request": self.id,
             "action": self.action,
@@ -77,6 +81,7 @@ class Request:
             "who": self.who,
             "role": self.role,
             "reason": self.reason,
+            **outcome,
         }
 
 
@@ -98,7 +103,14 @@ class ControlQueue:
         if not reason.strip():
             raise ControlError("say why: the reason stands in the ledger")
         request = Request(
-            uuid.uuid4().hex, action, dict(arguments), who, role, reason.strip()[:500], time.time()
+            uuid.uuid4().hex,
+            action,
+            dict(arguments),
+            who,
+            role,
+            reason.strip()[:500],
+            time.time(),
+            REQUESTED if action == "export" else PENDING,
         )
         with self._database() as database:
             database.execute(
@@ -112,7 +124,7 @@ class ControlQueue:
                     role,
                     request.reason,
                     request.asked,
-                    PENDING,
+                    request.state,
                 ),
             )
         return request
@@ -121,9 +133,24 @@ class ControlQueue:
         """Requests that nobody has settled, in the order in which they were made."""
         return self._select("WHERE state = 'pending' ORDER BY number")
 
+    def outcomes(self) -> list[Request]:
+        """Exports that have ended and stand in no ledger yet, in their order."""
+        return self._select("WHERE state IN ('done', 'failed') AND settled IS NULL ORDER BY number")
+
+    def request(self, identity: str) -> Request | None:
+        """The request of that id."""
+        return next(iter(self._select("WHERE id = ?", identity)), None)
+
     def requests(self, limit: int = 200) -> list[Request]:
         """The newest requests, newest first."""
         return self._select("ORDER BY number DESC LIMIT ?", limit)
+
+    def say(self, request: Request, state: str, note: str) -> None:
+        """Say how an export ended; it is settled when it is recorded."""
+        with self._database() as database:
+            database.execute(
+                "UPDATE requests SET state = ?, note = ? WHERE id = ?", (state, note, request.id)
+            )
 
     def settle(self, request: Request, state: str, note: str = "") -> None:
         """Say what came of a request."""
@@ -176,6 +203,8 @@ def check(action: str, arguments: Mapping[str, Any]) -> None:
             raise ControlError("a deadline is a number of seconds above 0")
         if quorum is not None and not (isinstance(quorum, int) and quorum >= 1):
             raise ControlError("a quorum is a whole number from 1")
+    if action == "export" and arguments.get("kind") not in EXPORTS:
+        raise ControlError(f"an export is one of {', '.join(EXPORTS)}")
     if action == "rollback":
         number = arguments.get("round")
         if not isinstance(number, int) or number < 0:

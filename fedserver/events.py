@@ -62,9 +62,9 @@ class Evaluation:
 class RunStarted:
     """The first event. ``first_round`` is above 1 when a run continues after an interruption.
 
-    ``full_model_bytes``, ``full_lora_bytes``: what one round would move if every node exchanged all
-    weights, or the LoRA factors of its rank, in float32. ``real_time``: deadlines are of the machine's
-    clock, not of a simulation's.
+    ``model_bytes_a_node``: what a node would move in a round if it exchanged all weights, in float32;
+    ``lora_bytes_a_rank``: for LoRA factors, a unit of its rank. ``real_time``: deadlines are of the
+    machine's clock, not of a simulation's.
     """
 
     name: str
@@ -74,9 +74,10 @@ class RunStarted:
     nodes: tuple[NodeInfo, ...]
     base_model: str
     output: str
-    full_model_bytes: int = 0
-    full_lora_bytes: int = 0
+    model_bytes_a_node: int = 0
+    lora_bytes_a_rank: int = 0
     real_time: bool = False
+    seed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +92,9 @@ class PhaseStarted:
     """A round (or an evaluation at the end) goes over to its next phase.
 
     ``phase``: "plan", "train" (plans are sent and replies judged as they arrive), "evaluate",
-    "aggregate", "commit", or "paused". In "train" and "evaluate" ``deadline_seconds`` run, ``nodes``
-    have been asked, and ``quorum`` updates are needed.
+    "aggregate", "commit", "paused", or "held" where the run waits for what ``reason`` says. In "train"
+    and "evaluate" ``deadline_seconds`` run, ``nodes`` have been asked, and ``quorum`` updates are
+    needed.
     """
 
     round: int
@@ -100,6 +102,7 @@ class PhaseStarted:
     nodes: int = 0
     quorum: int = 0
     deadline_seconds: float | None = None
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +171,7 @@ class RoundCommitted:
 
     ``loss`` is the weighted training loss of the accepted replies, ``carry_rank`` the rank of the
     running sum, ``tail_energy`` the share (0 to 1) of its norm that the nodes' view leaves out.
+    ``quorum``: whether enough updates came; without it the model stayed as it was.
     """
 
     round: int
@@ -180,6 +184,7 @@ class RoundCommitted:
     carry_rank: int
     tail_energy: float
     head: str
+    quorum: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +197,10 @@ class Notice:
 
 @dataclasses.dataclass(frozen=True)
 class RoundsEnded:
-    """The coordinator has left the loop. ``outcome``: finished, stopped, interrupted or failed."""
+    """The coordinator has left the loop.
+
+    ``outcome``: finished, no_quorum (its last rounds counted nothing), stopped, interrupted or failed.
+    """
 
     outcome: str
     reason: str = ""
@@ -215,7 +223,10 @@ class FamilyWork:
 
 @dataclasses.dataclass(frozen=True)
 class RunFinished:
-    """The last event. Paths are empty where nothing was written. Bytes: of all messages of the run."""
+    """The last event. Paths are empty where nothing was written. Bytes: of all messages of the run.
+
+    ``without_quorum``: the rounds that counted nothing, for too few updates came.
+    """
 
     before: Evaluation | None
     after: Evaluation | None
@@ -226,6 +237,7 @@ class RunFinished:
     bytes_up: int | None = None
     bytes_down: int | None = None
     families: tuple[FamilyWork, ...] = ()
+    without_quorum: tuple[int, ...] = ()
 
 
 Event: TypeAlias = (

@@ -21,6 +21,10 @@ from typing import Any, BinaryIO
 from fedserver import events
 
 EVENTS, LIVE = "events.jsonl", "live.json"
+WAITING = ("paused", "held")
+"""Phases in which a run goes on when somebody acts: asked to pause, or without a node to train."""
+ALIVE = ("running", *WAITING)
+"""States of a run whose process is at work."""
 SECONDS_BETWEEN_STEPS = 0.5
 """A node's steps are worth a line this often, and at its last one."""
 
@@ -78,6 +82,7 @@ class LiveLog:
                     asked=event.nodes,
                     quorum=event.quorum,
                     deadline_seconds=event.deadline_seconds,
+                    reason=event.reason,
                 )
             case events.RoundCommitted():
                 self._replace(committed=event.round, head=event.head)
@@ -100,9 +105,10 @@ class LiveLog:
             "rounds": event.rounds,
             "first_round": event.first_round,
             "nodes": len(event.nodes),
-            "full_model_bytes": event.full_model_bytes,
-            "full_lora_bytes": event.full_lora_bytes,
+            "model_bytes_a_node": event.model_bytes_a_node,
+            "lora_bytes_a_rank": event.lora_bytes_a_rank,
             "real_time": event.real_time,
+            "seed": event.seed,
             "started": self._now(),
             "process": process_identity(os.getpid()),
             "host": socket.gethostname(),
@@ -151,11 +157,12 @@ def process_identity(pid: int) -> str:
 
 
 def state_of(live: dict[str, Any]) -> str:
-    """running, paused, finished, stopped or failed; interrupted where the process has gone; ""."""
+    """running, paused, held, or how it ended; interrupted where the process has gone; "" if unknown."""
     state = str(live.get("state") or "")
     if state == "running" and not is_running(live):
         return "interrupted"
-    return "paused" if state == "running" and live.get("phase") == "paused" else state
+    phase = str(live.get("phase") or "")
+    return phase if state == "running" and phase in WAITING else state
 
 
 def is_running(live: dict[str, Any]) -> bool:

@@ -33,8 +33,10 @@ def rows(ledger: Ledger, configuration: RunConfiguration) -> list[dict[str, Any]
     evaluation, so the newest round of an unfinished run has None there.
     """
     entering = evaluations(ledger)
-    lines = [round_row(entry, entering.get(entry.round)) for entry in ledger.entries("round")]
-    for line in lines:
+    lines = []
+    for entry in ledger.entries("round"):
+        line, names = round_row(entry, entering.get(entry.round)), _asked(entry)
+        lines.append(line)
         for node in line["nodes"]:
             asked = configuration.node(node["node"])
             node["categories"] = ", ".join((asked.categories if asked else None) or ())
@@ -43,6 +45,7 @@ def rows(ledger: Ledger, configuration: RunConfiguration) -> list[dict[str, Any]
             )
         # The round is over when the last device has answered; an asynchronous one may ask nobody.
         line["device_seconds"] = max((n["device_seconds"] for n in line["nodes"]), default=0.0)
+        line["asked_ranks"] = sum(_rank(configuration, name) for name in names)
     return lines
 
 
@@ -83,6 +86,7 @@ def round_row(entry: Entry, evaluation: dict[str, Any] | None) -> dict[str, Any]
     weight = sum(share for share, _ in known)
     return {
         "round": entry.round,
+        "quorum": entry.content["quorum"],
         "loss": sum(share * loss for share, loss in known) / weight if weight else None,
         "eval_loss": evaluation["loss"] if evaluation else None,
         "eval_accuracy": evaluation["accuracy"] if evaluation else None,
@@ -91,6 +95,8 @@ def round_row(entry: Entry, evaluation: dict[str, Any] | None) -> dict[str, Any]
         "bytes_down": sum(node["bytes_down"] for node in nodes),
         "seconds": entry.wall["seconds"],
         "families": dict(Counter(one["family"] for node in accepted for one in _trained(node))),
+        "asked": len(_asked(entry)),
+        "asked_ranks": None,
         "accepted": len(accepted),
         "rejected": len(nodes) - len(accepted),
         "epsilon": None,
@@ -175,23 +181,25 @@ def summarise(
     before, after = _before_and_after(ledger)
     genesis = ledger.last("genesis")
     assert genesis is not None
-    full_model, full_lora = baselines(configuration, layout, targets)
+    a_node, a_rank = baselines(layout, targets)
     return {
         "name": configuration.name,
         "preset": configuration.preset,
+        "seed": configuration.seed,
         "base_model": configuration.base_model,
         "base_digest": genesis.content["base_digest"],
         "layout": layout.fingerprint,
         "rounds": len(lines),
-        "rounds_with_quorum": sum(e.content["quorum"] for e in ledger.entries("round")),
+        "rounds_with_quorum": sum(line["quorum"] for line in lines),
+        "rounds_without_quorum": [line["round"] for line in lines if not line["quorum"]],
         "nodes": len(configuration.nodes),
         "before": before,
         "after": after,
         "families": families(ledger),
         "bytes_up": _bytes(ledger, "bytes_up"),
         "bytes_down": _bytes(ledger, "bytes_down"),
-        "bytes_full_model": full_model * len(lines),
-        "bytes_full_lora": full_lora * len(lines),
+        "bytes_full_model": a_node * sum(line["asked"] for line in lines),
+        "bytes_full_lora": a_rank * sum(line["asked_ranks"] for line in lines),
         "seconds": sum(entry.wall["seconds"] for entry in _messages(ledger)),
         "device_seconds": sum(line["device_seconds"] for line in lines),
         "device_memory": max(
@@ -203,24 +211,36 @@ def summarise(
     }
 
 
+def shortfall(summary: Mapping[str, Any]) -> str:
+    """What to say of a run whose last rounds, or all of them, had no quorum; "" of any other."""
+    rounds, missed = summary["rounds"], set(summary["rounds_without_quorum"])
+    reached = rounds
+    while reached in missed:
+        reached -= 1
+    if reached == rounds:
+        return ""
+    if not reached:
+        return (
+            f"none of {rounds} rounds got the updates that it needs, so the model is the base model"
+        )
+    which = f"round {rounds}" if reached == rounds - 1 else f"rounds {reached + 1} to {rounds}"
+    return f"{which} missed the quorum, so the model is as round {reached} left it"
+
+
 def nothing_learnt(summary: Mapping[str, Any], folder: Path) -> str | None:
-    """What to say of a run that committed rounds, none of which had its quorum; None of any other."""
-    if summary["rounds_with_quorum"] or not summary["rounds"]:
+    """What to say of a run whose last rounds taught the model nothing; None of any other."""
+    short = shortfall(summary)
+    if not short:
         return None
-    return (
-        f"none of {summary['rounds']} rounds got the updates that it needs, so the model is the base"
-        f" model: 'fedbraid ledger show {folder}' says why; mend the nodes or lower quorum"
-    )
+    return f"{short}: 'fedbraid ledger show {folder}' says why; mend the nodes or lower quorum"
 
 
-def baselines(
-    configuration: RunConfiguration, layout: Layout, targets: Sequence[str]
-) -> tuple[int, int]:
-    """Bytes of one round, up and down, if every node exchanged all weights, or its LoRA factors."""
+def baselines(layout: Layout, targets: Sequence[str]) -> tuple[int, int]:
+    """Bytes up and down in float32: of a node that exchanges all weights, and a unit of LoRA's rank."""
     weights = sum(math.prod(tensor.shape) for tensor in layout.tensors)
-    per_rank = sum(sum(layout.shape(name)) for name in targets)
-    ranks = [node.lora_r or configuration.lora_r for node in configuration.nodes]
-    return 2 * FP32_BYTES * weights * len(ranks), 2 * FP32_BYTES * per_rank * sum(ranks)
+    return 2 * FP32_BYTES * weights, 2 * FP32_BYTES * sum(
+        sum(layout.shape(name)) for name in targets
+    )
 
 
 def write(ledger: Ledger, configuration: RunConfiguration, path: Path) -> None:
@@ -265,6 +285,27 @@ def _reported(entry: Entry) -> dict[str, dict[str, Any]]:
         for node in entry.content["nodes"]
         if node["verdict"] == "accepted" and node["report"]["evaluation"] is not None
     }
+
+
+def _asked(entry: Entry) -> list[str]:
+    """The nodes that a round asked to train, those behind an edge too; whatever came of it."""
+    found = []
+    for node in entry.content["nodes"]:
+        plan = node["plan"]
+        if node["round"] != entry.round or plan["action"] != "train":
+            continue
+        groups = plan["method"].get("groups")
+        if groups is None:
+            found.append(node["node"])
+        else:
+            trained = (group["members"] for group in groups if group["action"] == "train")
+            found += [member[0] for members in trained for member in members]
+    return found
+
+
+def _rank(configuration: RunConfiguration, name: str) -> int:
+    node = configuration.node(name)
+    return (node.lora_r if node is not None else None) or configuration.lora_r
 
 
 def _trained(node: dict[str, Any]) -> list[dict[str, Any]]:

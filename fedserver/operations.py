@@ -27,6 +27,7 @@ from fedserver.ledger import Entry, Ledger
 from fedserver.replay import model_after
 
 PAUSED_POLL_SECONDS = 0.25
+NOBODY = "no node may train: readmit one, or stop the run"
 
 
 class Operations:
@@ -59,22 +60,29 @@ class Operations:
         # A stop was carried out when the run ended; who resumes it wants it to go on.
         self.stopped_by = ""
 
-    def before(self, number: int, model: GlobalModel) -> GlobalModel:
-        """Apply what was asked, and wait while paused; the model that round ``number`` starts from.
+    def before(self, number: int, model: GlobalModel, may_train: Callable[[], bool]) -> GlobalModel:
+        """Apply what was asked, wait while paused or held; the model that round ``number`` starts from.
 
-        Afterwards ``stopped_by`` names who stopped the run, "" where it goes on.
+        ``may_train``: whether any node is left to ask; a run is held while operators keep all out, for
+        its rounds would pass with nothing in them. Afterwards ``stopped_by`` names who stopped the run,
+        "" where it goes on.
         """
-        told = False
+        told = ""
         while True:
             for request in self._queue.pending():
                 model = self._carry_out(request, number, model)
-            if self.stopped_by or not self.paused:
+            self._record_outcomes(number)
+            held = bool(self.excluded) and not may_train()
+            if self.stopped_by or not (self.paused or held):
                 return model
-            if not told:
-                told = True
-                self._emit(events.PhaseStarted(number, "paused"))
+            phase = "paused" if self.paused else "held"
+            if phase != told:
+                told = phase
+                self._emit(events.PhaseStarted(number, phase, reason=NOBODY if held else ""))
                 text = f"paused before round {number}: resume it in fedbraid dashboard"
-                self._emit(events.Notice("info", text))
+                if phase == "held":
+                    text = f"held before round {number}: {NOBODY}, in fedbraid dashboard"
+                self._emit(events.Notice("warning" if held else "info", text))
             self._wait(PAUSED_POLL_SECONDS)
 
     def stops_now(self) -> bool:
@@ -103,12 +111,21 @@ class Operations:
         return self._came_back.get(number, number - 1)
 
     def end(self) -> None:
-        """Settle what came too late."""
+        """Settle what came too late; how exports ended is still recorded."""
+        last = self._ledger.last("round")
+        self._record_outcomes(last.round if last is not None else 0)
         for request in self._queue.pending():
             if request.id in self._recorded:
                 self._queue.settle(request, APPLIED)
             else:
                 self._queue.settle(request, REFUSED, "the run has ended")
+
+    def _record_outcomes(self, number: int) -> None:
+        for request in self._queue.outcomes():
+            if request.id not in self._recorded:
+                wall = {"asked": request.asked, "applied": time.time()}
+                self._take_in(self._ledger.append(OPERATOR, number, request.content(), wall))
+            self._queue.settle(request, request.state, request.note)
 
     def _carry_out(self, request: Request, number: int, model: GlobalModel) -> GlobalModel:
         if request.id in self._recorded:

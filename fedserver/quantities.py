@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 MISSING = "–"
 MINUS = "\u2212"
 
@@ -86,6 +88,18 @@ def plural(count: int, noun: str) -> str:
         return f"1 {noun}"
     ending = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
     return f"{count:,} {ending}"
+
+
+def spans_text(numbers: Sequence[int]) -> str:
+    """Rounds in order as they read: "rounds 2, 5 to 9"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    told = ", ".join(" to ".join(map(str, span)) for span in spans)
+    return f"{'round' if len(numbers) == 1 else 'rounds'} {told}"
 
 
 def signed(content: str) -> str:

@@ -81,9 +81,11 @@ class Coordinator:
             outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self._emit(events.RoundsEnded(outcome, str(error)))
             raise
-        stopped_by = self._operations.stopped_by
-        reason = f"stopped by {stopped_by}" if stopped_by else ""
-        self._emit(events.RoundsEnded("stopped" if stopped_by else "finished", reason))
+        stopped_by, short = self._operations.stopped_by, metrics.shortfall(summary)
+        if stopped_by:
+            self._emit(events.RoundsEnded("stopped", f"stopped by {stopped_by}"))
+        else:
+            self._emit(events.RoundsEnded("no_quorum" if short else "finished", short))
         return summary
 
     def _open_and_run(self) -> dict[str, Any]:
@@ -131,15 +133,16 @@ class Coordinator:
         members = [member.capabilities.node for member in roster.members]
         operations = Operations(ledger, configuration, members, self._emit)
         self._operations = operations
-        self._announce(roster, done + 1, metrics.baselines(configuration, roster.layout, targets))
+        self._announce(roster, done + 1, metrics.baselines(roster.layout, targets))
         self._reopen(ledger, roster, collector)
         try:
             for number in range(done + 1, configuration.rounds + 1):
-                model = operations.before(number, model)
+                model = operations.before(number, model, lambda: self._may_train(churn))
                 if operations.stopped_by:
                     break
                 model = self._round(number, model, ledger, churn, collector)
                 metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
+            operations.end()
             if not operations.stopped_by:
                 if configuration.evaluate and not _evaluated(ledger, configuration.rounds):
                     self._final_evaluation(model, ledger, churn, collector)
@@ -192,9 +195,10 @@ class Coordinator:
                 nodes=tuple(self._node_info(member, roster) for member in roster.members),
                 base_model=configuration.base_model,
                 output=str(self._folder),
-                full_model_bytes=baselines[0],
-                full_lora_bytes=baselines[1],
+                model_bytes_a_node=baselines[0],
+                lora_bytes_a_rank=baselines[1],
                 real_time=self._exchange.real_time,
+                seed=configuration.seed,
             )
         )
 
@@ -441,6 +445,11 @@ class Coordinator:
         """The members that no operator has taken out, with those of their devices that none has."""
         return roster.without({*self._operations.excluded, *revoked})
 
+    def _may_train(self, churn: Churn) -> bool:
+        """Whether operators have left any node that trains."""
+        present = self._present(churn.roster, churn.revoked())
+        return any(training(self._configuration, member) for member in present)
+
     def _evaluated_by_all(
         self, number: int, model: GlobalModel, churn: Churn, collector: Collector
     ) -> list[Outcome]:
@@ -479,6 +488,7 @@ class Coordinator:
                 carry_rank=row["carry_rank"],
                 tail_energy=row["tail_energy"],
                 head=row["head"],
+                quorum=row["quorum"],
             )
         )
 

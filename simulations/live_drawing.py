@@ -46,7 +46,7 @@ def header_text(run: events.RunStarted) -> Text:
 def round_text(state: RoundState, progress: RunProgress, width: int | None = None) -> Text:
     """The line of a finished round; what matters least is left out where ``width`` is short."""
     text = Text()
-    text.append(f"{'base' if is_base(state) else _label(state.round, progress):<11}", "bold")
+    text.append(f"{'base' if is_base(state) else _label(state.round, progress):<10} ", "bold")
     if state.evaluation is not None:
         text.append(f"loss {quantities.loss_text(state.evaluation.loss)}")
         before = progress.previous_loss(state.round)
@@ -67,7 +67,7 @@ def round_text(state: RoundState, progress: RunProgress, width: int | None = Non
 def refusal_text(event: events.NodeReplied, progress: RunProgress) -> Text:
     """The line of a refused reply: who, what, why."""
     text = Text()
-    text.append(f"{_label(event.round, progress):<11}", style="bold")
+    text.append(f"{_label(event.round, progress):<10} ", style="bold")
     text.append(f"{safe(event.node)} refused: ", style="red")
     text.append(words(event.verdict))
     if event.reason:
@@ -88,7 +88,7 @@ def reply_text(event: events.NodeReplied, progress: RunProgress) -> Text:
     ]
     did = "evaluated" if progress.evaluating else words(event.verdict)
     label = _label(event.round, progress)
-    return Text(f"{label:<11}{safe(event.node)} {did}, {', '.join(parts)}")
+    return Text(f"{label:<10} {safe(event.node)} {did}, {', '.join(parts)}")
 
 
 def notice_text(event: events.Notice) -> Text:
@@ -155,7 +155,9 @@ def summary_panel(progress: RunProgress, finished: events.RunFinished) -> Panel:
     for name, value in summary_rows(progress, finished):
         grid.add_row(name, Text(value))
     title = safe(progress.run.name) if progress.run else "run"
-    return Panel(grid, title=Text(f"{title} finished"), title_align="left", expand=False)
+    last = progress.run.rounds if progress.run else 0
+    how = "ended without a quorum" if last in finished.without_quorum else "finished"
+    return Panel(grid, title=Text(f"{title} {how}"), title_align="left", expand=False)
 
 
 def summary_rows(progress: RunProgress, finished: events.RunFinished) -> list[tuple[str, str]]:
@@ -200,6 +202,9 @@ def summary_rows(progress: RunProgress, finished: events.RunFinished) -> list[tu
     if len(finished.families) > 1:
         rows += [(words(work.family), _work(work)) for work in finished.families]
     rows.append(("replies", f"{progress.accepted} accepted, {progress.refused} refused"))
+    if finished.without_quorum:
+        told = quantities.spans_text(finished.without_quorum)
+        rows.append(("no quorum", f"{told}: counted nothing"))
     rows.append(("time", quantities.duration_text(finished.seconds)))
     paths = (("report", finished.report), ("adapter", finished.adapter), ("head", finished.head))
     return rows + [(name, safe(value)) for name, value in paths if value]
@@ -230,6 +235,8 @@ def _segments(state: RoundState) -> list[Text]:
     if committed is not None:
         replies = committed.accepted + committed.rejected
         style = "red" if committed.rejected else "green"
+        if not committed.quorum:
+            parts.append(Text("no quorum", "bold red"))
         parts += [
             Text(f"{committed.accepted}/{replies} accepted", style),
             Text(

@@ -127,10 +127,14 @@ def byte_table(run: Run) -> dict[str, Any]:
         ("This run", f"{quantities.bytes_text(up)} up, {quantities.bytes_text(down)} down", total),
         (
             "LoRA, fp32",
-            "every node receives and sends factors of its own rank",
+            "every node that a round asked receives and sends factors of its own rank",
             run.number("bytes_full_lora"),
         ),
-        ("FedAvg, whole model, fp32", "every node receives and sends all weights", full),
+        (
+            "FedAvg, whole model, fp32",
+            "every node that a round asked receives and sends all weights",
+            full,
+        ),
     )
     known = [(name, what, count) for name, what, count in entries if count is not None]
     largest = max((count for _, _, count in known), default=0) or 1

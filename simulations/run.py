@@ -79,6 +79,7 @@ def simulate(
             adapter=str(adapter or ""),
             bytes_up=summary["bytes_up"],
             bytes_down=summary["bytes_down"],
+            without_quorum=tuple(summary["rounds_without_quorum"]),
             families=tuple(
                 events.FamilyWork(
                     family=family,

@@ -38,6 +38,11 @@ SESSION_SECONDS = 12 * 3600.0
 IDLE_SECONDS = 2 * 3600.0
 MOST_SESSIONS = 10_000
 SETTLED_NANOSECONDS = 2_000_000_000
+USE_SECONDS = 60.0
+"""The last use of a token is written down at most this often."""
+SHOWN_DIGITS = 12
+TERMINAL = "terminal"
+"""Who acts by a command: whoever may write the folder."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS accounts (
@@ -47,6 +52,11 @@ CREATE TABLE IF NOT EXISTS accounts (
 CREATE TABLE IF NOT EXISTS tokens (
     digest TEXT PRIMARY KEY, name TEXT NOT NULL, role TEXT NOT NULL, issued REAL NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS uses (digest TEXT PRIMARY KEY, used REAL NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS record (
+    number INTEGER PRIMARY KEY, time REAL NOT NULL, action TEXT NOT NULL, about TEXT NOT NULL,
+    who TEXT NOT NULL, reason TEXT NOT NULL
+) STRICT;
 """
 
 
@@ -54,11 +64,34 @@ class AccountError(Exception):
     """An account cannot be made or used; the message says why and what to do."""
 
 
+@dataclass(frozen=True)
+class Token:
+    """A program's token without its secret; ``id`` are the first digits of its SHA-256."""
+
+    id: str
+    name: str
+    role: str
+    issued: float
+    used: float | None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was done about accounts and tokens, when (seconds since 1970), by whom and why."""
+
+    time: float
+    action: str
+    about: str
+    who: str
+    reason: str
+
+
 @dataclass
 class Session:
     """Somebody who has signed in. ``csrf`` must come back with every action.
 
     ``generation``: the salt of the account as it was then; b"" for who has no account here.
+    ``invited``: by the terminal's link, which holds as long as there are no accounts.
     """
 
     name: str
@@ -67,6 +100,7 @@ class Session:
     began: float = 0.0
     seen: float = 0.0
     generation: bytes = b""
+    invited: bool = False
 
     @property
     def may_act(self) -> bool:
@@ -95,7 +129,10 @@ class Accounts:
             return list(database.execute("SELECT name, role FROM accounts ORDER BY name"))
 
     def add(self, name: str, role: str, password: str) -> None:
-        """Make an account, or give one a new password and role; its sessions end."""
+        """Make an account, or give one a new password and role; its sessions end.
+
+        With the first one the terminal's link ends, and the sessions of who came by it.
+        """
         if not NAME.fullmatch(name):
             raise AccountError("a name is letters, digits and . _ @ -, at most 64 of them")
         if role not in ROLES:
@@ -110,6 +147,7 @@ class Accounts:
                 " hash = excluded.hash, failures = 0, locked_until = 0",
                 (name, role, salt, _hash(password, salt)),
             )
+            self._note(database, "set account", f"{name} ({role})")
 
     def remove(self, name: str) -> None:
         """Delete an account, its tokens and its sessions."""
@@ -117,6 +155,7 @@ class Accounts:
             if not database.execute("DELETE FROM accounts WHERE name = ?", (name,)).rowcount:
                 raise AccountError(f"there is no account {name!r}")
             database.execute("DELETE FROM tokens WHERE name = ?", (name,))
+            self._note(database, "remove account", f"{name}, with its tokens")
 
     def issue_token(self, name: str, role: str) -> str:
         """A token for a program, shown once; only its SHA-256 is kept."""
@@ -127,7 +166,51 @@ class Accounts:
             database.execute(
                 "INSERT INTO tokens VALUES (?, ?, ?, ?)", (_digest(token), name, role, self._now())
             )
+            about = f"{_digest(token)[:SHOWN_DIGITS]} of {name} ({role})"
+            self._note(database, "issue token", about)
         return token
+
+    def tokens(self) -> list[Token]:
+        """The tokens that hold, the newest first."""
+        if not self._path.is_file():
+            return []
+        with self._database() as database:
+            rows = database.execute(
+                "SELECT substr(digest, 1, ?), name, role, issued, used FROM tokens"
+                " LEFT JOIN uses USING (digest) ORDER BY issued DESC, digest",
+                (SHOWN_DIGITS,),
+            ).fetchall()
+        return [Token(*row) for row in rows]
+
+    def revoke_token(self, identity: str, *, who: str = TERMINAL, reason: str = "") -> Token:
+        """End a token, from the next request of its program on.
+
+        Raises:
+            AccountError: no token, or more than one, begins with these digits.
+        """
+        found = [token for token in self.tokens() if identity and token.id.startswith(identity)]
+        if len(found) != 1:
+            which = "several tokens begin" if found else "no token begins"
+            raise AccountError(f"{which} with {identity!r}: fedbraid accounts tokens lists them")
+        (token,) = found
+        with self._database() as database:
+            for table in ("tokens", "uses"):
+                database.execute(
+                    f"DELETE FROM {table} WHERE substr(digest, 1, ?) = ?", (SHOWN_DIGITS, token.id)
+                )
+            about = f"{token.id} of {token.name} ({token.role})"
+            self._note(database, "revoke token", about, who, reason)
+        return token
+
+    def record(self) -> list[Recorded]:
+        """What was done about accounts and tokens, the newest first."""
+        if not self._path.is_file():
+            return []
+        with self._database() as database:
+            rows = database.execute(
+                "SELECT time, action, about, who, reason FROM record ORDER BY number DESC"
+            ).fetchall()
+        return [Recorded(*row) for row in rows]
 
     def sign_in(self, name: str, password: str) -> str:
         """The cookie of a new session.
@@ -159,10 +242,12 @@ class Accounts:
                 raise wrong
             return self.open_session(name, role, salt)
 
-    def open_session(self, name: str, role: str, generation: bytes = b"") -> str:
+    def open_session(
+        self, name: str, role: str, generation: bytes = b"", *, invited: bool = False
+    ) -> str:
         """The cookie of a new session for somebody whose identity is established.
 
-        ``generation``: of the account, where it is one of this folder.
+        ``generation``: of the account, where it is one of this folder. ``invited``: by the terminal.
         """
         now = self._now()
         token = secrets.token_urlsafe(32)
@@ -172,7 +257,7 @@ class Accounts:
             if len(self._sessions) >= MOST_SESSIONS:
                 del self._sessions[min(self._sessions, key=lambda k: self._sessions[k].seen)]
             self._sessions[_digest(token)] = Session(
-                name, role, began=now, seen=now, generation=generation
+                name, role, began=now, seen=now, generation=generation, invited=invited
             )
         return token
 
@@ -185,7 +270,9 @@ class Accounts:
             found = self._sessions.get(_digest(cookie)) if cookie else None
             if found is None or self._over(found):
                 return None
-            if found.generation and self._generation(found.name) != found.generation:
+            known = self._generations_now()
+            replaced = found.generation and known.get(found.name) != found.generation
+            if replaced or (found.invited and known):
                 del self._sessions[_digest(cookie)]
                 return None
             found.seen = self._now()
@@ -197,9 +284,16 @@ class Accounts:
             return None
         with self._database() as database:
             row = database.execute(
-                "SELECT name, role FROM tokens WHERE digest = ?", (_digest(token),)
+                "SELECT name, role, used FROM tokens LEFT JOIN uses USING (digest) WHERE digest = ?",
+                (_digest(token),),
             ).fetchone()
-        return None if row is None else Session(row[0], row[1])
+            if row is None:
+                return None
+            if row[2] is None or self._now() - row[2] >= USE_SECONDS:
+                database.execute(
+                    "INSERT OR REPLACE INTO uses VALUES (?, ?)", (_digest(token), self._now())
+                )
+        return Session(row[0], row[1])
 
     def sign_out(self, cookie: str) -> None:
         """End a session."""
@@ -213,14 +307,19 @@ class Accounts:
             return self._invitation
 
     def accept(self, invitation: str) -> str | None:
-        """The cookie for an invitation, which is then spent; None for any other word."""
+        """The cookie for an invitation, which is then spent; None for any other word.
+
+        With the first account the link is spent, too.
+        """
         with self._lock:
+            if self._generations_now():
+                self._invitation = ""
             if not self._invitation or not hmac.compare_digest(
                 invitation.encode(), self._invitation.encode()
             ):
                 return None
             self._invitation = ""
-            return self.open_session("local", OPERATOR)
+            return self.open_session("local", OPERATOR, invited=True)
 
     @property
     def _path(self) -> Path:
@@ -230,13 +329,13 @@ class Accounts:
         now = self._now()
         return now - session.began > SESSION_SECONDS or now - session.seen > IDLE_SECONDS
 
-    def _generation(self, name: str) -> bytes:
-        """Of an account as it is now, b"" for none; the database is read when its file has changed."""
+    def _generations_now(self) -> dict[str, bytes]:
+        """Of every account as it is now; the database is read when its file has changed."""
         try:
             # Not opened: closing it would end the locks that SQLite has on it for other threads.
             file = os.stat(self._path)
         except FileNotFoundError:
-            return b""
+            return {}
         stamp = (file.st_ino, file.st_mtime_ns, file.st_size)
         if self._generations[0] != stamp:
             with self._database() as database:
@@ -244,7 +343,20 @@ class Accounts:
             # What changed just now may change once more within the same tick of the clock.
             settled = time.time_ns() - file.st_mtime_ns > SETTLED_NANOSECONDS
             self._generations = (stamp if settled else None, found)
-        return self._generations[1].get(name, b"")
+        return self._generations[1]
+
+    def _note(
+        self,
+        database: sqlite3.Connection,
+        action: str,
+        about: str,
+        who: str = TERMINAL,
+        reason: str = "",
+    ) -> None:
+        database.execute(
+            "INSERT INTO record (time, action, about, who, reason) VALUES (?, ?, ?, ?, ?)",
+            (self._now(), action, about, who, reason),
+        )
 
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:

@@ -7,18 +7,17 @@ ended is appended here: nobody else holds its ledger then.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fedserver
-from fedserver.control import APPLIED, EXCLUDING, OPERATOR, ControlError, ControlQueue, Request
-from fedserver.dashboard import recording
+from fedserver.control import EXCLUDING, EXPORTS, REFUSED, ControlError, ControlQueue, Request
+from fedserver.dashboard import errands
 from fedserver.dashboard.accounts import Session
 from fedserver.dashboard.home import deployment_of
-from fedserver.dashboard.jobs import Jobs
+from fedserver.dashboard.jobs import JobError, Jobs
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
@@ -26,7 +25,6 @@ from fedserver.dashboard.run_reader import RunReader
 from fedserver.dashboard.tables import Column, make_table
 from fedserver.ledger import KEYS
 
-ALIVE = ("running", "paused")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 OVERRIDE = re.compile(r"[A-Za-z0-9_.]+=[^\x00-\x1f]{0,300}")
 REQUESTS = (
@@ -41,10 +39,12 @@ REQUESTS = (
 OFFERED = {
     "running": {"pause", "stop", "next_round", "rollback", "export", *EXCLUDING, "readmit"},
     "paused": {"resume", "stop", "next_round", "rollback", "export", *EXCLUDING, "readmit"},
+    "held": {"pause", "stop", "next_round", "rollback", "export", *EXCLUDING, "readmit"},
     "interrupted": {"continue", "rollback", "next_round", "export", *EXCLUDING, "readmit"},
     "stopped": {"continue", "rollback", "next_round", "export", *EXCLUDING, "readmit"},
     "failed": {"continue", "rollback", "next_round", "export", *EXCLUDING, "readmit"},
     "finished": {"export"},
+    "no_quorum": {"export"},
     "unknown": {"export"},
 }
 """Which actions make sense in which state of a run."""
@@ -70,25 +70,34 @@ class Desk:
         arguments = arguments_of(action, form)
         queue = ControlQueue(run.folder)
         if action == "export":
-            number = header(run)["round"]
-            if not number:
-                raise ControlError("no round is committed yet: there is nothing to export")
-            arguments = {"to": f"exports/peft-round-{number}"}
+            kind, number = form.get("kind", "peft"), header(run)["round"]
+            if why := exports(run).get(kind):
+                raise ControlError(why)
+            arguments = {"kind": kind, "to": f"exports/{kind}-round-{number}"}
         asked = queue.ask(
             action, arguments, who=who.name, role=who.role, reason=form.get("reason", "")
         )
         if action == "export":
-            if state not in ALIVE:
-                _record(run.folder, queue, asked, number, self._sealing_key(run.folder))
             target = str(run.folder / arguments["to"])
-            command = ["export", "peft", str(run.folder), "--to", target]
-            self.jobs.start(f"export after round {number}", run.identity, command, run.folder)
+            command = ["export", kind, str(run.folder), "--to", target]
+            self._errand(f"export {kind} after round {number}", run, asked, command, number)
             return f"exporting to {target}"
         if action == "continue":
             command = ["simulate", "scenario.toml", "--output", ".", "--resume", "--json"]
-            self.jobs.start("continue the run", run.identity, command, run.folder)
+            self._errand("continue the run", run, asked, command, 0)
             return "continuing"
         return "asked: it is applied before the next round begins"
+
+    def _errand(
+        self, title: str, run: RunReader, asked: Request, command: list[str], number: int
+    ) -> None:
+        key_file = self._sealing_key(run.folder)
+        told = errands.question(run.folder, asked, command, number, key_file)
+        try:
+            self.jobs.start(title, run.identity, [told], run.folder, program=errands.PROGRAM)
+        except JobError as error:
+            ControlQueue(run.folder).settle(asked, REFUSED, str(error))
+            raise
 
     def _sealing_key(self, folder: Path) -> Path | None:
         """The key of the deployment's runs; None for a run that has one of its own."""
@@ -146,9 +155,14 @@ def control(run: RunReader, question: Question) -> Page:
     ]
     configuration = run.configuration()
     names = [str(node["name"]) for node in configuration.get("nodes", ())]
+    possible = exports(run)
+    offered = OFFERED.get(str(top["state"]), set())
+    if all(possible.values()):
+        offered = offered - {"export"}
     data = {
         **top,
-        "offered": sorted(OFFERED.get(str(top["state"]), set())),
+        "offered": sorted(offered),
+        "exports": possible,
         "node_names": names[:1000],
         "deadline_now": configuration.get("deadline_seconds"),
         "quorum_now": configuration.get("quorum"),
@@ -163,6 +177,23 @@ def control(run: RunReader, question: Question) -> Page:
         searchable=False,
     )
     return page_of(data, table)
+
+
+def exports(run: RunReader) -> dict[str, str]:
+    """Why each kind of export cannot be made of the last committed round; "" where it can."""
+    rounds = run.rounds()
+    entry = run.round_entry(rounds[-1]["round"]) if rounds else None
+    if entry is None:
+        return dict.fromkeys(EXPORTS, "no round is committed yet: there is nothing to export")
+    content = entry["content"]
+    adapted = bool(content.get("view_rank"))
+    beyond = bool(content.get("seeds")) or any("dense" in (r.get("families") or {}) for r in rounds)
+    if not adapted and not beyond:
+        return dict.fromkeys(EXPORTS, "no update has changed the base model yet")
+    why = (
+        "the model's change is more than low-rank factors, so no adapter holds it: export it merged"
+    )
+    return {"peft": why if beyond else "", "merged": ""}
 
 
 def scenario_names() -> list[str]:
@@ -189,11 +220,3 @@ def arguments_of(action: str, form: Mapping[str, str]) -> dict[str, Any]:
             except ValueError:
                 raise ControlError(f"{key.replace('_', ' ')}: {word!r} is no number") from None
     return found
-
-
-def _record(
-    folder: Path, queue: ControlQueue, request: Request, number: int, key_file: Path | None
-) -> None:
-    wall = {"asked": request.asked, "applied": time.time()}
-    recording.append(folder, OPERATOR, number, request.content(), wall, key_file=key_file)
-    queue.settle(request, APPLIED, "recorded")

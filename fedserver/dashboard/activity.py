@@ -39,13 +39,6 @@ class Activity:
         for event in _events(lines):
             self._apply(event)
 
-    def counts(self) -> dict[str, int]:
-        """Nodes by status: waiting, working, or the verdict of their reply."""
-        found: dict[str, int] = {}
-        for node in self.nodes.values():
-            found[node["status"]] = found.get(node["status"], 0) + 1
-        return found
-
     def _meet(self, offset: int) -> None:
         try:
             with self._path.open("rb") as file:

@@ -19,6 +19,7 @@ from itertools import pairwise
 
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.run_reader import RunReader
+from fedserver.live_log import ALIVE
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ LOSS_FACTOR = 1.5
 """An evaluation loss this many times the best one so far is worth a word."""
 SILENT_ROUNDS = 3
 DISK_SHARE = 0.05
-ALIVE = ("running", "paused")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -26,7 +26,8 @@ from starlette.staticfiles import StaticFiles
 
 from fedserver.control import ControlError
 from fedserver.dashboard import actions, devices, library_views, openapi
-from fedserver.dashboard.accounts import LOOPBACK, Accounts
+from fedserver.dashboard.access_view import access
+from fedserver.dashboard.accounts import LOOPBACK, AccountError, Accounts
 from fedserver.dashboard.actions import Desk, scenario_names
 from fedserver.dashboard.exposition import CONTENT_TYPE, exposition
 from fedserver.dashboard.guard import Guard, form_of
@@ -107,6 +108,8 @@ class Site:
             Route("/compare", self.compare),
             Route("/devices", self.devices),
             Route("/devices/invite", self.invite, methods=["POST"]),
+            Route("/access", self.access),
+            Route("/access/revoke", self.revoke_token, methods=["POST"]),
             Route("/server", self.server),
             Route("/stream", self.library_stream),
             Route(f"{run}", self.run_view),
@@ -125,6 +128,8 @@ class Site:
             Route(f"{API}/compare/{{table}}.csv", self.compare),
             Route(f"{API}/devices", self.devices),
             Route(f"{API}/devices/{{table}}.csv", self.devices),
+            Route(f"{API}/access", self.access),
+            Route(f"{API}/access/{{table}}.csv", self.access),
             Route(f"{API}/server", self.server),
             Route(f"{API}{run}/ledger/verify", self.verify),
             Route(f"{API}{run}/rounds/{{round:int}}", self.one_round),
@@ -161,6 +166,31 @@ class Site:
             self.meters,
         )
         return self._answer(request, page, "server.html.jinja")
+
+    async def access(self, request: Request) -> Response:
+        """Accounts and tokens, for operators."""
+        page = await run_in_threadpool(access, self.accounts, _question(request))
+        return self._answer(request, page, "access.html.jinja")
+
+    async def revoke_token(self, request: Request) -> Response:
+        """End a program's token."""
+        form: dict[str, str] = {}
+        try:
+            form = await form_of(request)
+            reason = form.get("reason", "").strip()[:500]
+            if not reason:
+                raise ControlError("say why: the reason stands in the record")
+            who = request.scope["session"].name
+            self.accounts.revoke_token(form.get("token", ""), who=who, reason=reason)
+        except PermissionError as error:
+            return PlainTextResponse(str(error), 403)
+        except (AccountError, ControlError, ValueError) as error:
+            page = await run_in_threadpool(access, self.accounts, Question())
+            html = self._page(
+                request, page, "access.html.jinja", path="/access", problem=str(error), form=form
+            )
+            return HTMLResponse(html, 409)
+        return RedirectResponse("/access", 303)
 
     async def devices(self, request: Request) -> Response:
         """Who has joined the deployment, and who may."""
@@ -332,10 +362,13 @@ class Site:
     def _stream(
         self, request: Request, messages: Callable[[Callable[[], bool]], AsyncIterator[bytes]]
     ) -> Response:
-        cookie, bearer = request.scope["cookie"], request.scope["bearer"]
+        cookie, token = request.scope["cookie"], request.scope["token"]
+        bearer = request.scope["bearer"]
 
         def alive() -> bool:
-            return bearer or self.accounts.session(cookie) is not None
+            if bearer:
+                return self.accounts.bearer(token) is not None
+            return self.accounts.session(cookie) is not None
 
         return StreamingResponse(
             messages(alive),
@@ -391,6 +424,7 @@ class Site:
         problem: str = "",
         path: str = "",
         made: Invitation | None = None,
+        form: Mapping[str, str] | None = None,
     ) -> str:
         path = path or request.url.path
         run = page.data.get("run")
@@ -400,6 +434,7 @@ class Site:
             session=request.scope["session"],
             problem=problem,
             made=made,
+            form=form or {},
             jobs=self.desk.jobs.json(run) if run else [],
             path=path,
             stream=stream,

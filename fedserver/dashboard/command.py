@@ -7,6 +7,7 @@ import gc
 import socket
 import sys
 import webbrowser
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
@@ -80,8 +81,14 @@ def add(
         password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
     else:
         password = sys.stdin.readline().rstrip("\n")
-    _existing(folder).add(name, role, password)
+    accounts = _existing(folder)
+    first = not accounts.names()
+    accounts.add(name, role, password)
     print(f"{name} may sign in as {role}")
+    if first:
+        print(
+            "the link that a dashboard's terminal shows has ended, and who came by it is signed out"
+        )
 
 
 @accounts_app.command("list")
@@ -106,6 +113,24 @@ def token(
 ) -> None:
     """Print a bearer token for a program, such as Prometheus; it is shown once."""
     print(_existing(folder).issue_token(name, role))
+
+
+@accounts_app.command()
+def tokens(folder: Root) -> None:
+    """Bearer tokens: id, name, role, when made and last used (UTC); the token itself is kept nowhere."""
+    for one in _existing(folder).tokens():
+        print(one.id, one.name, one.role, _moment(one.issued), _moment(one.used), sep="\t")
+
+
+@accounts_app.command()
+def revoke(
+    folder: Root,
+    token: Annotated[str, typer.Argument(help="Its id, as accounts tokens lists it.")],
+    reason: Annotated[str, typer.Option(help="Stands in the record.")] = "",
+) -> None:
+    """End a bearer token, in a dashboard that runs as well."""
+    ended = _existing(folder).revoke_token(token, reason=reason)
+    print(f"token {ended.id} of {ended.name} ({ended.role}) is revoked")
 
 
 def check_binding(
@@ -206,6 +231,12 @@ def _listen(host: str, port: int) -> socket.socket:
             f"{host}:{port} cannot be used: {error.strerror}; choose another --port"
         ) from None
     return found
+
+
+def _moment(seconds: float | None) -> str:
+    if seconds is None:
+        return "never"
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _existing(folder: Path) -> Accounts:

@@ -23,9 +23,10 @@ from fedserver.control import ControlQueue
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.round_views import PHASES, totals
 from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.standings import arrivals, counts
+from fedserver.live_log import ALIVE, WAITING
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-ALIVE = ("running", "paused")
 
 
 class RunCollector:
@@ -67,6 +68,7 @@ def _of_runs(runs: list[tuple[Row, RunReader]]) -> Iterator[Metric]:
         return CounterMetricFamily(f"fedbraid_run_{name}", text, labels=["run", *labels])
 
     committed = counter("rounds_committed", "Rounds in the ledger.")
+    missed = counter("rounds_without_quorum", "Rounds in the ledger that counted nothing.")
     planned = gauge("rounds_planned", "Rounds of the scenario.")
     phase = gauge("phase", "1 for the phase that the round is in.", "phase")
     nodes = gauge("nodes", "Nodes of the current round by status.", "status")
@@ -81,10 +83,12 @@ def _of_runs(runs: list[tuple[Row, RunReader]]) -> Iterator[Metric]:
     for row, run in runs:
         name, rounds, sums, told = row["run"], run.rounds(), totals(run), run.live()
         committed.add_metric([name], len(rounds))
+        short = [one for one in rounds if not one.get("quorum", True)]
+        missed.add_metric([name], len(short))
         planned.add_metric([name], row["rounds"] or 0)
-        for one in (*PHASES, "evaluate", "paused"):
+        for one in (*PHASES, "evaluate", *WAITING):
             phase.add_metric([name, one], float(told.get("phase") == one))
-        for status, count in sorted(run.activity().counts().items()):
+        for status, count in sorted(counts(arrivals(run)).items()):
             nodes.add_metric([name, status], count)
         for direction in ("up", "down"):
             moved.add_metric([name, direction], sums[f"bytes_{direction}"])
@@ -102,7 +106,8 @@ def _of_runs(runs: list[tuple[Row, RunReader]]) -> Iterator[Metric]:
         _set(carry, [name], rounds[-1].get("carry_rank") if rounds else None)
         queue.add_metric([name], len(ControlQueue(run.folder).pending()))
     yield from (
-        committed, planned, phase, nodes, moved, updates, verdicts, loss, seconds, epsilon, queue, carry
+        committed, missed, planned, phase, nodes, moved, updates, verdicts, loss, seconds, epsilon,
+        queue, carry,
     )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from fedserver.dashboard.accounts import Accounts, Session
 
 COOKIE = "__Host-fedbraid"
 STATIC = "/static/"
+OPERATORS = ("/access", "/api/v1/access")
+"""What only operators may see, with all below it."""
 PUBLIC = ("/login", oidc.START, oidc.CALLBACK)
 LARGEST_BODY = 1 << 16
 POLICY = (
@@ -78,7 +80,7 @@ class Guard:
         if session is None and kind.lower() == "bearer":
             session = self._accounts.bearer(token.strip())
             scope["bearer"] = session is not None
-        scope["session"], scope["cookie"] = session, cookie
+        scope["session"], scope["cookie"], scope["token"] = session, cookie, token.strip()
         public = path in PUBLIC or path.startswith(STATIC)
         if session is None and not public:
             if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
@@ -90,6 +92,9 @@ class Guard:
         acts = scope["method"] not in ("GET", "HEAD")
         if acts and headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             return PlainTextResponse("an action comes from this server's own pages", 403)
+        below = (path.rstrip("/") + "/").startswith(tuple(f"{one}/" for one in OPERATORS))
+        if below and session is not None and not session.may_act:
+            return PlainTextResponse("an operator's account is needed to see this", 403)
         everybodys = path in ("/login", "/logout")
         if acts and not everybodys and (session is None or not session.may_act):
             return PlainTextResponse("a viewer may look; an operator acts", 403)

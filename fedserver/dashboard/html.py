@@ -18,8 +18,8 @@ from fedserver.dashboard.page import Page, run_address
 from fedserver.dashboard.tables import Column
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-GOOD = {"accepted", "finished", "member", "applied", "info"}
-BUSY = {"running", "working", "paused", "pending"}
+GOOD = {"accepted", "finished", "member", "applied", "info", "met", "done"}
+BUSY = {"running", "working", "paused", "pending", "requested"}
 QUIET = {"waiting", "silent", "unknown", "drained", "stopped"}
 # Characters that show another text than the one that is there.
 DECEPTIVE = dict.fromkeys(
@@ -142,6 +142,7 @@ def _environment() -> Environment:
     environment.globals.update(run_address=run_address)
     environment.globals.update(proportion=proportion, plot=plot)
     environment.filters.update(
+        spans=quantities.spans_text,
         bytes=quantities.bytes_text,
         count=quantities.count_text,
         duration=quantities.duration_text,

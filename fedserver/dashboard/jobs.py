@@ -55,8 +55,16 @@ class Jobs:
         self._jobs: list[Job] = []
         self._lock = threading.Lock()
 
-    def start(self, title: str, run: str, arguments: Sequence[str], where: Path) -> Job:
-        """Run ``fedbraid ARGUMENTS`` in a folder.
+    def start(
+        self,
+        title: str,
+        run: str,
+        arguments: Sequence[str],
+        where: Path,
+        *,
+        program: str = "simulations.command",
+    ) -> Job:
+        """Run ``fedbraid ARGUMENTS`` in a folder, or another program of this one.
 
         Raises:
             JobError: too many are at work.
@@ -68,7 +76,7 @@ class Jobs:
             log = self._folder / f"job-{time.time_ns()}.log"
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "simulations.command", *arguments],
+                    [sys.executable, "-m", program, *arguments],
                     cwd=where,
                     stdin=subprocess.DEVNULL,
                     stdout=output,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from fedserver.control import APPLIED
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
 from fedserver.dashboard.run_reader import Row, RunReader
@@ -27,6 +28,8 @@ OPERATOR = (
     Column("who", "Who"),
     Column("role", "Role"),
     Column("reason", "Reason"),
+    Column("outcome", "Outcome", "state"),
+    Column("note", "Note"),
     Column("time", "Applied", "time"),
 )
 LOG = (
@@ -68,6 +71,8 @@ def ledger(run: RunReader, question: Question) -> Page:
             **entry,
             **{k: entry["content"].get(k) for k in ("action", "who", "role", "reason")},
             "arguments": words_of(entry["content"].get("arguments") or {}),
+            "outcome": entry["content"].get("outcome") or APPLIED,
+            "note": entry["content"].get("note"),
             "time": entry["wall"].get("applied"),
         }
         for entry in reversed(run.operator_entries())

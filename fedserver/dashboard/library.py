@@ -20,6 +20,7 @@ from fedserver.dashboard.run_reader import (
     RunReader,
     file_stamp,
     read_json,
+    settled,
 )
 from fedserver.live_log import LIVE, state_of
 
@@ -143,6 +144,7 @@ class Library:
         if held is not None and held[0] == stamps:
             return dict(held[1])
         live, summary = read_json(folder / LIVE), read_json(folder / SUMMARY)
+        told = settled(live, summary)
         before, after = summary.get("before") or {}, summary.get("after") or {}
         row = {
             "run": name,
@@ -155,9 +157,10 @@ class Library:
             "nodes": live.get("nodes", summary.get("nodes")),
             "loss_before": before.get("loss"),
             "loss_after": after.get("loss"),
-            "bytes_up": summary.get("bytes_up"),
-            "bytes_down": summary.get("bytes_down"),
-            "seconds": summary.get("seconds"),
+            "seed": live.get("seed", summary.get("seed")),
+            "bytes_up": told.get("bytes_up"),
+            "bytes_down": told.get("bytes_down"),
+            "seconds": told.get("seconds"),
             "started": live.get("started"),
             "changed": max((stamp[0] for stamp in stamps if stamp), default=0) / 1e9,
             "live": live,

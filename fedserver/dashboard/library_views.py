@@ -13,13 +13,16 @@ import psutil
 
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Page, Question, page_of, run_address
-from fedserver.dashboard.round_views import header, totals
-from fedserver.dashboard.run_reader import RunReader
-from fedserver.dashboard.tables import Column, make_table
+from fedserver.dashboard.round_views import MOVED, header, moved, totals
+from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.tables import Column, LazyRows, make_table
 from fedserver.intervals import estimate
+from fedserver.live_log import ALIVE
 
 RUNS = (
     Column("name", "Run", link="address"),
+    Column("run", "Folder"),
+    Column("seed", "Seed"),
     Column("state", "State", "state"),
     Column("round", "Rounds done", "count"),
     Column("rounds", "Rounds", "count"),
@@ -35,8 +38,9 @@ RUNS = (
 )
 COMPARED = (
     Column("name", "Run", link="address"),
+    Column("run", "Folder"),
     Column("group", "Group"),
-    Column("seed", "Seed", "count"),
+    Column("seed", "Seed"),
     Column("round", "Rounds", "count"),
     Column("loss", "Evaluation loss", "loss"),
     Column("accuracy", "Accuracy", "share"),
@@ -67,6 +71,11 @@ def runs(library: Library, question: Question) -> Page:
         counts[row["state"]] = counts.get(row["state"], 0) + 1
         row["address"] = run_address(row["run"])
     shown = [row for row in rows if not wanted or row["state"] == wanted]
+
+    def complete(row: Row) -> Row:
+        run = library.reader(row["run"]) if row["bytes_up"] is None else None
+        return row if run is None else row | moved(run)
+
     data = {"folder": str(library.root), "counts": counts, "state": wanted, "runs": len(rows)}
     return page_of(
         data,
@@ -74,7 +83,7 @@ def runs(library: Library, question: Question) -> Page:
             "runs",
             "Runs",
             RUNS,
-            shown,
+            LazyRows(shown, complete),
             question.choice,
             empty="No run here yet: fedbraid simulate quickstart makes one.",
         ),
@@ -98,13 +107,14 @@ def compare(library: Library, question: Question) -> Page:
             rows.append(
                 {
                     "name": top["name"],
+                    "run": run.identity,
                     "address": run_address(run.identity),
                     "group": name,
                     "seed": flat[run.identity].get("seed"),
                     "round": top["round"],
                     "loss": sums["eval_loss"],
                     "accuracy": sums["eval_accuracy"],
-                    **{k: sums[k] for k in ("bytes_up", "bytes_down", "seconds")},
+                    **{k: sums[k] for k in MOVED},
                     "head": top["head"],
                 }
             )
@@ -120,7 +130,7 @@ def compare(library: Library, question: Question) -> Page:
         {"key": key, **{run.identity: _shown(flat[run.identity].get(key)) for run in chosen}}
         for key in differing
     ]
-    columns = [*SETTINGS, *(Column(run.identity, header(run)["name"], "mono") for run in chosen)]
+    columns = [*SETTINGS, *(Column(run.identity, run.identity, "mono") for run in chosen)]
     recent = [{"run": row["run"], "name": row["name"]} for row in library.rows()[:100]]
     data = {
         "chosen": [run.identity for run in chosen],
@@ -193,7 +203,7 @@ def server(
     own = psutil.Process()
     rows = []
     for row in library.rows():
-        if row["state"] not in ("running", "paused"):
+        if row["state"] not in ALIVE:
             continue
         pid = str(row["live"].get("process", "")).partition("@")[0]
         used = meters.read(int(pid)) if pid.isdigit() else {}

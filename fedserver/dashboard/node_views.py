@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fedserver.control import EXCLUDING
 from fedserver.dashboard.page import Page, Question, page_of
-from fedserver.dashboard.round_views import header, size_of, words
-from fedserver.dashboard.run_reader import ROUNDS_OF_NODES, Row, RunReader
+from fedserver.dashboard.round_views import family_share, family_sums, header, size_of, words
+from fedserver.dashboard.run_reader import ROUNDS_OF_NODES, Past, Row, RunReader
+from fedserver.dashboard.standings import standings
 from fedserver.dashboard.tables import Column, LazyRows, make_table
+from fedserver.live_log import ALIVE
 
 FLEET = (
     Column("node", "Node"),
@@ -56,12 +56,13 @@ PARTICIPATION = (
     Column("rounds", "Rounds accepted", "count"),
     Column("of", "Rounds asked", "count"),
     Column("examples", "Examples", "count"),
-    Column("share", "Share of the last round", "share"),
+    Column("share", "Share of its family, last round", "share"),
 )
 INFLUENCE = (
     Column("node", "Node"),
     Column("standing", "Standing", "state"),
-    Column("share", "Influence on the last round", "bar"),
+    Column("family", "Family"),
+    Column("share", "Share of its family's mean", "bar"),
     Column("norm", "Norm of its update", "number"),
     Column("norm_ratio", "Norm against its family's median", "number"),
     Column("distance", "Distance", "number"),
@@ -73,13 +74,13 @@ INFLUENCE = (
 
 def fleet(run: RunReader, question: Question) -> Page:
     """The devices: what they say of themselves, and when they were last heard."""
-    activity, recent = run.activity(), run.recent_nodes()
+    activity = run.activity()
     configured = {node["name"]: node for node in run.configuration().get("nodes", ())}
     standing = standings(run)
-    times = run.round_times(min(recent)) if recent else {}
-    past = _past(recent)
+    past = _past(run, standing)
+    times = run.round_times({one.heard for one in past.values() if one.heard is not None})
     members, none = activity.members, Past()
-    live = activity.nodes if run.live().get("state") in ("running", "paused") else {}
+    live = activity.nodes if run.live().get("state") in ALIVE else {}
 
     def status(name: str) -> str:
         return str(
@@ -203,6 +204,7 @@ def privacy(run: RunReader, question: Question) -> Page:
     spent = [(row["round"], row["epsilon"]) for row in rounds if row.get("epsilon") is not None]
     settings = run.configuration().get("privacy")
     latest, recent = rounds[-1] if rounds else {}, run.recent_nodes()
+    sums = _sums(recent.get(latest.get("round", 0), ()))
     counted: dict[str, Row] = {}
     for number in sorted(recent):
         for node in recent[number]:
@@ -214,7 +216,8 @@ def privacy(run: RunReader, question: Question) -> Page:
             if node["verdict"] == "accepted":
                 row["rounds"] += 1
                 row["examples"] = node["examples"]
-            row["share"] = node["weight"] if number == latest.get("round") else row["share"]
+            if number == latest.get("round"):
+                row["share"] = family_share(node["family"], node["weight"], sums)
     data = {
         **header(run),
         "accounted": bool(spent),
@@ -238,11 +241,11 @@ def privacy(run: RunReader, question: Question) -> Page:
 
 
 def robustness(run: RunReader, question: Question) -> Page:
-    """How much each node moved the last aggregate, and who stands outside."""
+    """How much each node moved its family's part of the last aggregate, and who stands outside."""
     recent, standing = run.recent_nodes(), standings(run)
     rule = run.configuration().get("robust") or run.configuration().get("robustness")
     last = recent.get(max(recent), []) if recent else []
-    middle = _family_medians(last)
+    middle, sums = _family_medians(last), _sums(last)
     rows: dict[str, Row] = {}
     for number in sorted(recent):
         for node in recent[number]:
@@ -254,7 +257,8 @@ def robustness(run: RunReader, question: Question) -> Page:
     for node in last:
         norm, median = node.get("norm"), middle.get(node.get("family", ""))
         rows[node["node"]] |= {
-            "share": node.get("weight"),
+            "family": words(node.get("family")),
+            "share": family_share(node.get("family", ""), node.get("weight"), sums),
             "norm": norm,
             "norm_ratio": norm / median if norm is not None and median else None,
             "distance": node.get("distance"),
@@ -273,51 +277,33 @@ def robustness(run: RunReader, question: Question) -> Page:
     return page_of(
         data,
         make_table(
-            "influence", "Influence", shown, [rows[n] for n in sorted(rows)], question.choice
+            "influence",
+            "Influence, by family",
+            shown,
+            sorted(rows.values(), key=lambda row: (row.get("family") or "\uffff", row["node"])),
+            question.choice,
         ),
     )
 
 
-def standings(run: RunReader) -> dict[str, str]:
-    """Nodes that an operator's recorded action keeps out, and how."""
-    found: dict[str, str] = {}
-    for entry in run.operator_entries():
-        action = entry["content"].get("action")
-        node = str((entry["content"].get("arguments") or {}).get("node"))
-        if action in EXCLUDING:
-            found[node] = EXCLUDING[action]
-        elif action == "readmit":
-            found.pop(node, None)
-    return found
-
-
-@dataclass
-class Past:
-    """A node in the last rounds: the last in which it was accepted and in which anything came from it,
-    and its newest row."""
-
-    accepted: int | None = None
-    heard: int | None = None
-    row: Row = field(default_factory=dict)
-
-
-def _past(recent: dict[int, list[Row]]) -> dict[str, Past]:
+def _past(run: RunReader, out: Collection[str]) -> dict[str, Past]:
+    """Of the last rounds; of nodes that are kept ``out`` of them, from before."""
+    recent = run.recent_nodes()
     found: dict[str, Past] = {}
-    for number in sorted(recent):
+    for number in sorted(recent, reverse=True):
         for node in recent[number]:
-            past = found.setdefault(node["node"], Past())
-            if node["verdict"] == "accepted":
-                past.accepted = number
-            if node["verdict"] != "missing":
-                past.heard = number
-            if node["verdict"] != "late" or not past.row:
-                past.row = node
-    return found
+            found.setdefault(node["node"], Past()).take_older(number, node)
+    gone = [name for name in out if found.get(name, Past()).accepted is None]
+    return found | run.past(gone)
 
 
 def _anybody_says(key: str, *sources: Mapping[str, Row]) -> bool:
     key = "description" if key == "device_class" else key
     return any(row.get(key) not in (None, "") for rows in sources for row in rows.values())
+
+
+def _sums(nodes: Sequence[Row]) -> dict[str, float]:
+    return family_sums((node.get("family", ""), node.get("weight")) for node in nodes)
 
 
 def _family_medians(nodes: Sequence[Row]) -> dict[str, float]:

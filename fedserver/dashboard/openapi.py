@@ -56,6 +56,7 @@ def document(views: Sequence[View], one_round: View) -> dict[str, Any]:
         "/runs.csv": _get("The same as CSV, whole.", TABLE[1:], csv=True),
         "/compare": _get("Runs over each other.", [SEVERAL_RUNS]),
         "/devices": _get("The deployment's nodes and open invitations.", TABLE),
+        "/access": _get("Accounts and tokens, without secrets; for operators.", []),
         "/server": _get("This machine, this process, and the runs under way.", []),
         "/runs/{run}/ledger/verify": _get("Hash every entry and blob again.", [RUN]),
     }
@@ -63,6 +64,8 @@ def document(views: Sequence[View], one_round: View) -> dict[str, Any]:
         paths[f"/compare/{name}.csv"] = _get("A comparison's table.", [SEVERAL_RUNS], csv=True)
     for name in ("joined", "invited", "invitations"):
         paths[f"/devices/{name}.csv"] = _get("A table of the deployment as CSV.", [], csv=True)
+    for name in ("accounts", "tokens", "record"):
+        paths[f"/access/{name}.csv"] = _get("A table of it as CSV; for operators.", [], csv=True)
     replay = "The replay of a round, as far as it is: recorded and replayed digest."
     paths["/runs/{run}/rounds/{round}/replay"] = _get(replay, [RUN, ROUND_NUMBER])
     addresses = [(f"/runs/{{run}}/{view.name or 'live'}", view, [RUN]) for view in views]

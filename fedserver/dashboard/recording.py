@@ -111,13 +111,22 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
             )
         try:
             if entry is not None:
-                ledger.append(*entry)
+                if not _stands(ledger, entry[0], entry[2]):
+                    ledger.append(*entry)
                 return {"head": ledger.head}
             return {"problems": ledger.verify(), "height": ledger.height, "head": ledger.head}
         finally:
             ledger.close()
     except (LedgerError, OSError) as error:
         return {"error": str(error)}
+
+
+def _stands(ledger: Ledger, kind: str, content: dict[str, Any]) -> bool:
+    """Whether an operator's request was recorded already, by the run that it was made of."""
+    request = content.get("request")
+    return request is not None and any(
+        entry.content.get("request") == request for entry in ledger.entries(kind)
+    )
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedserver.dashboard.page import NotThere, Page, Question, page_of, run_address
-from fedserver.dashboard.run_reader import REPORT, Row, RunReader
+from fedserver.dashboard.run_reader import Row, RunReader, settled
+from fedserver.dashboard.standings import arrivals, counts
 from fedserver.dashboard.tables import Column, LazyRows, make_table
+from fedserver.live_log import ALIVE
 
 PHASES = ("plan", "train", "aggregate", "commit")
 PACE_ROUNDS = 5
+MOVED = ("bytes_up", "bytes_down", "seconds")
 ORDER_OF_STATUS = {"working": 0, "waiting": 2, "accepted": 3}
 LIVE_NODES = 60
 
@@ -29,6 +32,7 @@ ARRIVALS = (
 )
 ROUNDS = (
     Column("round", "Round", "count", link="address"),
+    Column("quorum", "Quorum", "state"),
     Column("loss", "Training loss", "loss"),
     Column("eval_loss", "Evaluation loss", "loss"),
     Column("eval_accuracy", "Accuracy", "share"),
@@ -41,14 +45,15 @@ ROUNDS = (
     Column("carry_rank", "Carry rank", "count"),
     Column("tail_energy", "Left out of the view", "share"),
     Column("epsilon", "ε", "number"),
-    Column("head", "Ledger head", "hash"),
+    Column("head", "Ledger entry", "hash"),
 )
 NODES = (
     Column("node", "Node"),
     Column("verdict", "Verdict", "state"),
     Column("family", "Family"),
     Column("size", "Rank or K", "count"),
-    Column("share", "Share", "share"),
+    Column("share", "Weight in the sum", "number"),
+    Column("family_share", "Share of its family", "share"),
     Column("examples", "Examples", "count"),
     Column("train_loss_first", "First loss", "loss"),
     Column("train_loss", "Last loss", "loss"),
@@ -67,13 +72,12 @@ def live(run: RunReader, question: Question) -> Page:
     activity, told = run.activity(), run.live()
     state = told.get("state", "finished" if run.summary() else "unknown")
     rounds = run.rounds()
-    nodes = list(activity.nodes.values())
+    nodes = arrivals(run)
     nodes.sort(key=lambda node: (ORDER_OF_STATUS.get(node["status"], 1), node["node"]))
     phase = str(told.get("phase") or "")
-    counts = activity.counts()
     data = {
         **header(run),
-        "phase": phase if state in ("running", "paused") else "",
+        "phase": phase if state in ALIVE else "",
         "phases": list(PHASES),
         "asked": told.get("asked") if state == "running" else None,
         "quorum": told.get("quorum") if state == "running" else None,
@@ -81,7 +85,7 @@ def live(run: RunReader, question: Question) -> Page:
         "deadline": _deadline(told) if state == "running" else None,
         "real_time": bool(told.get("real_time")),
         "round_started": told.get("round_started"),
-        "arrivals": counts,
+        "arrivals": counts(nodes),
         "totals": totals(run),
         "curves": curves(rounds),
         "current_round": activity.round,
@@ -112,6 +116,7 @@ def header(run: RunReader) -> dict[str, Any]:
         "name": told.get("name") or summary.get("name") or run.folder.name,
         "state": state,
         "reason": told.get("reason") or "",
+        "without_quorum": [row["round"] for row in rounds if not row.get("quorum", True)],
         "preset": told.get("preset") or summary.get("preset"),
         "base_model": told.get("base_model") or summary.get("base_model"),
         "nodes": told.get("nodes") or summary.get("nodes"),
@@ -119,22 +124,22 @@ def header(run: RunReader) -> dict[str, Any]:
         "rounds": planned,
         "seconds_left": pace * left if pace is not None and state == "running" else None,
         "started": told.get("started"),
-        "head": rounds[-1]["head"] if rounds else None,
-        "report": (run.folder / REPORT).is_file(),
+        "head": run.head(),
+        "report": run.reported(),
     }
 
 
 def totals(run: RunReader) -> dict[str, Any]:
-    """Sums over the committed rounds, beside what full exchanges of as many rounds would take."""
+    """Sums over the run so far, beside what full exchanges of the nodes asked would take."""
     rounds, told = run.rounds(), run.live()
+    asked = sum(row.get("asked") or 0 for row in rounds)
+    ranks = sum(row.get("asked_ranks") or 0 for row in rounds)
     latest = next((r for r in reversed(rounds) if r.get("eval_loss") is not None), None)
     before = (run.summary().get("before") or {}).get("loss")
     return {
-        "bytes_up": sum(row["bytes_up"] for row in rounds),
-        "bytes_down": sum(row["bytes_down"] for row in rounds),
-        "bytes_full_model": told.get("full_model_bytes", 0) * len(rounds) or None,
-        "bytes_full_lora": told.get("full_lora_bytes", 0) * len(rounds) or None,
-        "seconds": sum(row["seconds"] for row in rounds),
+        **moved(run),
+        "bytes_full_model": told.get("model_bytes_a_node", 0) * asked or None,
+        "bytes_full_lora": told.get("lora_bytes_a_rank", 0) * ranks or None,
         "accepted": sum(row["accepted"] for row in rounds),
         "rejected": sum(row["rejected"] for row in rounds),
         "loss": rounds[-1]["loss"] if rounds else None,
@@ -143,6 +148,15 @@ def totals(run: RunReader) -> dict[str, Any]:
         "eval_round": latest["round"] if latest else None,
         "loss_before": before,
         "epsilon": rounds[-1].get("epsilon") if rounds else None,
+    }
+
+
+def moved(run: RunReader) -> dict[str, Any]:
+    """Bytes and seconds of all messages: the summary's, with the evaluations at the end, or of the
+    rounds so far."""
+    summary, rounds = settled(run.live(), run.summary()), run.rounds()
+    return {
+        key: summary[key] if key in summary else sum(row[key] for row in rounds) for key in MOVED
     }
 
 
@@ -168,6 +182,7 @@ def rounds(run: RunReader, question: Question) -> Page:
         lambda row: (
             row
             | {
+                "quorum": "met" if row.get("quorum", True) else "missed",
                 "families": words_of_families(row.get("families")),
                 "address": run_address(run.identity, "rounds", row["round"]),
             }
@@ -185,7 +200,9 @@ def one_round(run: RunReader, question: Question) -> Page:
     if entry is None:
         raise NotThere(f"round {question.round} was not committed")
     content, wall = entry["content"], entry["wall"]
-    rows = LazyRows(content.get("nodes", ()), lambda node: node_row(node, entry))
+    nodes = content.get("nodes", ())
+    sums = family_sums((family_of(node), node.get("share")) for node in nodes)
+    rows = LazyRows(nodes, lambda node: node_row(node, entry, sums))
     row = next((row for row in run.rounds() if row["round"] == question.round), {})
     last = run.rounds()[-1]["round"] if run.rounds() else question.round
     data = {
@@ -208,7 +225,26 @@ def one_round(run: RunReader, question: Question) -> Page:
     return page_of(data, make_table("nodes", title, columns, rows, question.choice))
 
 
-def node_row(node: Row, entry: Row) -> Row:
+def family_sums(weights: Iterable[tuple[str, float | None]]) -> dict[str, float]:
+    """The weights of a round's updates by family: of each family's mean they add up to its own."""
+    found: dict[str, float] = {}
+    for family, weight in weights:
+        found[family] = found.get(family, 0.0) + (weight or 0.0)
+    return found
+
+
+def family_share(family: str, weight: float | None, sums: Mapping[str, float]) -> float | None:
+    """An update's share of its family's mean, 0 to 1; all of a family's are 1 together."""
+    whole = sums.get(family)
+    return weight / whole if weight and whole else None
+
+
+def family_of(node: Row) -> str:
+    """The family that a node was asked for, of a ledger entry."""
+    return str(((node.get("plan") or {}).get("method") or {}).get("family") or "")
+
+
+def node_row(node: Row, entry: Row, sums: Mapping[str, float]) -> Row:
     """One node's part of a ledger entry, flat."""
     method = (node.get("plan") or {}).get("method") or {}
     report = node.get("report") or {}
@@ -217,6 +253,7 @@ def node_row(node: Row, entry: Row) -> Row:
         "family": words(method.get("family")),
         "size": size_of(method),
         "share": node.get("share"),
+        "family_share": family_share(family_of(node), node.get("share"), sums),
         "examples": report.get("examples"),
         "train_loss_first": report.get("train_loss_first"),
         "train_loss": report.get("train_loss"),

@@ -11,13 +11,14 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedserver.dashboard.activity import Activity
-from fedserver.live_log import EVENTS, LIVE, state_of
+from fedserver.live_log import ALIVE, EVENTS, LIVE, state_of
 
 LEDGER, METRICS, SUMMARY, CONTROL = "ledger.db", "metrics.jsonl", "summary.json", "control.db"
 REPORT, CHECKPOINT = "report.html", "checkpoint.json"
@@ -35,6 +36,25 @@ ROUNDS_OF_NODES = 8
 Row = dict[str, Any]
 Found = TypeVar("Found")
 Stamp = tuple[int, int, int]
+
+
+@dataclass
+class Past:
+    """A node in the rounds so far: the last in which it was accepted and in which anything came from it,
+    and its newest row."""
+
+    accepted: int | None = None
+    heard: int | None = None
+    row: Row = field(default_factory=dict)
+
+    def take_older(self, number: int, node: Row) -> None:
+        """Take in its row of a round before those that were taken in."""
+        if self.accepted is None and node["verdict"] == "accepted":
+            self.accepted = number
+        if self.heard is None and node["verdict"] != "missing":
+            self.heard = number
+        if not self.row or (self.row["verdict"] == "late" and node["verdict"] != "late"):
+            self.row = node
 
 
 class RunReader:
@@ -113,12 +133,12 @@ class RunReader:
         # Quotes inside of texts are escaped in canonical JSON, so that a name cannot be counted.
         return len(_parsed(row[1].encode())), row[0].count('"update":"')
 
-    def round_times(self, since: int) -> dict[int, float]:
-        """When each round from ``since`` on began, in seconds since 1970."""
+    def round_times(self, numbers: Collection[int]) -> dict[int, float]:
+        """When each of these rounds began, in seconds since 1970."""
         with self._ledger() as database:
             rows = database.execute(
-                f"SELECT round, {STARTED} FROM entries WHERE kind = 'round' AND round >= ?",
-                (since,),
+                f"SELECT round, {STARTED} FROM entries WHERE kind = 'round' AND round IN"
+                f" ({', '.join(str(int(number)) for number in numbers)})"
             ).fetchall()
         return dict(rows)
 
@@ -139,6 +159,23 @@ class RunReader:
             return str(signatures[0]["keyid"])
         except (LookupError, TypeError):
             return None
+
+    def head(self) -> str | None:
+        """Hash of the chain's last entry; None of no ledger."""
+        stamp = (file_stamp(self.folder / LEDGER), file_stamp(self.folder / f"{LEDGER}-wal"))
+        return self._cached("head", stamp, self._read_head)
+
+    def reported(self) -> bool:
+        """Whether there is a report of the run as it stands, not of an earlier stop."""
+        report, metrics = file_stamp(self.folder / REPORT), file_stamp(self.folder / METRICS)
+        alive = self.live().get("state") in ALIVE
+        return report is not None and not alive and (metrics is None or report[0] >= metrics[0])
+
+    def past(self, names: Collection[str]) -> dict[str, Past]:
+        """Of nodes that no round asks any more: where they were last heard and accepted, however long
+        ago."""
+        key = (file_stamp(self.folder / METRICS), frozenset(names))
+        return self._cached("past", key, lambda: self._read_past(names))
 
     def height(self) -> int:
         """Number of ledger entries."""
@@ -198,6 +235,28 @@ class RunReader:
             if len(found) >= ROUNDS_OF_NODES or sum(map(len, found.values())) >= 10_000:
                 break
         return found
+
+    def _read_past(self, names: Collection[str]) -> dict[str, Past]:
+        found = {name: Past() for name in names}
+        wanted = {json.dumps(name).encode(): name for name in names}
+        for line in _lines_from_the_end(self.folder / METRICS, 1 << 27):
+            wanted = {text: name for text, name in wanted.items() if found[name].accepted is None}
+            if not wanted:
+                break
+            if not any(text in line for text in wanted):
+                continue
+            row = _parsed(line)
+            for node in row.get("nodes") or ():
+                if node["node"] in found:
+                    found[node["node"]].take_older(row["round"], node)
+        return found
+
+    def _read_head(self) -> str | None:
+        with self._ledger() as database:
+            row = database.execute(
+                "SELECT hash FROM entries ORDER BY height DESC LIMIT 1"
+            ).fetchone()
+        return None if row is None else str(row[0])
 
     def _read_genesis(self) -> Row:
         with self._ledger() as database:
@@ -262,6 +321,16 @@ class RunReader:
                 self._cache[name] = held
             found: Found = held[1]
             return found
+
+
+def settled(live: Row, summary: Row) -> Row:
+    """A run's summary where it is of the run as it stands; nothing of one that has gone on since."""
+    going = live.get("state") in (*ALIVE, "interrupted")
+    return (
+        {}
+        if going or summary.get("rounds") != live.get("committed", summary.get("rounds"))
+        else summary
+    )
 
 
 def file_stamp(path: Path | str) -> Stamp | None:

@@ -45,7 +45,12 @@ class SignIn:
             cookie = self.accounts.accept(request.query_params.get("invitation", ""))
             if cookie is not None:
                 return _signed_in(cookie, "/")
-            return self._login_page(request, "", wanted, 401 if wanted else 200)
+            problem = ""
+            if "invitation" in request.query_params:
+                problem = "This link has been used, or is of another start of the dashboard."
+                if self.accounts.names():
+                    problem = "The terminal's link ended when the first account was made."
+            return self._login_page(request, problem, wanted, 401 if wanted or problem else 200)
         try:
             # Who signs in over an old session cannot have its token; the old one ends.
             self.accounts.sign_out(request.scope["cookie"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ import pytest
 from fedserver import events, metrics
 from fedserver.configuration import RunConfiguration, load
 from fedserver.control import OPERATOR, ControlQueue
-from fedserver.dashboard.run_reader import read_json
+from fedserver.dashboard import node_views, round_views
+from fedserver.dashboard.application import live_payload
+from fedserver.dashboard.exposition import exposition
+from fedserver.dashboard.library import Library
+from fedserver.dashboard.page import Question
+from fedserver.dashboard.run_reader import RunReader, read_json
 from fedserver.ledger import Entry, Ledger
 from fedserver.live_log import LIVE, state_of
 from fedserver.replay import replay, restore
@@ -90,7 +96,7 @@ def test_what_is_asked_holds_from_the_next_round_and_is_in_the_ledger(
             ("pause", {}),
             ("resume", {}),
         ],
-        3: [("readmit", {"node": "strong"}), ("export", {"to": "somewhere"})],
+        3: [("readmit", {"node": "strong"})],
     }  # fmt: skip
     run(configuration, folder, wanted)
     rounds = entries(folder, "round")
@@ -103,7 +109,7 @@ def test_what_is_asked_holds_from_the_next_round_and_is_in_the_ledger(
     recorded = [(e.round, e.content["action"], e.content["who"]) for e in entries(folder, OPERATOR)]
     assert recorded == [
         (2, "next_round", "eve"), (2, "drain", "eve"), (3, "readmit", "eve"), (3, "revoke", "eve"),
-        (3, "pause", "eve"), (3, "resume", "eve"), (4, "export", "eve"),
+        (3, "pause", "eve"), (3, "resume", "eve"),
     ]  # fmt: skip
     refused = [r.action for r in ControlQueue(folder).requests() if r.state == "refused"]
     assert refused == ["readmit"]  # a revoked node does not come back
@@ -205,6 +211,129 @@ def test_a_paused_run_waits_and_is_still_paused_when_resumed(
     assert [e.content["action"] for e in entries(folder, OPERATOR)] == ["pause", "resume"]
     assert [r.state for r in queue.requests()] == ["applied", "applied"]
     assert len(entries(folder, "round")) == 4
+
+
+def test_an_export_stands_in_the_ledger_of_a_run_under_way_with_its_outcome_alone(
+    configuration: RunConfiguration, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    queue = ControlQueue(folder)
+
+    def export(event: events.Event) -> None:
+        if isinstance(event, events.RoundCommitted) and event.round == 1:
+            ask(folder, *[("export", {"kind": "peft", "to": f"exports/{n}"}) for n in range(3)])
+        if isinstance(event, events.RoundCommitted) and event.round == 2:
+            assert {request.state for request in queue.requests()} == {"requested"}
+            queue.say(queue.requests()[1], "failed", "no space")
+            assert not entries(folder, OPERATOR)
+        if isinstance(event, events.RoundCommitted) and event.round == 4:
+            queue.say(queue.requests()[0], "done", "exports/2")
+
+    run(configuration, folder, emit=export)
+    recorded = [
+        (e.round, e.content["outcome"], e.content["note"]) for e in entries(folder, OPERATOR)
+    ]
+    assert recorded == [(3, "failed", "no space"), (4, "done", "exports/2")]
+    # Of the third nobody knows yet.
+    assert [request.state for request in queue.requests()] == ["done", "failed", "requested"]
+    assert not queue.outcomes()
+
+
+def test_who_is_kept_out_does_not_wait_and_is_remembered(
+    configuration: RunConfiguration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedserver.dashboard.run_reader.ROUNDS_OF_NODES", 1)
+    folder = tmp_path / "run"
+    counted: list[dict[str, int]] = []
+    scraped: list[str] = []
+
+    def listen(event: events.Event) -> None:
+        if event == events.RoundStarted(4):
+            counted.append(round_views.live(RunReader(folder, "run"), Question()).data["arrivals"])
+            scraped.append(exposition(Library(tmp_path), 0).decode())
+
+    run(configuration, folder, {1: [("drain", {"node": "weak"})]}, emit=listen)
+    assert counted == [{"waiting": 1, "drained": 1}]
+    assert 'fedbraid_run_nodes{run="run",status="drained"} 1.0' in scraped[0]
+    rows = node_views.fleet(RunReader(folder, "run"), Question()).tables["fleet"].rows
+    found = {row["node"]: row for row in rows}
+    assert (found["weak"]["status"], found["weak"]["last_round"]) == ("drained", 1)
+    assert found["weak"]["last_seen"] == entries(folder, "round")[0].wall["started"]
+    assert found["strong"]["last_round"] == 4
+
+
+@pytest.mark.parametrize("action", ["drain", "quarantine", "revoke"])
+def test_a_run_without_a_node_to_train_is_held_until_one_is_readmitted_or_it_is_stopped(
+    configuration: RunConfiguration, tmp_path: Path, action: str
+) -> None:
+    folder = tmp_path / "run"
+    held: list[dict[str, Any]] = []
+    then: dict[str, tuple[str, dict[str, Any]]] = {
+        "drain": ("readmit", {"node": "weak"}),
+        "quarantine": ("readmit", {"node": "weak"}),
+        "revoke": ("stop", {}),
+    }
+
+    def act(event: events.Event) -> None:
+        if isinstance(event, events.PhaseStarted) and event.phase == "held":
+            held.append(read_json(folder / LIVE))
+            ask(folder, then[action])
+
+    run(configuration, folder, {1: [(action, {"node": n}) for n in ("strong", "weak")]}, emit=act)
+    (told,) = held
+    assert state_of(told) == "held"
+    assert "readmit" in told["reason"]
+    assert "stop" in told["reason"]
+    rounds = entries(folder, "round")
+    live = read_json(folder / LIVE)
+    if action == "revoke":
+        assert (len(rounds), state_of(live)) == (1, "stopped")
+        return
+    assert [participants(entry) for entry in rounds[1:]] == [{"weak"}] * 3
+    assert all(entry.content["quorum"] for entry in rounds)
+    assert (state_of(live), live["reason"]) == ("finished", "")
+
+
+def test_a_run_whose_last_rounds_missed_their_quorum_is_no_success(
+    configuration: RunConfiguration, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    told: list[bool] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.RoundCommitted):
+            told.append(event.quorum)
+
+    few = configuration.model_copy(update={"quorum": 2})
+    run(few, folder, {2: [("drain", {"node": "weak"})]}, emit=listen)
+    live, summary = read_json(folder / LIVE), read_json(folder / "summary.json")
+    assert told == [True, True, False, False]
+    assert summary["rounds_without_quorum"] == [3, 4]
+    assert state_of(live) == "no_quorum"
+    assert "rounds 3 to 4" in live["reason"]
+    assert "rounds 3 to 4" in str(metrics.nothing_learnt(summary, folder))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["quorum"] for line in lines] == told
+    page = round_views.rounds(RunReader(folder, "run"), Question())
+    assert [row["quorum"] for row in page.tables["rounds"].rows] == [
+        "missed",
+        "missed",
+        "met",
+        "met",
+    ]
+    payload = live_payload(RunReader(folder, "run"))
+    # "weak" was asked twice and "strong" four times: six exchanges, not eight.
+    a_node = live["model_bytes_a_node"]
+    assert (
+        summary["bytes_full_model"] == 6 * a_node == payload["data"]["totals"]["bytes_full_model"]
+    )
+    ranks = sum(
+        (node.lora_r or few.lora_r) * (2 if node.name == "weak" else 4) for node in few.nodes
+    )
+    assert summary["bytes_full_lora"] == ranks * live["lora_bytes_a_rank"]
+    assert payload["data"]["totals"]["bytes_full_lora"] == summary["bytes_full_lora"]
+    assert payload["data"]["without_quorum"] == [3, 4]
+    assert "rounds 3 to 4" in payload["fragments"]["standing"]
 
 
 def test_requests_that_make_no_sense_are_refused_with_the_reason(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedserver import events
 from fedserver.dashboard.activity import Activity
+from fedserver.dashboard.standings import counts
 from fedserver.live_log import EVENTS, LIVE, LiveLog, process_identity, state_of
 
 STARTED = events.RunStarted(
@@ -46,12 +47,12 @@ def test_a_reader_who_comes_late_reads_one_round(tmp_path: Path) -> None:
     assert (live["round"], live["phase"], live["quorum"]) == (2, "train", 1)
     activity = Activity(tmp_path / EVENTS, live, None)
     activity.advance(live)
-    assert activity.counts() == {"accepted": 1, "working": 1}
+    assert counts(list(activity.nodes.values())) == {"accepted": 1, "working": 1}
     assert activity.nodes["a"]["bytes_up"] == 10
     assert activity.nodes["b"]["step"] == 9
     log(events.RoundStarted(3))
     activity.advance(json.loads((tmp_path / LIVE).read_text()))
-    assert activity.counts() == {"waiting": 2}
+    assert counts(list(activity.nodes.values())) == {"waiting": 2}
     log(events.RoundsEnded("finished"))
     assert state_of(json.loads((tmp_path / LIVE).read_text())) == "finished"
 

@@ -12,7 +12,7 @@ from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
 from fedserver.control import ARGUMENTS, ControlQueue
-from fedserver.dashboard.accounts import Accounts
+from fedserver.dashboard.accounts import AccountError, Accounts
 from fedserver.dashboard.application import make_application
 from fedserver.dashboard.command import DashboardError, check_binding
 from fedserver.dashboard.guard import COOKIE
@@ -87,7 +87,7 @@ def test_other_sites_and_other_names_of_this_host_are_turned_away(
     assert client.get("/", headers={"host": "evil.example"}).status_code == 421
 
 
-def test_a_session_is_new_after_signing_in_and_gone_after_signing_out(
+def test_session_fixation_a_cookie_is_new_after_signing_in_and_gone_after_signing_out(
     client: TestClient, sign_in: SignIn
 ) -> None:
     fixed = {"cookie": f"{COOKIE}=chosen-by-somebody-else"}
@@ -188,6 +188,71 @@ def test_an_invitation_signs_in_once(runs: Path) -> None:
     assert accounts.accept("") is None
 
 
+def test_the_terminals_link_and_its_session_end_with_the_first_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedserver.dashboard.accounts.SCRYPT_N", 16)
+    accounts = Accounts(tmp_path)
+    client = TestClient(
+        make_application(tmp_path, accounts, hosts=["testserver"]),
+        base_url="https://testserver",
+        follow_redirects=False,
+    )
+    answer = client.get("/login", params={"invitation": accounts.invite()})
+    assert answer.status_code == 303
+    assert client.get("/start").status_code == 200
+    word = accounts.invite()
+    # By a command, in another process.
+    Accounts(tmp_path).add("vera", "viewer", PASSWORD)
+    assert client.get("/start").status_code == 401
+    answer = client.get("/login", params={"invitation": word})
+    assert answer.status_code == 401
+    assert "first account" in answer.text
+    Accounts(tmp_path).remove("vera")
+    assert client.get("/login", params={"invitation": word}).status_code == 401
+
+
+def test_tokens_are_listed_without_their_secret_and_revoked(
+    client: TestClient, sign_in: SignIn, accounts: Accounts, runs: Path
+) -> None:
+    held = {"authorization": f"Bearer {accounts.issue_token('prometheus', 'viewer')}"}
+    other = {"authorization": f"Bearer {accounts.issue_token('robot', 'operator')}"}
+    assert client.get("/metrics", headers=held).status_code == 200
+    assert client.get("/access", headers=held).status_code == 403
+    assert client.get("/api/v1/access/tokens.csv", headers=held).status_code == 403
+    sign_in("vera")
+    assert client.get("/access").status_code == 403
+    client.cookies.clear()
+    csrf = sign_in("olga")
+    told = client.get("/api/v1/access").json()["tables"]
+    by_name = {row["name"]: row for row in told["tokens"]["rows"]}
+    assert by_name["prometheus"]["used"] is not None
+    assert by_name["robot"]["used"] is None
+    page = client.get("/access").text
+    for bearer in (held, other):
+        assert bearer["authorization"].split()[1] not in page + str(told)
+    form = {"csrf": csrf, "token": by_name["prometheus"]["id"], "reason": ""}
+    refused = client.post("/access/revoke", data=form)
+    assert refused.status_code == 409
+    assert client.post("/access/revoke", data=form | {"reason": "leaked"}).status_code == 303
+    assert client.post("/access/revoke", data=form | {"reason": "twice"}).status_code == 409
+    client.cookies.clear()
+    assert client.get("/metrics", headers=held).status_code == 401
+    assert client.get("/metrics", headers=other).status_code == 200
+    # By a command, in another process.
+    Accounts(runs).revoke_token(by_name["robot"]["id"][:6], reason="not needed")
+    assert client.get("/metrics", headers=other).status_code == 401
+    lines = [(line.action, line.who, line.reason) for line in accounts.record()[:3]]
+    assert lines == [
+        ("revoke token", "terminal", "not needed"),
+        ("revoke token", "olga", "leaked"),
+        ("issue token", "terminal", ""),
+    ]
+    for wrong in ("", "nothing"):
+        with pytest.raises(AccountError, match="no token"):
+            accounts.revoke_token(wrong)
+
+
 def test_a_program_acts_by_its_token_without_a_cookie(
     client: TestClient, accounts: Accounts, runs: Path
 ) -> None:
@@ -196,19 +261,19 @@ def test_a_program_acts_by_its_token_without_a_cookie(
         assert client.get("/api/v1/runs", headers=bearer).json()["runs"] == 1
         answer = client.post(
             "/runs/mixed/actions/export",
-            data={"reason": "nightly"},
+            data={"reason": "nightly", "kind": "merged"},
             headers=bearer | {"accept": "application/json"},
         )
         assert answer.status_code == status
     assert client.get("/api/v1/runs", headers={"authorization": "Bearer x"}).status_code == 401
+    for job in client.app.state.site.desk.jobs._jobs:  # type: ignore[attr-defined]
+        job.process.wait()
     ledger = Ledger(runs / "mixed")
     entry = ledger.last("operator")
     assert entry is not None
     assert (entry.content["action"], entry.content["who"]) == ("export", "robot")
     assert ledger.verify() == []
     ledger.close()
-    for job in client.app.state.site.desk.jobs._jobs:  # type: ignore[attr-defined]
-        job.process.wait()
 
 
 def test_addresses_beside_loopback_need_tls_and_an_account(runs: Path, tmp_path: Path) -> None:

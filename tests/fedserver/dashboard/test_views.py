@@ -7,7 +7,9 @@ import html
 import io
 import json
 import math
+import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +22,13 @@ from starlette.testclient import TestClient
 
 from fedserver import metrics, quantities
 from fedserver.configuration import parse
-from fedserver.dashboard import round_views
+from fedserver.dashboard import library_views, round_views
 from fedserver.dashboard.application import live_payload
+from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Question
 from fedserver.dashboard.registry import VIEWS
 from fedserver.dashboard.run_reader import RunReader
+from fedserver.dashboard.tables import to_csv
 from fedserver.ledger import Ledger
 
 NAMES = ("clinic", "school", "phone")
@@ -151,6 +155,8 @@ def test_every_view_is_html_json_and_csv_and_in_the_document(
             assert f"{address}/{name}.csv" in document["paths"]
             tables += len(rows) > 0
     assert tables > 6
+    client.cookies.clear()
+    sign_in("olga")  # operators see all that is described
     for address in document["paths"]:
         path = address.replace("{run}", "mixed").replace("{round}", "2")
         assert client.get(f"/api/v1{path}").status_code == 200, path
@@ -186,6 +192,76 @@ def test_rounds_and_nodes_of_a_real_run_are_those_of_its_ledger(
     for word in ("privacy", "robustness"):
         page = client.get(f"/runs/mixed/{word}", headers={"accept": "text/html"}).text
         assert "No differential privacy" in page or "No robust rule" in page
+
+
+def test_runs_compare_and_live_say_the_same_of_a_run(
+    client: TestClient, sign_in: Callable[[str], str], runs: Path
+) -> None:
+    """Bytes and seconds of all messages, the chain's head, and which of two like runs it is."""
+    shutil.copytree(runs / "mixed", runs / "mixed-again")
+    sign_in("vera")
+    summary = json.loads((runs / "mixed" / "summary.json").read_text())
+    ledger = Ledger(runs / "mixed")
+    assert ledger.last("evaluation") is not None
+    head = ledger.head
+    ledger.close()
+    table = library_views.runs(Library(runs), Question()).tables["runs"]
+    listed = table.rows
+    compared = client.get("/api/v1/compare?run=mixed&run=mixed-again").json()["tables"]
+    live = client.get("/api/v1/runs/mixed/live").json()
+    assert live["head"] == head == summary["head"]
+    for key in ("bytes_up", "bytes_down", "seconds"):
+        for rows in (listed, compared["compared"]["rows"]):
+            assert [row[key] for row in rows] == [summary[key]] * 2
+        assert live["totals"][key] == summary[key]
+    assert {row["head"] for row in compared["compared"]["rows"]} == {head}
+    for rows in (listed, compared["compared"]["rows"]):
+        assert {row["run"] for row in rows} == {"mixed", "mixed-again"}
+        assert {row["seed"] for row in rows} == {4}
+    assert compared["settings"]["columns"] == ["key", "mixed", "mixed-again"]
+    text = io.StringIO(to_csv(table))
+    assert {row["run"] for row in csv.DictReader(text)} == {"mixed", "mixed-again"}
+
+
+def test_a_run_that_went_on_is_not_described_by_its_earlier_end(
+    client: TestClient, sign_in: Callable[[str], str], runs: Path
+) -> None:
+    """The summary and the report of a stop say nothing of the rounds since."""
+    sign_in("vera")
+    assert client.get("/api/v1/runs/mixed/live").json()["report"] is True
+    live = json.loads((runs / "mixed" / "live.json").read_text())
+    (runs / "mixed" / "live.json").write_text(json.dumps(live | {"committed": 2}))
+    rows = (runs / "mixed" / "metrics.jsonl").read_text().splitlines()[:2]
+    (runs / "mixed" / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    os.utime(runs / "mixed" / "report.html", ns=(10**18, 10**18))
+    told = client.get("/api/v1/runs/mixed/live").json()
+    assert told["report"] is False
+    for key in ("bytes_up", "bytes_down", "seconds"):
+        expected = sum(json.loads(row)[key] for row in rows)
+        assert told["totals"][key] == expected
+        (row,) = library_views.runs(Library(runs), Question()).tables["runs"].rows
+        assert row[key] == expected
+
+
+def test_the_shares_of_a_family_are_one_together(
+    client: TestClient, sign_in: Callable[[str], str]
+) -> None:
+    sign_in("vera")
+    influence = client.get("/api/v1/runs/mixed/robustness").json()["tables"]["influence"]["rows"]
+    nodes = client.get("/api/v1/runs/mixed/rounds/3").json()["tables"]["nodes"]["rows"]
+    participation = client.get("/api/v1/runs/mixed/privacy").json()["tables"]["participation"]
+    for rows, key in ((influence, "share"), (nodes, "family_share")):
+        sums: dict[str, float] = {}
+        for row in rows:
+            sums[row["family"]] = sums.get(row["family"], 0.0) + (row[key] or 0.0)
+        assert {family for family, whole in sums.items() if whole} == {
+            "low rank", "seed scalars", "sketch",
+        }  # fmt: skip
+        assert all(whole in (0.0, pytest.approx(1.0)) for whole in sums.values())
+    families = [row["family"] for row in influence]
+    assert families == sorted(families)
+    by_node = {row["node"]: row["share"] for row in participation["rows"]}
+    assert by_node == {row["node"]: row["share"] for row in influence}
 
 
 def test_the_report_draws_the_series_of_the_dashboard(

@@ -1,0 +1,98 @@
+"""A request that a process of its own carries out: an export, or a run that goes on.
+
+``python -m fedserver.dashboard.errands QUESTION`` runs one ``fedbraid`` command, passes its output on,
+and settles the request with what came of it, whether the dashboard still runs or not. An export's
+outcome stands in the ledger: appended here, or by the run where one is under way and holds its ledger.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedserver.control import DONE, FAILED, OPERATOR, PENDING, REFUSED, ControlQueue, Request
+from fedserver.dashboard import recording
+from fedserver.ledger import LedgerError
+
+PROGRAM = "fedserver.dashboard.errands"
+ATTEMPTS = 5
+"""A run that has just ended may hold its ledger for some seconds more."""
+
+
+def question(
+    folder: Path, request: Request, words: Sequence[str], number: int, key_file: Path | None
+) -> str:
+    """What the process is asked. ``number``: the last committed round; ``key_file``: of the seals."""
+    return json.dumps(
+        {
+            "folder": str(folder),
+            "request": request.id,
+            "words": list(words),
+            "round": number,
+            "key_file": None if key_file is None else str(key_file),
+        }
+    )
+
+
+def run(asked: dict[str, Any]) -> int:
+    """Carry a request out and settle it; returns the command's exit status."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simulations.command", *asked["words"]],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    assert process.stdout is not None
+    said: list[str] = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if line.strip():
+            # An error may be broken over lines; it begins where its name stands.
+            said = (
+                [*said, line.strip()] if said and said[0].startswith("error:") else [line.strip()]
+            )
+    code = process.wait()
+    told = " ".join(said).removeprefix("error:").strip()[:500] or f"it ended with {code}"
+    folder = Path(asked["folder"])
+    queue = ControlQueue(folder)
+    request = queue.request(asked["request"])
+    if request is None:
+        return code
+    if request.action != "export":
+        # One that went on has recorded and settled it.
+        if code and request.state == PENDING:
+            queue.settle(request, REFUSED, told)
+        return code
+    queue.say(request, FAILED if code else DONE, told)
+    _record(folder, queue, request.id, asked)
+    return code
+
+
+def _record(folder: Path, queue: ControlQueue, identity: str, asked: dict[str, Any]) -> None:
+    key_file = None if asked["key_file"] is None else Path(asked["key_file"])
+    for attempt in range(ATTEMPTS):
+        request = queue.request(identity)
+        if request is None or request.settled is not None:
+            return
+        wall = {"asked": request.asked, "applied": time.time()}
+        try:
+            recording.append(
+                folder, OPERATOR, asked["round"], request.content(), wall, key_file=key_file
+            )
+        except LedgerError:
+            # The run that holds it records the outcome before its next round, or at its end.
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(1.0)
+        else:
+            queue.settle(request, request.state, request.note)
+
+
+if __name__ == "__main__":
+    sys.exit(run(json.loads(sys.argv[1])))

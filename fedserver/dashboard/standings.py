@@ -1,0 +1,39 @@
+"""Who is kept out by operators' recorded actions, and what that means for the round that is running."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedserver.control import EXCLUDING
+from fedserver.dashboard.activity import WAITING
+from fedserver.dashboard.run_reader import RunReader
+
+
+def standings(run: RunReader) -> dict[str, str]:
+    """Nodes that an operator's recorded action keeps out, and how."""
+    found: dict[str, str] = {}
+    for entry in run.operator_entries():
+        action = entry["content"].get("action")
+        node = str((entry["content"].get("arguments") or {}).get("node"))
+        if action in EXCLUDING:
+            found[node] = EXCLUDING[action]
+        elif action == "readmit":
+            found.pop(node, None)
+    return found
+
+
+def arrivals(run: RunReader) -> list[dict[str, Any]]:
+    """The nodes of the current round; one that is kept out does not wait, for nobody asks it."""
+    out = standings(run)
+    return [
+        node | {"status": out.get(name, WAITING)} if node["status"] == WAITING else node
+        for name, node in run.activity().nodes.items()
+    ]
+
+
+def counts(nodes: list[dict[str, Any]]) -> dict[str, int]:
+    """Nodes by status: waiting, working, kept out, or the verdict of their reply."""
+    found: dict[str, int] = {}
+    for node in nodes:
+        found[node["status"]] = found.get(node["status"], 0) + 1
+    return found

@@ -1,0 +1,81 @@
+"""An export is offered where it can be made, and told by its outcome, in requests and ledger."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from fedserver.control import OPERATOR
+from fedserver.ledger import Ledger
+
+Sign = Callable[[str], str]
+
+
+def wait(client: TestClient) -> None:
+    for job in client.app.state.site.desk.jobs._jobs:  # type: ignore[attr-defined]
+        job.process.wait()
+
+
+def export(client: TestClient, csrf: str, kind: str) -> Any:
+    data = {"csrf": csrf, "reason": "to try it", "kind": kind}
+    return client.post("/runs/mixed/actions/export", data=data)
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    ledger = Ledger(folder)
+    try:
+        assert ledger.verify() == []
+        return [entry.content for entry in ledger.entries(OPERATOR)]
+    finally:
+        ledger.close()
+
+
+def test_only_what_is_possible_is_offered(client: TestClient, sign_in: Sign, runs: Path) -> None:
+    """Dense random probes are no low-rank factors: that model is merged or not exported."""
+    csrf = sign_in("olga")
+    page = client.get("/runs/mixed/control").text
+    assert re.findall(r'name="kind" value="(\w+)"', page) == ["merged"]
+    answer = export(client, csrf, "peft")
+    assert answer.status_code == 409
+    assert "merged" in answer.text
+    assert not recorded(runs / "mixed")
+    rows = (runs / "mixed" / "metrics.jsonl").read_text()
+    (runs / "mixed" / "metrics.jsonl").write_text("")
+    told = client.get("/api/v1/runs/mixed/control").json()
+    assert "export" not in told["offered"]
+    assert set(told["exports"]) == {"peft", "merged"}
+    assert all(told["exports"].values())
+    assert export(client, csrf, "merged").status_code == 409
+    (runs / "mixed" / "metrics.jsonl").write_text(rows)
+
+
+@pytest.mark.parametrize("target", ["free", "taken"])
+def test_the_outcome_of_an_export_is_told_and_recorded(
+    client: TestClient, sign_in: Sign, runs: Path, target: str
+) -> None:
+    folder = runs / "mixed"
+    csrf = sign_in("olga")
+    if target == "taken":
+        # Where the model would be written stands a file.
+        (folder / "exports").write_text("in the way")
+    assert export(client, csrf, "merged").status_code == 303
+    wait(client)
+    (request,) = client.get("/api/v1/runs/mixed/control").json()["tables"]["requests"]["rows"]
+    (entry,) = recorded(folder)
+    assert (entry["outcome"], entry["note"]) == (request["state"], request["note"])
+    assert entry["arguments"]["kind"] == "merged"
+    row = client.get("/api/v1/runs/mixed/ledger").json()["tables"]["actions"]["rows"][0]
+    assert row["outcome"] == entry["outcome"]
+    if target == "taken":
+        assert request["state"] == "failed"
+        assert "exports" in request["note"]
+    else:
+        assert request["state"] == "done"
+        written = folder / entry["arguments"]["to"]
+        assert json.loads((written / "config.json").read_text())["model_type"] == "llama"
