@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedserver.control import EXCLUDING
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header, size_of, words
 from fedserver.dashboard.run_reader import ROUNDS_OF_NODES, Row, RunReader
+from fedserver.dashboard.standing import standings
 from fedserver.dashboard.tables import Column, LazyRows, make_table
 
 FLEET = (
@@ -276,19 +276,6 @@ def robustness(run: RunReader, question: Question) -> Page:
             "influence", "Influence", shown, [rows[n] for n in sorted(rows)], question.choice
         ),
     )
-
-
-def standings(run: RunReader) -> dict[str, str]:
-    """Nodes that an operator's recorded action keeps out, and how."""
-    found: dict[str, str] = {}
-    for entry in run.operator_entries():
-        action = entry["content"].get("action")
-        node = str((entry["content"].get("arguments") or {}).get("node"))
-        if action in EXCLUDING:
-            found[node] = EXCLUDING[action]
-        elif action == "readmit":
-            found.pop(node, None)
-    return found
 
 
 @dataclass

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from fedserver.control import EXCLUDING
+from fedserver.dashboard.activity import WAITING
 from fedserver.dashboard.page import NotThere, Page, Question, page_of, run_address
 from fedserver.dashboard.run_reader import REPORT, Row, RunReader
+from fedserver.dashboard.standing import rollbacks, standings
 from fedserver.dashboard.tables import Column, LazyRows, make_table
 
 PHASES = ("plan", "train", "aggregate", "commit")
 PACE_ROUNDS = 5
-ORDER_OF_STATUS = {"working": 0, "waiting": 2, "accepted": 3}
+ORDER_OF_STATUS = {
+    "working": 0,
+    "waiting": 2,
+    "accepted": 3,
+    **dict.fromkeys(EXCLUDING.values(), 4),
+}
 LIVE_NODES = 60
 
 ARRIVALS = (
@@ -67,10 +76,16 @@ def live(run: RunReader, question: Question) -> Page:
     activity, told = run.activity(), run.live()
     state = told.get("state", "finished" if run.summary() else "unknown")
     rounds = run.rounds()
-    nodes = list(activity.nodes.values())
+    standing = standings(run)
+    # Nobody waits for a node that is kept out; what it sent before it was still stands.
+    nodes = [
+        node | {"status": standing[name]}
+        if name in standing and node["status"] == WAITING
+        else node
+        for name, node in activity.nodes.items()
+    ]
     nodes.sort(key=lambda node: (ORDER_OF_STATUS.get(node["status"], 1), node["node"]))
     phase = str(told.get("phase") or "")
-    counts = activity.counts()
     data = {
         **header(run),
         "phase": phase if state in ("running", "paused") else "",
@@ -81,9 +96,10 @@ def live(run: RunReader, question: Question) -> Page:
         "deadline": _deadline(told) if state == "running" else None,
         "real_time": bool(told.get("real_time")),
         "round_started": told.get("round_started"),
-        "arrivals": counts,
+        "arrivals": dict(Counter(node["status"] for node in nodes)),
         "totals": totals(run),
         "curves": curves(rounds),
+        "rollbacks": rollbacks(run),
         "current_round": activity.round,
     }
     table = make_table(
@@ -176,7 +192,8 @@ def rounds(run: RunReader, question: Question) -> Page:
     table = make_table(
         "rounds", "Rounds", ROUNDS, rows, question.choice, empty="No round was committed yet."
     )
-    return page_of({**header(run), "curves": curves(run.rounds())}, table)
+    data = {**header(run), "curves": curves(run.rounds()), "rollbacks": rollbacks(run)}
+    return page_of(data, table)
 
 
 def one_round(run: RunReader, question: Question) -> Page:
