@@ -7,9 +7,6 @@ reduced to at most 120 kB each.
 from __future__ import annotations
 
 import importlib.util
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +17,7 @@ from fedserver.configuration import RunConfiguration
 from fedserver.dashboard.registry import VIEWS
 from fedserver.deployment.folder import ServerFolder
 from fedserver.deployment.invitation import invite
+from simulations.benchmarks.dashboard_process import dashboard_process
 from simulations.engines import run_local
 from simulations.report import write_report
 
@@ -87,31 +85,17 @@ def take(runs: Path, target: Path) -> None:
     query = "&".join(f"run={name}" for name in names)
     paths |= {"runs": "/", "round": f"{here}/rounds/2", "compare": f"/compare?{query}",
               "server": "/server", "start": "/start", "devices": "/devices"}  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "simulations.command", "dashboard", str(runs), "--port", "0"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        found = re.search(r"http\S+", process.stdout.readline())
-        assert found is not None
-        link = found.group(0)
-        with tools.browser() as browser:
-            page = browser.new_page()
-            page.goto(link)
-            for width, scheme in WIDTHS.items():
-                page.set_viewport_size({"width": width, "height": 900})
-                page.emulate_media(color_scheme=scheme)
-                for name, path in paths.items():
-                    page.goto(link.split("/login")[0] + path)
-                    page.wait_for_load_state("load")
-                    page.screenshot(path=target / f"{name}-{width}.png", full_page=True)
-                    print(target / f"{name}-{width}.png")
-    finally:
-        process.terminate()
-        process.wait()
-        process.stdout.close()
+    with dashboard_process(runs) as (link, _), tools.browser() as browser:
+        page = browser.new_page()
+        page.goto(link)
+        for width, scheme in WIDTHS.items():
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme)
+            for name, path in paths.items():
+                page.goto(link.split("/login")[0] + path)
+                page.wait_for_load_state("load")
+                page.screenshot(path=target / f"{name}-{width}.png", full_page=True)
+                print(target / f"{name}-{width}.png")
 
 
 def keep(source: Path, target: Path) -> None:
