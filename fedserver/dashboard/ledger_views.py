@@ -68,13 +68,7 @@ def ledger(run: RunReader, question: Question) -> Page:
         "rounds_recorded": [e["round"] for e in entries if e["kind"] == "round"][:MOST_OFFERED],
     }
     actions = [
-        {
-            **entry,
-            **{k: entry["content"].get(k) for k in ("who", "role", "reason")},
-            "action": str(entry["content"].get("action")).replace("_", " "),
-            "arguments": words_of(entry["content"].get("arguments") or {}),
-            "time": entry["wall"].get("applied"),
-        }
+        entry | action_row(entry["content"], entry["wall"])
         for entry in reversed(run.operator_entries())
     ]
     return page_of(
@@ -108,6 +102,16 @@ def log(run: RunReader, question: Question) -> Page:
         size=LOG_PAGE,
     )
     return page_of({**header(run), "more": more, "lines": len(found)}, replace(table, words=words))
+
+
+def action_row(content: Row, wall: Row) -> Row:
+    """What an entry says of an operator's action, in words."""
+    return {
+        **{key: content.get(key) for key in ("who", "role", "reason")},
+        "action": str(content.get("action")).replace("_", " "),
+        "arguments": words_of(content.get("arguments") or {}),
+        "time": wall.get("applied"),
+    }
 
 
 def words_of(values: Row) -> str:

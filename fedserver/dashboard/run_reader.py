@@ -63,7 +63,8 @@ class RunReader:
     def losses(self) -> tuple[float | None, float | None]:
         """Loss of the base model, and the newest evaluation, of a run that has no summary yet.
 
-        They are read from the first round's entry and the end of the metrics, whatever their length.
+        They are read from the first round's entry and the end of the metrics, whatever their length, and
+        are of all nodes; a summary compares those that evaluated both models.
         """
         with self._ledger() as database:
             found = database.execute(
