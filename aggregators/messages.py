@@ -220,6 +220,7 @@ class Capabilities(_Message):
     """What a node has and can do. ``public_key``: of the key that signs its replies, if it has one.
 
     ``part``: the part of the scenario's data whose owner it plays; None: it has data of its own.
+    ``accelerator_memory_bytes``: of the accelerator that it computes on, None where it has none.
     ``devices``: of an edge aggregator those behind it; what it says of itself is then their sum.
     """
 
@@ -232,6 +233,7 @@ class Capabilities(_Message):
     threads: int = Field(ge=1)
     memory_bytes: int = Field(ge=0)
     device: str
+    accelerator_memory_bytes: Count | None = None
     versions: dict[str, str]
     public_key: Digest | None = None
     part: int | None = Field(default=None, ge=0)

@@ -77,6 +77,9 @@ class Worker:
                 threads=os.cpu_count() or 1,
                 memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
                 device="cuda" if torch.cuda.is_available() else "cpu",
+                accelerator_memory_bytes=torch.cuda.get_device_properties(0).total_memory
+                if torch.cuda.is_available()
+                else None,
                 versions={
                     "python": platform.python_version(),
                     "torch": torch.__version__,

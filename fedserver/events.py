@@ -27,8 +27,8 @@ ACCEPTED = "accepted"
 class NodeInfo:
     """A node of the cohort as the run sees it: its limits, the size of its data, and what it is.
 
-    ``device``, ``threads``, ``memory_bytes`` and ``version`` (of its programs) are what the node says
-    of itself.
+    ``device``, ``threads``, ``memory_bytes``, ``accelerator_memory_bytes`` (None where it has no
+    accelerator) and ``version`` (of its programs) are what the node says of itself.
     """
 
     node: str
@@ -40,6 +40,7 @@ class NodeInfo:
     threads: int | None = None
     memory_bytes: int | None = None
     version: str = ""
+    accelerator_memory_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -231,6 +231,7 @@ class Coordinator:
             device=member.capabilities.device,
             threads=member.capabilities.threads,
             memory_bytes=member.capabilities.memory_bytes,
+            accelerator_memory_bytes=member.capabilities.accelerator_memory_bytes,
             version=", ".join(f"{k} {v}" for k, v in member.capabilities.versions.items()),
         )
 

@@ -22,9 +22,12 @@ from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
 from fedserver.dashboard.run_reader import RunReader
+from fedserver.dashboard.standings import standings
 from fedserver.dashboard.tables import Column, make_table
 from fedserver.ledger import KEYS
 
+REVOKED = EXCLUDING["revoke"]
+MOST_NAMES = 1000
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 OVERRIDE = re.compile(r"[A-Za-z0-9_.]+=[^\x00-\x1f]{0,300}")
 REQUESTS = (
@@ -67,6 +70,8 @@ class Desk:
         state = str(header(run)["state"])
         if action not in OFFERED.get(state, set()):
             raise ControlError(f"{action.replace('_', ' ')} is not possible: the run is {state}")
+        if action == "revoke" and form.get("confirm", form.get("node")) != form.get("node"):
+            raise ControlError("nothing was revoked: the name that was typed is not the node's")
         arguments = arguments_of(action, form)
         queue = ControlQueue(run.folder)
         if action == "export":
@@ -154,16 +159,22 @@ def control(run: RunReader, question: Question) -> Page:
         for request in ControlQueue(run.folder).requests()
     ]
     configuration = run.configuration()
-    names = [str(node["name"]) for node in configuration.get("nodes", ())]
+    names = [str(node["name"]) for node in configuration.get("nodes", ())][:MOST_NAMES]
     possible = exports(run)
-    offered = OFFERED.get(str(top["state"]), set())
+    standing, offered = standings(run), OFFERED.get(str(top["state"]), set())
     if all(possible.values()):
         offered = offered - {"export"}
+    revocable = [name for name in names if standing.get(name) != REVOKED]
+    revoking = question.values.get("revoke")
     data = {
         **top,
         "offered": sorted(offered),
         "exports": possible,
-        "node_names": names[:1000],
+        "standings": standing,
+        "members": [name for name in names if name not in standing],
+        "readmittable": [name for name in names if standing.get(name) not in (None, REVOKED)],
+        "revocable": revocable,
+        "revoking": revoking if "revoke" in offered and revoking in revocable else None,
         "deadline_now": configuration.get("deadline_seconds"),
         "quorum_now": configuration.get("quorum"),
     }

@@ -336,9 +336,7 @@ class Site:
         live = request.query_params.get("live") == "1"
 
         def payload() -> dict[str, Any]:
-            return (
-                live_payload(run) if live else {"changed": True, "state": run.live().get("state")}
-            )
+            return live_payload(run) if live else {"changed": True}
 
         channel = self.channels.channel(
             "live" if live else "run", run.identity, run_stamp(run), payload
@@ -465,7 +463,7 @@ def live_payload(run: RunReader) -> dict[str, Any]:
             name: render(f"parts/{name}.html.jinja", **context)
             for name in ("standing", "phase", "tiles", "arrivals")
         },
-        "charts": page.data["curves"],
+        "charts": page.data["curves"] | {"rollbacks": page.data["rollbacks"]},
         "data": {k: v for k, v in page.data.items() if k != "curves"},
     }
 

@@ -18,7 +18,7 @@ from fedserver.control import OPERATOR, ControlError
 from fedserver.dashboard import recording
 from fedserver.dashboard.accounts import Session
 from fedserver.dashboard.home import deployment_of, home_of
-from fedserver.dashboard.ledger_views import words_of
+from fedserver.dashboard.ledger_views import action_row
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.run_reader import Row
 from fedserver.dashboard.tables import Column, make_table
@@ -205,9 +205,7 @@ def _recorded(root: Path) -> list[Row]:
     return [
         {
             "height": entry.height,
-            **{key: entry.content.get(key) for key in ("action", "who", "role", "reason")},
-            "arguments": words_of(entry.content.get("arguments") or {}),
-            "time": entry.wall.get("applied"),
+            **action_row(entry.content, entry.wall),
             "hash": entry.hash,
         }
         for entry in reversed(entries)

@@ -105,12 +105,22 @@ def moment(seconds: float | None) -> Markup:
 
 
 def proportion(share: float) -> Markup:
-    """A bar of a share, 0 to 1; decoration beside a number."""
-    width = round(100 * min(max(share, 0.0), 1.0), 2)
+    """A bar of a share; decoration beside a number.
+
+    It ends at the whole. What is more than the whole makes a longer bar, drawn to the same width: the
+    part beyond the whole has a colour of its own.
+    """
+    whole = min(1.0, 1.0 / share) if share > 0.0 else 1.0
+    width = round(100 * min(max(share, 0.0), whole), 2)
+    beyond = (
+        Markup('<rect class="beyond" x="{}" width="{}" height="6"/>').format(width, 100 - width)
+        if whole < 1.0
+        else ""
+    )
     return Markup(
         '<svg class="proportion" viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">'
-        '<rect class="track" width="100" height="6"/><rect class="part" width="{}" height="6"/></svg>'
-    ).format(width)
+        '<rect class="track" width="100" height="6"/><rect class="part" width="{}" height="6"/>{}</svg>'
+    ).format(width, beyond)
 
 
 def clean(value: Any) -> str:

@@ -5,6 +5,7 @@ They outlive the dashboard. Their output goes to a file beside the accounts; pag
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -18,6 +19,8 @@ from fedserver.dashboard.home import home_of
 
 MOST_AT_ONCE = 4
 REMEMBERED = 50
+MOST_SAID = 300
+LAST_BYTES = 1 << 18
 
 
 class JobError(Exception):
@@ -43,7 +46,7 @@ class Job:
             "run": self.run,
             "state": state,
             "began": self.began,
-            "said": _last_line(self.log),
+            "said": in_words(_last_line(self.log)),
         }
 
 
@@ -96,13 +99,39 @@ class Jobs:
             return [job.json() for job in self._jobs if run is None or job.run == run]
 
 
+def in_words(line: str) -> str:
+    """A line of a program's output as a person reads it: of a JSON object its event and what it says."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return line[:MOST_SAID]
+    if not isinstance(value, dict):
+        return line[:MOST_SAID]
+    event = str(value.pop("event", "")).replace("_", " ")
+    if text := value.get("text") or value.get("error"):
+        parts = [str(text)]
+    else:
+        parts = [
+            f"{key.replace('_', ' ')} {_shown(one)}"
+            for key, one in value.items()
+            if key != "time" and not isinstance(one, (dict, list)) and one not in (None, "")
+        ]
+    return ": ".join(filter(None, [event, ", ".join(parts)]))[:MOST_SAID]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _last_line(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
+            file.seek(max(0, path.stat().st_size - LAST_BYTES))
             lines = [
                 line for line in file.read().decode(errors="replace").splitlines() if line.strip()
             ]
     except OSError:
         return ""
-    return lines[-1].strip()[:300] if lines else ""
+    return lines[-1].strip() if lines else ""

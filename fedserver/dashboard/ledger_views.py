@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from itertools import pairwise
 
 from fedserver.control import APPLIED
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
 from fedserver.dashboard.run_reader import Row, RunReader
-from fedserver.dashboard.tables import Column, Table, make_table
+from fedserver.dashboard.tables import Column, LazyRows, make_table
 from fedserver.ledger import GENESIS_PREVIOUS
 
 ENTRIES = (
@@ -40,7 +42,9 @@ LOG = (
     Column("node", "Node"),
     Column("text", "What"),
 )
-LOG_LINES = 200
+DIGEST = re.compile("[0-9a-f]{64}")
+LOG_LINES, LOG_PAGE = 2000, 40
+"""How many lines may be paged through, and how many stand on a page."""
 MOST_OFFERED = 500
 """So many of the last rounds are offered for a replay; every round's own page offers it too."""
 QUIET = {"time", "event", "round", "node", "level", "text", "gate_seconds"}
@@ -67,14 +71,7 @@ def ledger(run: RunReader, question: Question) -> Page:
         "rounds_recorded": [e["round"] for e in entries if e["kind"] == "round"][:MOST_OFFERED],
     }
     actions = [
-        {
-            **entry,
-            **{k: entry["content"].get(k) for k in ("action", "who", "role", "reason")},
-            "arguments": words_of(entry["content"].get("arguments") or {}),
-            "outcome": entry["content"].get("outcome") or APPLIED,
-            "note": entry["content"].get("note"),
-            "time": entry["wall"].get("applied"),
-        }
+        entry | action_row(entry["content"], entry["wall"])
         for entry in reversed(run.operator_entries())
     ]
     return page_of(
@@ -96,23 +93,40 @@ def log(run: RunReader, question: Question) -> Page:
     """The run's events, the newest first; every word asked for must stand in a line."""
     limit = 100_000 if question.choice.whole else LOG_LINES
     found, more = run.log(question.choice.words, limit)
-    table = Table(
+    words = question.choice.words
+    # The words were looked for in the whole lines, of which the table shows a part.
+    table = make_table(
         "log",
         "Log",
         LOG,
-        [_line(event) for event in found],
-        "No line holds these words." if question.choice.words else "Nothing was logged yet.",
-        words=question.choice.words,
-        searchable=True,
-        size=limit,
-        total=len(found),
+        LazyRows(found, _line),
+        replace(question.choice, words=""),
+        empty="No line holds these words." if words else "Nothing was logged yet.",
+        size=LOG_PAGE,
     )
-    return page_of({**header(run), "more": more}, table)
+    return page_of({**header(run), "more": more, "lines": len(found)}, replace(table, words=words))
+
+
+def action_row(content: Row, wall: Row) -> Row:
+    """What an entry says of an operator's action, in words."""
+    return {
+        **{key: content.get(key) for key in ("who", "role", "reason")},
+        "action": str(content.get("action")).replace("_", " "),
+        "arguments": words_of(content.get("arguments") or {}),
+        "outcome": content.get("outcome") or APPLIED,
+        "note": content.get("note"),
+        "time": wall.get("applied"),
+    }
 
 
 def words_of(values: Row) -> str:
     """ "node cafe, round 3"."""
     return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in values.items() if v is not None)
+
+
+def short(value: object) -> object:
+    """A digest by its first digits; the ledger has all of them."""
+    return value[:12] if isinstance(value, str) and DIGEST.fullmatch(value) else value
 
 
 def _line(event: Row) -> Row:
@@ -123,7 +137,7 @@ def _line(event: Row) -> Row:
     text = event.get("text")
     if text is None:
         rest = {
-            key: f"{value:.4g}" if isinstance(value, float) else value
+            key: f"{value:.4g}" if isinstance(value, float) else short(value)
             for key, value in event.items()
             if key not in QUIET and not isinstance(value, (list, dict)) and value not in (None, "")
         }

@@ -1,6 +1,7 @@
 """The runs below one folder, thousands of them: found by a scan, described from small files by stamp.
 
-A listing opens no database and no log: ``live.json`` says what a run is, ``summary.json`` how it ended.
+A listing reads no log: ``live.json`` says what a run is, ``summary.json`` how it ended. Of a run without
+a summary the losses so far are looked up once a round.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fedserver.dashboard.run_reader import (
     SUMMARY,
     Row,
     RunReader,
+    Stamp,
     file_stamp,
     read_json,
     settled,
@@ -41,6 +43,7 @@ class Library:
         self.root = root.resolve()
         self._lock = threading.RLock()
         self._rows: dict[str, tuple[Any, Row]] = {}
+        self._losses: dict[str, tuple[Stamp | None, tuple[float | None, float | None]]] = {}
         self._folders: dict[str, Path] = {}
         self._listings: dict[str, tuple[int, list[str] | None]] = {}
         self._scanned = -SCAN_SECONDS
@@ -89,6 +92,7 @@ class Library:
                 self._scan(str(self.root), "", DEPTH, found, listings)
                 self._folders, self._listings, self._scanned = found, listings, now
                 self._rows = {name: row for name, row in self._rows.items() if name in found}
+                self._losses = {name: one for name, one in self._losses.items() if name in found}
             return self._folders
 
     def _scan(
@@ -145,7 +149,10 @@ class Library:
             return dict(held[1])
         live, summary = read_json(folder / LIVE), read_json(folder / SUMMARY)
         told = settled(live, summary)
-        before, after = summary.get("before") or {}, summary.get("after") or {}
+        before, after = (summary.get(part) or {} for part in ("before", "after"))
+        losses = before.get("loss"), after.get("loss")
+        if not told:
+            losses = self._losses_so_far(name, folder, stamps[2])
         row = {
             "run": name,
             "name": live.get("name") or summary.get("name") or folder.name,
@@ -155,8 +162,8 @@ class Library:
             "round": live.get("committed", summary.get("rounds")),
             "rounds": live.get("rounds", summary.get("rounds")),
             "nodes": live.get("nodes", summary.get("nodes")),
-            "loss_before": before.get("loss"),
-            "loss_after": after.get("loss"),
+            "loss_before": losses[0],
+            "loss_after": losses[1],
             "seed": live.get("seed", summary.get("seed")),
             "bytes_up": told.get("bytes_up"),
             "bytes_down": told.get("bytes_down"),
@@ -167,6 +174,16 @@ class Library:
         }
         self._rows[name] = (stamps, row)
         return dict(row)
+
+    def _losses_so_far(
+        self, name: str, folder: Path, stamp: Stamp | None
+    ) -> tuple[float | None, float | None]:
+        """Once a round, not at every phase of it."""
+        held = self._losses.get(name)
+        if held is None or held[0] != stamp:
+            found = RunReader(folder, name).losses() if stamp else (None, None)
+            held = self._losses[name] = (stamp, found)
+        return held[1]
 
 
 def identity(name: str) -> str:

@@ -15,6 +15,7 @@ from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Page, Question, page_of, run_address
 from fedserver.dashboard.round_views import MOVED, header, moved, totals
 from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.standings import rollbacks
 from fedserver.dashboard.tables import Column, LazyRows, make_table
 from fedserver.intervals import estimate
 from fedserver.live_log import ALIVE
@@ -30,7 +31,7 @@ RUNS = (
     Column("preset", "Preset"),
     Column("base_model", "Base model"),
     Column("loss_before", "Loss before", "loss"),
-    Column("loss_after", "Loss after", "loss"),
+    Column("loss_after", "Last loss", "loss"),
     Column("bytes_up", "Sent", "bytes"),
     Column("bytes_down", "Received", "bytes"),
     Column("seconds", "Took", "seconds"),
@@ -268,6 +269,7 @@ def _band(members: Sequence[RunReader]) -> dict[str, Any]:
         "low": [one.low if one.half_width is not None else None for _, one in known],
         "high": [one.high if one.half_width is not None else None for _, one in known],
         "count": [one.count for _, one in known],
+        "rollbacks": [[*pair, header(run)["name"]] for run in members for pair in rollbacks(run)],
     }
 
 

@@ -23,7 +23,8 @@ FLEET = (
     Column("strand", "Strand"),
     Column("device", "Processor"),
     Column("threads", "Threads", "count"),
-    Column("memory_bytes", "Memory", "bytes"),
+    Column("memory_bytes", "RAM", "bytes"),
+    Column("accelerator_memory_bytes", "VRAM", "bytes"),
     Column("model_memory_bytes", "Needed for the plan", "bytes"),
     Column("link_mbps", "Link (Mbit/s)", "number"),
     Column("battery", "Battery", "share"),
@@ -105,6 +106,7 @@ def fleet(run: RunReader, question: Question) -> Page:
             "device": told.get("device") or None,
             "threads": told.get("threads"),
             "memory_bytes": told.get("memory_bytes"),
+            "accelerator_memory_bytes": told.get("accelerator_memory_bytes"),
             "model_memory_bytes": before.row.get("memory_bytes"),
             "link_mbps": told.get("link_mbps", asked.get("link_mbps")),
             "battery": told.get("battery"),
@@ -120,7 +122,9 @@ def fleet(run: RunReader, question: Question) -> Page:
         **header(run),
         "counts": dict(counts),
         "untold": [
-            column.title.partition(" (")[0].lower() for column in untold if column.key in MISSED
+            column.title if column.title.isupper() else column.title.partition(" (")[0].lower()
+            for column in untold
+            if column.key in MISSED
         ],
         "rounds_read": ROUNDS_OF_NODES,
     }

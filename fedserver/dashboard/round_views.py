@@ -6,16 +6,22 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedserver.control import EXCLUDING
 from fedserver.dashboard.page import NotThere, Page, Question, page_of, run_address
 from fedserver.dashboard.run_reader import Row, RunReader, settled
-from fedserver.dashboard.standings import arrivals, counts
+from fedserver.dashboard.standings import arrivals, counts, rollbacks
 from fedserver.dashboard.tables import Column, LazyRows, make_table
 from fedserver.live_log import ALIVE
 
 PHASES = ("plan", "train", "aggregate", "commit")
 PACE_ROUNDS = 5
 MOVED = ("bytes_up", "bytes_down", "seconds")
-ORDER_OF_STATUS = {"working": 0, "waiting": 2, "accepted": 3}
+ORDER_OF_STATUS = {
+    "working": 0,
+    "waiting": 2,
+    "accepted": 3,
+    **dict.fromkeys(EXCLUDING.values(), 4),
+}
 LIVE_NODES = 60
 
 ARRIVALS = (
@@ -88,6 +94,7 @@ def live(run: RunReader, question: Question) -> Page:
         "arrivals": counts(nodes),
         "totals": totals(run),
         "curves": curves(rounds),
+        "rollbacks": rollbacks(run),
         "current_round": activity.round,
     }
     table = make_table(
@@ -191,7 +198,8 @@ def rounds(run: RunReader, question: Question) -> Page:
     table = make_table(
         "rounds", "Rounds", ROUNDS, rows, question.choice, empty="No round was committed yet."
     )
-    return page_of({**header(run), "curves": curves(run.rounds())}, table)
+    data = {**header(run), "curves": curves(run.rounds()), "rollbacks": rollbacks(run)}
+    return page_of(data, table)
 
 
 def one_round(run: RunReader, question: Question) -> Page:

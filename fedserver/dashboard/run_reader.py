@@ -80,6 +80,25 @@ class RunReader:
         """``summary.json``, empty until the run has finished."""
         return self._json(SUMMARY)
 
+    def losses(self) -> tuple[float | None, float | None]:
+        """Loss of the base model, and the newest evaluation, of a run that has no summary yet.
+
+        They are read from the first round's entry and the end of the metrics, whatever their length, and
+        are of all nodes; a summary compares those that evaluated both models.
+        """
+        with self._ledger() as database:
+            found = database.execute(
+                "SELECT json_extract(content, '$.entering.loss_sum'),"
+                " json_extract(content, '$.entering.tokens')"
+                " FROM entries WHERE kind = 'round' ORDER BY height LIMIT 1"
+            ).fetchone()
+        total, tokens = found or (None, None)
+        for line in _lines_from_the_end(self.folder / METRICS, 1 << 27):
+            row = _without_nodes(line)
+            if row.get("eval_loss") is not None:
+                return total / tokens if tokens else None, float(row["eval_loss"])
+        return total / tokens if tokens else None, None
+
     def rounds(self) -> list[Row]:
         """The rounds in order, without their nodes."""
         return self._cached("rounds", file_stamp(self.folder / METRICS), self._read_rounds)
@@ -217,8 +236,7 @@ class RunReader:
         try:
             with (self.folder / METRICS).open("rb") as file:
                 for line in file:
-                    place = line.find(NODES)
-                    row = _parsed(line[:place] + b"}" if place > 0 else line)
+                    row = _without_nodes(line)
                     if isinstance(row.get("round"), int):
                         found[row["round"]] = row
         except OSError:
@@ -370,6 +388,12 @@ def _parsed(line: bytes) -> Row:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _without_nodes(line: bytes) -> Row:
+    """A line of metrics without the rows of its nodes, which are the last in it."""
+    place = line.find(NODES)
+    return _parsed(line[:place] + b"}" if place > 0 else line)
 
 
 def _lines_from_the_end(path: Path, span: int, block: int = 1 << 20) -> Iterator[bytes]:

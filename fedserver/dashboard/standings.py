@@ -1,4 +1,4 @@
-"""Who is kept out by operators' recorded actions, and what that means for the round that is running."""
+"""What operators' recorded actions have made of a run: who is kept out, and where it went back."""
 
 from __future__ import annotations
 
@@ -37,3 +37,12 @@ def counts(nodes: list[dict[str, Any]]) -> dict[str, int]:
     for node in nodes:
         found[node["status"]] = found.get(node["status"], 0) + 1
     return found
+
+
+def rollbacks(run: RunReader) -> list[list[int]]:
+    """Pairs of a round and the earlier one from whose model it started instead of its predecessor's."""
+    return [
+        [entry["round"], int(entry["content"]["arguments"]["round"])]
+        for entry in run.operator_entries()
+        if entry["content"].get("action") == "rollback"
+    ]

@@ -3,11 +3,9 @@
 python -m simulations.benchmarks.dashboard [--runs 1000] [--nodes 10000] [--viewers 200] [--rounds 0]
 
 A real dashboard process serves folders that ledger and metrics have written; requests and viewers are
-real connections over loopback. ``--rounds N`` also runs N rounds of six nodes with a tiny model and one
-thread, half of them with all viewers on its page, in the order without, with, with, without: a machine
-that gets slower meets both alike. The run and the dashboard's server have one priority, the viewers are
-another process of the lowest one: on two cores they have what the server leaves of the second. Beside
-the ratio of the medians is that of rounds without viewers among themselves, which no viewer explains.
+real connections over loopback. ``--rounds N`` also runs a tiny model for N rounds (rounded up to blocks
+of eight), some of them with all viewers on its page, and compares neighbouring rounds: how is told in
+``viewed_rounds.py``. Of 96 rounds the interval is of 24 pairs.
 """
 
 from __future__ import annotations
@@ -15,16 +13,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fedserver import events, metrics
-from fedserver.configuration import RunConfiguration, load, parse
+from fedserver.configuration import RunConfiguration, parse
 from fedserver.dashboard.accounts import VIEWER, Accounts
 from fedserver.ledger import Ledger
 from fedserver.live_log import EVENTS, LiveLog
-from simulations.benchmarks.viewers import view, viewers
+from simulations.benchmarks.dashboard_process import dashboard_process
+from simulations.benchmarks.viewed_rounds import measure
+from simulations.benchmarks.viewers import view
 
 ROUNDS, SMALL_ROUNDS = 3, 2
 PAINTS = (
@@ -51,7 +46,6 @@ PAINTS = (
     "/runs/big/rounds/2",
     "/runs/big/ledger",
 )
-SERVING = "processor time of the dashboard's server"
 CHANGES = 40
 SECONDS_BETWEEN_CHANGES = 0.5
 
@@ -69,7 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         make_runs(root, asked.runs, asked.nodes)
-        with served(root) as (address, token, process):
+        token = Accounts(root).issue_token("benchmark", VIEWER)
+        with dashboard_process(root) as (link, process):
+            address = link.partition("/login")[0]
             for path in PAINTS:
                 wall, busy = paint(address + path, token, process)
                 shown = f"{1000 * wall:.0f} ms, {1000 * busy:.0f} ms"
@@ -84,20 +80,21 @@ def main(arguments: list[str] | None = None) -> None:
             resident = process.memory_info().rss
             table.add_row("memory of the server", f"{resident / 1e6:.0f} MB", "200 MB")
     if asked.rounds:
-        times = rounds_with_and_without(asked.rounds, asked.viewers, asked.steps)
-        for kind, (alone, seen) in times.items():
-            medians = statistics.median(alone), statistics.median(seen)
-            if kind == SERVING:
-                shown = f"{medians[0]:.2f} s, {medians[1]:.2f} s"
-                table.add_row(f"{kind} a round: alone, with {asked.viewers} viewers", shown, "")
-                continue
-            table.add_row(
-                f"{kind} of a round: alone, with {asked.viewers} viewers, ratio",
-                f"{medians[0]:.2f} s, {medians[1]:.2f} s, {medians[1] / medians[0]:.3f}",
-                "1.03",
-            )
-            halves = statistics.median(alone[1::2]) / statistics.median(alone[::2])
-            table.add_row(f"{kind} of a round: alone against alone", f"{halves:.3f}", "")
+        found = measure(asked.rounds, asked.viewers, asked.steps)
+        against = f"{asked.viewers} viewers against none, median ratio (95 % interval)"
+        for kind, ratio, control in (
+            ("time of a round", found.time, found.time_control),
+            ("processor time of the run a round", found.work, found.work_control),
+        ):
+            table.add_row(f"{kind}: {against}", str(ratio), "1.03")
+            table.add_row(f"{kind}: none against none", str(control), "")
+        shown = "{:.2f} s, {:.2f} s".format(*found.serving)
+        table.add_row("processor time of the dashboard a round: none, viewers", shown, "")
+        table.caption = (
+            "The run has one processor, the dashboard and the viewers have the others."
+            if found.pinned
+            else "Run, dashboard and viewers share one processor."
+        )
     Console().print(table)
 
 
@@ -178,26 +175,6 @@ def _reply(number: int, name: str) -> events.NodeReplied:
     return events.NodeReplied(number, name, "accepted", "", "rank 8", 2.5, 2.0, 1000, 2000, 30.0)
 
 
-@contextmanager
-def served(root: Path) -> Iterator[tuple[str, str, psutil.Process]]:
-    """A dashboard process: its address, a viewer's token, and the process."""
-    token = Accounts(root).issue_token("benchmark", VIEWER)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "simulations.command", "dashboard", str(root), "--port", "0"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        found = re.search(r"http://[^/]+", process.stdout.readline())
-        assert found is not None
-        yield found.group(0), token, psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait()
-        process.stdout.close()
-
-
 def paint(address: str, token: str, server: psutil.Process) -> tuple[float, float]:
     """Seconds of the first request of a page, and those that the server's process worked meanwhile."""
     headers = {"Authorization": f"Bearer {token}", "Accept": "text/html"}
@@ -233,60 +210,6 @@ async def watched(folder: Path, address: str, token: str, viewers: int) -> list[
             after = [seen - moment for seen in box if seen >= moment]
             delays.append(min(after) if after else 60.0)
     return delays
-
-
-def rounds_with_and_without(
-    rounds: int, viewers_count: int, steps: int
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds, processor seconds, and those of the dashboard's server, of the rounds without viewers and
-    of those with; of one run.
-    """
-    from simulations.engines import run_local
-    from simulations.tiny_model import write_scenario
-
-    # The first rounds also load and compile; four of them keep the order of the others.
-    first = 4
-    total = first + rounds
-    changes = ["evaluate=false", f"local_steps={steps}", "micro_batch_size=8"]
-    seconds: dict[int, float] = {}
-    worked: dict[int, float] = {}
-    serving: dict[int, float] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch) / "runs"
-        root.mkdir()
-        configuration = load(str(write_scenario(Path(scratch) / "tiny", total, 6)), changes)
-        with (
-            served(root) as (address, token, server),
-            viewers(address, "/runs/run/stream?live=1", token, viewers_count) as watching,
-        ):
-
-            def listen(event: events.Event) -> None:
-                # The round's own clock starts after RoundStarted and stops before RoundCommitted.
-                if isinstance(event, events.RoundStarted):
-                    if _with_viewers(event.round):
-                        watching.turn("on")
-                    worked[event.round] = -time.process_time()
-                    serving[event.round] = -sum(server.cpu_times()[:2])
-                elif isinstance(event, events.RoundCommitted):
-                    worked[event.round] += time.process_time()
-                    serving[event.round] += sum(server.cpu_times()[:2])
-                    seconds[event.round] = event.seconds
-                    if _with_viewers(event.round):
-                        watching.turn("off")
-
-            run_local(configuration, root / "run", listen)
-    found = {}
-    kinds = {"time": seconds, "processor time": worked, SERVING: serving}
-    for kind, times in kinds.items():
-        counted = {number: taken for number, taken in times.items() if number > first}
-        alone = [taken for number, taken in counted.items() if not _with_viewers(number)]
-        found[kind] = (alone, [t for number, t in counted.items() if _with_viewers(number)])
-    return found
-
-
-def _with_viewers(number: int) -> bool:
-    """Rounds 2 and 3 of every four: without, with, with, without."""
-    return number % 4 in (2, 3)
 
 
 if __name__ == "__main__":

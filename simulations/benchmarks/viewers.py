@@ -4,7 +4,7 @@
 
 The first line of standard input is a bearer token. After "on" it opens COUNT event streams and answers
 "on" when each has had its first event; "off" closes them. It runs at the lowest priority, with what is
-left of a core beside a simulation and the dashboard's own server.
+left of a core beside the dashboard's own server.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 LOWEST_PRIORITY = 19
@@ -37,14 +37,25 @@ class Viewers:
 
 
 @contextmanager
-def viewers(address: str, path: str, token: str, count: int) -> Iterator[Viewers]:
-    """``count`` viewers of one stream, who look while they are turned on."""
+def viewers(
+    address: str, path: str, token: str, count: int, cores: Collection[int] = ()
+) -> Iterator[Viewers]:
+    """``count`` viewers of one stream, who look while they are turned on.
+
+    ``cores``: the processors that they may use, all where none is named.
+    """
+
+    def prepare() -> None:
+        os.nice(LOWEST_PRIORITY)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
     process = subprocess.Popen(
         [sys.executable, "-m", "simulations.benchmarks.viewers", address, path, str(count)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: os.nice(LOWEST_PRIORITY),
+        preexec_fn=prepare,
     )
     assert process.stdin is not None
     try:

@@ -29,7 +29,7 @@ function columns(kind, data) {
   return {
     data: [data.round || data.x, ...spec.series.map(([key]) => data[key])],
     series: spec.series.map(([, name, colour, dash]) => ({ label: name, stroke: tone(colour), dash, width: 2, value: (_, v) => spec.value(v), points: { show: true, size: 6 } })),
-    bands: [], value: spec.value, zero: spec.zero,
+    bands: [], value: spec.value, zero: spec.zero, rollbacks: data.rollbacks || [],
   };
 }
 
@@ -49,7 +49,37 @@ function groupColumns(groups) {
       bands.push({ series: [data.length - 2, data.length - 1], fill: `color-mix(in srgb, ${stroke} 16%, transparent)` });
     }
   });
-  return { data, series, bands, value: number };
+  return { data, series, bands, value: number, rollbacks: groups.flatMap((group) => group.rollbacks) };
+}
+
+// A roll-back: [round, the round whose model it started from, the run's name where there are several].
+const backWords = ([, to, name]) => `${name ? `${name} ` : ""}back to ${to ? `round ${to}` : "the base model"}`;
+
+function drawRollbacks(chart, rollbacks) {
+  const { ctx, bbox } = chart, ratio = devicePixelRatio;
+  ctx.save();
+  ctx.strokeStyle = ctx.fillStyle = tone("--bad");
+  ctx.lineWidth = 1.5 * ratio;
+  ctx.setLineDash([3 * ratio, 3 * ratio]);
+  ctx.font = `${12 * ratio}px ${getComputedStyle(document.body).fontFamily}`;
+  ctx.textBaseline = "top";
+  rollbacks.forEach((back, index) => {
+    const x = Math.round(chart.valToPos(back[0] - 0.5, "x", true));
+    ctx.beginPath();
+    ctx.moveTo(x, bbox.top);
+    ctx.lineTo(x, bbox.top + bbox.height);
+    ctx.stroke();
+    // The words stand on the side that has room, those of several under each other.
+    const onLeft = x - bbox.left > bbox.width / 2;
+    ctx.textAlign = onLeft ? "right" : "left";
+    ctx.fillText(backWords(back), x + (onLeft ? -5 : 5) * ratio, bbox.top + (2 + 15 * (index % 4)) * ratio);
+  });
+  ctx.restore();
+}
+
+function sayRollbacks(box, rollbacks) {
+  box.dataset.label ??= box.getAttribute("aria-label");
+  box.setAttribute("aria-label", [box.dataset.label, ...rollbacks.map((back) => `before round ${back[0]}: ${backWords(back)}`)].join("; "));
 }
 
 function draw(box, data) {
@@ -58,6 +88,7 @@ function draw(box, data) {
   const held = charts.get(box);
   if (held) held.destroy();
   box.replaceChildren();
+  sayRollbacks(box, spec.rollbacks);
   if (!spec.data[0].length) {
     box.append(Object.assign(document.createElement("p"), { className: "none", textContent: "Nothing to draw before the first round is committed." }));
     charts.delete(box);
@@ -68,12 +99,13 @@ function draw(box, data) {
     width: box.clientWidth, height: heightOf(box),
     scales: {
       x: { time: false, range: (_, low, high) => [low - 0.25, high + 0.25] },
-      y: { range: (_, low, high) => { const room = (high - low || Math.abs(high) || 1) * 0.12; return [spec.zero ? 0 : low - room, high + room]; } },
+      y: { range: (_, low, high) => { const room = (high - low || Math.abs(high) || 1) * 0.12; return [spec.zero ? 0 : low - room, high + room * (spec.rollbacks.length ? 2.5 : 1)]; } },
     },
     axes: [{ ...axis, size: 30, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] },
       { ...axis, size: 64, values: (_, ticks) => ticks.map(kind === "bytes" ? bytesText : (v) => +v.toPrecision(6)) }],
     series: [{ label: "round" }, ...spec.series],
     bands: spec.bands,
+    hooks: { draw: [(chart) => drawRollbacks(chart, spec.rollbacks)] },
     cursor: { drag: { x: false, y: false } },
   }, spec.data, box));
 }

@@ -36,7 +36,7 @@ function follow(address) {
   const status = document.getElementById("connection");
   const onFirstPage = !new URLSearchParams(location.search).get("page") && !new URLSearchParams(location.search).get("sort");
   const stream = new EventSource(address);
-  let version = document.body.dataset.version, drawn = "", state;
+  let version = document.body.dataset.version, drawn = "";
   stream.onopen = () => { status.textContent = "live"; };
   stream.onerror = () => { status.textContent = stream.readyState === EventSource.CLOSED ? "signed out; reload the page" : "connection lost; trying again"; };
   stream.onmessage = (message) => {
@@ -47,9 +47,7 @@ function follow(address) {
     const columns = told.charts && JSON.stringify(told.charts);
     if (columns && columns !== drawn) { drawn = columns; drawAll(told.charts); }
     if (told.changed && told.version !== version) htmx.trigger(document.body, "run-changed");
-    if (told.changed && state !== undefined && told.state !== state) htmx.trigger(document.body, "state-changed");
     version = told.version;
-    if (told.changed) state = told.state;
     countDown();
     document.body.dataset.events = String(Number(document.body.dataset.events || 0) + 1);
   };
@@ -59,11 +57,13 @@ function follow(address) {
 document.addEventListener("DOMContentLoaded", () => {
   showTimes(document);
   countDown();
-  // On a phone the tabs are wider than the page: the one that is open is shown.
-  const tab = document.querySelector(".tabs [aria-current]");
-  if (tab) tab.parentElement.scrollLeft = tab.offsetLeft - (tab.parentElement.clientWidth - tab.clientWidth) / 2;
   setInterval(countDown, 1000);
   document.body.addEventListener("htmx:afterSwap", (event) => showTimes(event.target));
+  // Not under the hands of somebody who is choosing an action or filling its form.
+  document.body.addEventListener("htmx:beforeSwap", (event) => {
+    const place = event.detail.target;
+    if (place.id === "actions" && (place.contains(document.activeElement) || place.querySelector("details[open]"))) event.detail.shouldSwap = false;
+  });
   document.body.addEventListener("htmx:responseError", (event) => {
     document.getElementById("connection").textContent = event.detail.xhr.status === 401 ? "signed out; reload the page" : "the server refused; reload the page";
   });

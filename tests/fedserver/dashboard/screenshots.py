@@ -1,30 +1,36 @@
 """Pictures of every view in two widths: ``make screenshots`` writes them to build/screenshots.
 
-Small real runs of three families are made first. Three pictures are kept for the documentation, cut and
-reduced to at most 120 kB each.
+Small real runs of three families are made first: three that have finished, and one that is paused after
+a roll-back, with nodes that are kept out. Three pictures are kept for the documentation, cut and reduced
+to at most 120 kB each.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import re
-import subprocess
-import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from fedserver import events
 from fedserver.configuration import RunConfiguration
+from fedserver.control import ControlQueue
 from fedserver.dashboard.registry import VIEWS
 from fedserver.deployment.folder import ServerFolder
 from fedserver.deployment.invitation import invite
+from simulations.benchmarks.dashboard_process import dashboard_process
 from simulations.engines import run_local
 from simulations.report import write_report
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
+PATIENCE = 300
+"""Seconds until a small run has done four rounds, on a busy machine."""
 WIDTHS = {1440: "light", 390: "dark"}
 KEPT = {
     "live-1440": "dashboard-live.png",
@@ -59,9 +65,9 @@ def test_pictures(
     deployment.prepare({})
     invite(deployment, "a new laptop", 24.0)
     runs = deployment.path / "runs"
-    for seed in (7, 8, 9):
-        name = f"mixed-seed{seed}"
-        asked = make_configuration(
+
+    def asked(name: str, seed: int) -> RunConfiguration:
+        return make_configuration(
             base_model=tiny_model_folder.name,
             name=name,
             seed=seed,
@@ -71,47 +77,70 @@ def test_pictures(
             signatures="required",
             learning_rate=4e-3,
         )
-        run_local(asked, runs / name, lambda event: None)
+
+    for seed in (7, 8, 9):
+        name = f"mixed-seed{seed}"
+        run_local(asked(name, seed), runs / name, lambda event: None)
         write_report(runs / name)
-    take(runs, target)
+    with paused(asked("paused", 5), runs / "paused"):
+        take(runs, target)
     for name, kept in KEPT.items():
         keep(target / f"{name}.png", ROOT / "docs" / "images" / kept)
+
+
+@contextmanager
+def paused(asked: RunConfiguration, folder: Path) -> Iterator[None]:
+    """A run that operators have acted on and that waits meanwhile."""
+    waits = threading.Event()
+
+    def ask(action: str, **arguments: Any) -> None:
+        ControlQueue(folder).ask(
+            action, arguments, who="olga", role="operator", reason="to be looked at"
+        )
+
+    def act(event: events.Event) -> None:
+        if event == events.RoundStarted(4):
+            ask("rollback", round=2)
+            ask("drain", node="school")
+            ask("quarantine", node="cafe")
+            ask("revoke", node="reception")
+        elif event == events.RoundStarted(5):
+            ask("pause")
+        elif isinstance(event, events.PhaseStarted) and event.phase == "paused":
+            waits.set()
+
+    run = threading.Thread(target=run_local, args=(asked, folder, act), daemon=True)
+    run.start()
+    assert waits.wait(PATIENCE)
+    yield
+    ask("stop")
+    ask("resume")
+    run.join(PATIENCE)
 
 
 def take(runs: Path, target: Path) -> None:
     """Pictures of all views of the first run, and of those over all runs."""
     tools = _browser()
-    names = sorted(path.name for path in runs.iterdir() if (path / "ledger.db").is_file())
+    names = sorted(path.name for path in runs.glob("mixed-*"))
     here = f"/runs/{names[0]}"
     paths = {view.name or "live": f"{here}/{view.name}".rstrip("/") for view in VIEWS}
     query = "&".join(f"run={name}" for name in names)
     paths |= {"runs": "/", "round": f"{here}/rounds/2", "compare": f"/compare?{query}",
-              "server": "/server", "start": "/start", "devices": "/devices"}  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "simulations.command", "dashboard", str(runs), "--port", "0"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        found = re.search(r"http\S+", process.stdout.readline())
-        assert found is not None
-        link = found.group(0)
-        with tools.browser() as browser:
-            page = browser.new_page()
-            page.goto(link)
-            for width, scheme in WIDTHS.items():
-                page.set_viewport_size({"width": width, "height": 900})
-                page.emulate_media(color_scheme=scheme)
-                for name, path in paths.items():
-                    page.goto(link.split("/login")[0] + path)
-                    page.wait_for_load_state("load")
-                    page.screenshot(path=target / f"{name}-{width}.png", full_page=True)
-                    print(target / f"{name}-{width}.png")
-    finally:
-        process.terminate()
-        process.wait()
-        process.stdout.close()
+              "server": "/server", "start": "/start", "devices": "/devices",
+              "revoke": "/runs/paused/control?revoke=clinic"}  # fmt: skip
+    for name in ("live", "fleet", "control"):
+        paths[f"paused-{name}"] = f"/runs/paused/{name}".removesuffix("/live")
+    with dashboard_process(runs) as (link, _), tools.browser() as browser:
+        page = browser.new_page()
+        page.goto(link)
+        for width, scheme in WIDTHS.items():
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme)
+            for name, path in paths.items():
+                page.goto(link.split("/login")[0] + path)
+                page.wait_for_load_state("load")
+                page.screenshot(path=target / f"{name}-{width}.png", full_page=True)
+                print(target / f"{name}-{width}.png")
 
 
 def keep(source: Path, target: Path) -> None:
