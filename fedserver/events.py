@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, get_args
 
 BASE_ROUND = 0
 """The round number of the untouched base model in :class:`EvaluationDone`."""
@@ -263,8 +263,35 @@ def to_json(event: Event) -> dict[str, object]:
 
     Numbers that JSON does not have (NaN, infinities) become null.
     """
-    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
-    return {"event": name, **{k: _plain(v) for k, v in dataclasses.asdict(event).items()}}
+    return {
+        "event": _name(type(event)),
+        **{k: _plain(v) for k, v in dataclasses.asdict(event).items()},
+    }
+
+
+def from_json(told: Mapping[str, Any]) -> Event | None:
+    """The event that a JSON object is, None for what this version does not know, or cannot read back.
+
+    Numbers that JSON does not have come back as NaN.
+    """
+    kind = _KINDS.get(str(told.get("event")))
+    if kind is None:
+        return None
+    given: dict[str, Any] = {}
+    for part in dataclasses.fields(kind):
+        if part.name in told:
+            value = told[part.name]
+            given[part.name] = math.nan if value is None and part.type == "float" else value
+    try:
+        if kind is RunStarted:
+            given["nodes"] = tuple(NodeInfo(**node) for node in given["nodes"])
+        return kind(**given)
+    except (TypeError, KeyError):
+        return None
+
+
+def _name(kind: type[Event]) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 def _plain(value: object) -> object:
@@ -275,3 +302,9 @@ def _plain(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
+
+
+# What a log holds of a run under way; its end (RunFinished) is made from its summary.
+_KINDS: dict[str, type[Event]] = {
+    _name(kind): kind for kind in get_args(Event) if kind is not RunFinished
+}

@@ -14,6 +14,7 @@ from typing import Any
 
 from aggregators import Layout
 from aggregators.messages import Evaluation
+from fedserver import events
 from fedserver.configuration import RunConfiguration
 from fedserver.control import OPERATOR
 from fedserver.device_cost import device_seconds
@@ -225,6 +226,51 @@ def shortfall(summary: Mapping[str, Any]) -> str:
         )
     which = f"round {rounds}" if reached == rounds - 1 else f"rounds {reached + 1} to {rounds}"
     return f"{which} missed the quorum, so the model is as round {reached} left it"
+
+
+def finished(
+    summary: Mapping[str, Any],
+    *,
+    seconds: float | None = None,
+    report: str = "",
+    adapter: str = "",
+) -> events.RunFinished:
+    """The end of a run as an event. ``seconds``: of the whole run, by default of its rounds."""
+    return events.RunFinished(
+        before=_evaluation(summary["before"]),
+        after=_evaluation(summary["after"]),
+        seconds=summary["seconds"] if seconds is None else seconds,
+        head=summary["head"],
+        report=report,
+        adapter=adapter,
+        bytes_up=summary["bytes_up"],
+        bytes_down=summary["bytes_down"],
+        without_quorum=tuple(summary["rounds_without_quorum"]),
+        families=tuple(
+            events.FamilyWork(
+                family=family,
+                nodes=work["nodes"],
+                bytes_up=work["bytes_up"],
+                bytes_down=work["bytes_down"],
+                seconds=work["seconds"],
+                contribution=work["contribution"],
+            )
+            for family, work in summary["families"].items()
+        ),
+    )
+
+
+def _evaluation(found: Mapping[str, Any] | None) -> events.Evaluation | None:
+    if found is None:
+        return None
+    return events.Evaluation(
+        loss=found["loss"],
+        perplexity=found["perplexity"],
+        accuracy=found["accuracy"],
+        tokens=found["tokens"],
+        new_loss=found["new_loss"],
+        new_tokens=found["new_tokens"],
+    )
 
 
 def nothing_learnt(summary: Mapping[str, Any], folder: Path) -> str | None:

@@ -300,7 +300,11 @@ class Coordinator:
         outcomes = collector.collect(
             number, "train", questions, needs, deadline, churn, self._operations.stops_now
         )
-        needed = needs({o.plan.node for o in outcomes if o.verdict is Verdict.REVOKED})
+        gone = {o.plan.node for o in outcomes if o.verdict is Verdict.REVOKED}
+        if gone:
+            needed, left = needs(gone), sum(one.capabilities.node not in gone for one in asked)
+            text = f"round {number}: of the {left} nodes that are left it needs {needed} updates"
+            self._emit(events.Notice("info", text))
         for told in filter(None, map(self._lineage.lost, outcomes)):
             self._emit(events.Notice("warning", f"round {number}: {told}"))
         accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]

@@ -19,13 +19,7 @@ def open_existing(
 
     ``key_file``: the server's private key, by default one in the folder.
     """
-    if not (folder / "ledger.db").is_file():
-        if resume and not folder.exists():
-            raise LedgerError(f"there is nothing to resume in {folder}")
-        if folder.exists() and not folder.is_dir():
-            raise LedgerError(f"{folder} is a file; choose a folder as --output")
-        if folder.is_dir() and not _is_fresh(folder):
-            raise LedgerError(f"{folder} is not empty and holds no run; choose another --output")
+    if not _holds_run(folder, resume=resume):
         return None
     ledger = Ledger(folder, write=True, key_file=key_file)
     try:
@@ -34,6 +28,30 @@ def open_existing(
         ledger.close()
         raise
     return ledger
+
+
+def check_startable(folder: Path, configuration: RunConfiguration, *, resume: bool) -> None:
+    """Find out early what ``open_existing`` would refuse; changes nothing. Raises LedgerError."""
+    if not _holds_run(folder, resume=resume):
+        return
+    ledger = Ledger(folder)
+    try:
+        _check_continued(ledger, configuration, resume=resume)
+    finally:
+        ledger.close()
+
+
+def _holds_run(folder: Path, *, resume: bool) -> bool:
+    """Whether there is a ledger; refuses what is no place for one."""
+    if (folder / "ledger.db").is_file():
+        return True
+    if resume and not folder.exists():
+        raise LedgerError(f"there is nothing to resume in {folder}")
+    if folder.exists() and not folder.is_dir():
+        raise LedgerError(f"{folder} is a file; choose a folder as --output")
+    if folder.is_dir() and not _is_fresh(folder):
+        raise LedgerError(f"{folder} is not empty and holds no run; choose another --output")
+    return False
 
 
 def _check_continued(ledger: Ledger, configuration: RunConfiguration, *, resume: bool) -> None:
@@ -52,7 +70,10 @@ def _check_continued(ledger: Ledger, configuration: RunConfiguration, *, resume:
             " choose another --output"
         )
     if not resume:
-        raise LedgerError(f"{ledger.folder} already holds this run; continue it with --resume")
+        raise LedgerError(
+            f"{ledger.folder} already holds this run; continue it with --resume, or"
+            " choose another --output"
+        )
 
 
 def recorded_configuration(ledger: Ledger) -> RunConfiguration:

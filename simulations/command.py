@@ -249,9 +249,12 @@ def _mount_rooms() -> None:
     from fedserver.backup_command import add_backup_commands
     from fedserver.dashboard.command import accounts_app, dashboard
     from fedserver.deployment.command import server_app
+    from fedserver.deployment.run_commands import add_run_commands
     from fedserver.ledger_command import ledger_app
+    from simulations.live import LiveView
 
     add_backup_commands(server_app)
+    add_run_commands(server_app, lambda clock: LiveView(clock=clock))
     app.add_typer(server_app, name="server")
     app.add_typer(client_app, name="client")
     app.add_typer(ledger_app, name="ledger")

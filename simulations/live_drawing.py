@@ -46,7 +46,7 @@ def header_text(run: events.RunStarted) -> Text:
 def round_text(state: RoundState, progress: RunProgress, width: int | None = None) -> Text:
     """The line of a finished round; what matters least is left out where ``width`` is short."""
     text = Text()
-    text.append(f"{'base' if is_base(state) else _label(state.round, progress):<10} ", "bold")
+    text.append(f"{'base' if is_base(state) else _label(state.round, progress):<11} ", "bold")
     if state.evaluation is not None:
         text.append(f"loss {quantities.loss_text(state.evaluation.loss)}")
         before = progress.previous_loss(state.round)
@@ -67,7 +67,7 @@ def round_text(state: RoundState, progress: RunProgress, width: int | None = Non
 def refusal_text(event: events.NodeReplied, progress: RunProgress) -> Text:
     """The line of a refused reply: who, what, why."""
     text = Text()
-    text.append(f"{_label(event.round, progress):<10} ", style="bold")
+    text.append(f"{_label(event.round, progress):<11} ", style="bold")
     text.append(f"{safe(event.node)} refused: ", style="red")
     text.append(words(event.verdict))
     if event.reason:
@@ -88,7 +88,7 @@ def reply_text(event: events.NodeReplied, progress: RunProgress) -> Text:
     ]
     did = "evaluated" if progress.evaluating else words(event.verdict)
     label = _label(event.round, progress)
-    return Text(f"{label:<10} {safe(event.node)} {did}, {', '.join(parts)}")
+    return Text(f"{label:<11} {safe(event.node)} {did}, {', '.join(parts)}")
 
 
 def notice_text(event: events.Notice) -> Text:

@@ -70,27 +70,11 @@ def simulate(
     report = write_report(folder)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     emit(
-        events.RunFinished(
-            before=_scores(summary["before"]),
-            after=_scores(summary["after"]),
+        metrics.finished(
+            summary,
             seconds=time.monotonic() - started,
-            head=summary["head"],
             report=str(report),
             adapter=str(adapter or ""),
-            bytes_up=summary["bytes_up"],
-            bytes_down=summary["bytes_down"],
-            without_quorum=tuple(summary["rounds_without_quorum"]),
-            families=tuple(
-                events.FamilyWork(
-                    family=family,
-                    nodes=work["nodes"],
-                    bytes_up=work["bytes_up"],
-                    bytes_down=work["bytes_down"],
-                    seconds=work["seconds"],
-                    contribution=work["contribution"],
-                )
-                for family, work in summary["families"].items()
-            ),
         )
     )
     return summary
@@ -107,19 +91,6 @@ def _export(folder: Path, base_folder: Path, emit: events.Listener) -> Path | No
     except LedgerError as error:
         emit(events.Notice("warning", str(error)))
         return None
-
-
-def _scores(found: dict[str, Any] | None) -> events.Evaluation | None:
-    if found is None:
-        return None
-    return events.Evaluation(
-        loss=found["loss"],
-        perplexity=found["perplexity"],
-        accuracy=found["accuracy"],
-        tokens=found["tokens"],
-        new_loss=found["new_loss"],
-        new_tokens=found["new_tokens"],
-    )
 
 
 def ledger_head(folder: Path) -> str:

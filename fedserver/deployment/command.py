@@ -1,4 +1,4 @@
-"""``fedbraid server``: up, invite, revoke, run, status, down."""
+"""``fedbraid server``: up, invite, revoke, status, down."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from fedserver.deployment.flower_control import LiveRun
+    from fedserver.deployment.folder import ServerFolder
+
 server_app = typer.Typer(help="Run a server that devices join.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-POLL_SECONDS = 1.0
 REFUSED = "devices refuse the certificate that the server shows"
-RESUMPTIONS = 20
 
 
 @server_app.command()
@@ -81,7 +83,7 @@ def up(
 def invite(
     directory: Folder,
     name: Annotated[str, typer.Argument(help="The node's name, as in the scenario.")],
-    hours: Annotated[float, typer.Option(min=0.0, help="How long the token is valid.")] = 24.0,
+    hours: Annotated[float, typer.Option(help="How long the token is valid.")] = 24.0,
     as_json: Json = False,
 ) -> None:
     """Print a token with which one device may join, once."""
@@ -119,72 +121,16 @@ def revoke(directory: Folder, name: Annotated[str, typer.Argument(help="A node's
 
 
 @server_app.command()
-def run(
-    directory: Folder,
-    scenario: Annotated[str, typer.Argument(help="A TOML file, or a scenario of fedbraid.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run.")] = False,
-) -> None:
-    """Run a scenario on the devices that have joined, and wait for its end."""
-    from fedhost.supervision import status_of
-    from fedserver.configuration import load
-    from fedserver.deployment.application import bundle
-    from fedserver.deployment.flower_control import ControlError, FlowerControl, Unreachable
-    from fedserver.deployment.folder import open_folder
-    from fedserver.metrics import nothing_learnt
-
-    folder = open_folder(directory)
-    configuration = load(scenario, override or ())
-    target = (output or folder.runs / configuration.name).expanduser().resolve()
-    file = Path(scenario).expanduser()
-    control = FlowerControl(folder.ports().superlink, folder.loopback_identity.authority)
-    settings: dict[str, str | bool] = {
-        "scenario": str(file.resolve()) if file.is_file() else scenario,
-        "output": str(target),
-        "set": ";".join(override or ()),
-        "resume": resume,
-        "server-key": str(folder.sealing_key),
-        "enrolment": str(folder.registry),
-    }
-    for attempt in range(1 + RESUMPTIONS):
-        run_id = control.start_run(bundle(), settings)
-        print(f"run {run_id} has {'been resumed' if attempt else 'started'}: {target}", flush=True)
-        status = None
-        while status is None or not status.finished:
-            time.sleep(POLL_SECONDS)
-            try:
-                status = control.run_status(run_id)
-            except Unreachable:
-                # A SuperLink that died is started again, and the run goes on meanwhile.
-                if status_of(folder.path) is None:
-                    raise
-        if status.outcome == "completed":
-            break
-        if status.outcome != "failed" or status.explained or attempt == RESUMPTIONS:
-            raise ControlError(
-                f"run {run_id} {status.outcome or 'failed'}: {status.details or 'no details'};"
-                f" see {folder.path / 'logs' / 'superexec.log'}"
-            )
-        # Its process was killed, perhaps with its SuperExec: the ledger knows how far it was.
-        settings["resume"] = (target / "ledger.db").exists()
-    summary = json.loads((target / "summary.json").read_text())
-    print(f"finished: ledger head {summary['head']}")
-    if failure := nothing_learnt(summary, target):
-        raise ControlError(failure)
-
-
-@server_app.command()
 def status(directory: Folder, as_json: Json = False) -> None:
-    """Processes, nodes and open invitations; exit code 1 when something is not ready."""
+    """Processes, runs, nodes and open invitations; exit code 1 when something is not ready."""
     from fedhost.supervision import status_of
     from fedserver.deployment.folder import open_folder
     from fedserver.deployment.front_door import is_refused
+    from fedserver.deployment.runs import how_far
 
     folder = open_folder(directory)
     settings = folder.settings()
+    live = _live_runs(folder)
     told = status_of(folder.path)
     registry = _registry(folder.registry)
     nodes, invitations = registry.nodes(), registry.open_invitations(time.time())
@@ -210,12 +156,16 @@ def status(directory: Folder, as_json: Json = False) -> None:
                         {"name": n.name, "joined": n.joined, "revoked": n.revoked} for n in nodes
                     ],
                     "invitations": invitations,
+                    "runs": [one.name for one in live],
                 }
             )
         )
     else:
-        console = Console()
-        console.print(f"https://{settings.address}: {'ready' if ready else 'not ready'}")
+        console = Console(soft_wrap=True)
+        if told is None:
+            console.print(f"not running: 'fedbraid server up {directory}' starts it")
+        else:
+            console.print(f"https://{settings.address}: {'ready' if ready else 'not ready'}")
         if refused:
             console.print(f"{REFUSED}: 'server down', then 'up'")
         table = Table("process", "state", "restarts", "process id", box=box.SIMPLE_HEAD)
@@ -226,19 +176,56 @@ def status(directory: Folder, as_json: Json = False) -> None:
             people.add_row(node.name, _day(node.joined), "revoked" if node.revoked else "joined")
         for label, expires in invitations.items():
             people.add_row(label, "", f"invited until {_day(expires)}")
-        console.print(table, people)
+        if told is not None:
+            console.print(table)
+        for one in live:
+            console.print(f"run {one.name} is under way, {how_far(one.folder)}", highlight=False)
+        console.print(people)
     raise typer.Exit(0 if ready else 1)
 
 
 @server_app.command()
-def down(directory: Folder) -> None:
+def down(
+    directory: Folder,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also while a run is under way; it can be resumed.")
+    ] = False,
+) -> None:
     """Stop the server's processes."""
     from fedhost.supervision import stop
+    from fedserver.deployment.flower_control import ControlError
     from fedserver.deployment.folder import open_folder
+    from fedserver.deployment.runs import resumption
 
     folder = open_folder(directory)
     folder.settings()
+    live = _live_runs(folder)
+    if live and not force:
+        names = ", ".join(one.name for one in live)
+        raise ControlError(
+            f"{names} is under way: 'fedbraid server stop {directory}' ends it first, --force cuts it"
+            " off; either way 'server run … --resume' goes on"
+        )
     print("stopped" if stop(folder.path) else "was not running")
+    for one in live:
+        print(
+            f"run {one.name} was cut off; when the server is up, {resumption(folder, one)} goes on"
+        )
+
+
+def _live_runs(folder: ServerFolder) -> list[LiveRun]:
+    """The runs under way; none where the server is down, or does not answer."""
+    from fedhost.supervision import status_of
+    from fedserver.deployment.flower_control import ControlError, FlowerControl
+    from fedserver.deployment.folder import FolderError
+
+    if status_of(folder.path) is None:
+        return []
+    try:
+        superlink = folder.ports().superlink
+        return FlowerControl(superlink, folder.loopback_identity.authority).live_runs()
+    except (ControlError, FolderError):
+        return []
 
 
 def _registry(path: Path) -> Any:

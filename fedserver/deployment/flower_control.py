@@ -14,12 +14,13 @@ from pathlib import Path
 
 import httpx
 from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
-from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.common.serde import fab_to_proto, user_config_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
     ListRunsRequest,
     RegisterNodeRequest,
     StartRunRequest,
+    StopRunRequest,
     UnregisterNodeRequest,
 )
 from flwr.supercore.control import ControlHttpClient
@@ -31,6 +32,9 @@ from fedserver.deployment.registry import Registry
 
 # What a transport key's list entry says once its node was unregistered.
 UNREGISTERED = "unregistered"
+ONLINE = "online"
+# Runs are listed newest first: one that is under way is among so many.
+MOST_RUNS = 200
 
 
 class ControlError(Exception):
@@ -55,9 +59,45 @@ class RunStatus:
         return self.status == "finished"
 
     @property
+    def reason(self) -> str:
+        """What the app said, without Flower's words around it; "" if it said nothing."""
+        return " ".join(self.details.partition("with exception:")[2].split()) or self.details
+
+    @property
     def explained(self) -> bool:
         """Whether the app itself said why it failed; a killed one says nothing."""
         return "with exception" in self.details
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """A run of this server. ``settings``: what it was started with (``fedserver.app.deployed``).
+
+    ``run_id``: Flower's; 0 for one that is to be started.
+    """
+
+    run_id: int
+    settings: Mapping[str, str | bool]
+
+    @property
+    def folder(self) -> Path:
+        """Where its ledger is."""
+        return Path(str(self.settings["output"]))
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self.folder.name
+
+    @property
+    def scenario(self) -> str:
+        """The scenario's file or name."""
+        return str(self.settings["scenario"])
+
+    @property
+    def overrides(self) -> list[str]:
+        """What was changed in the scenario."""
+        return [one for one in str(self.settings["set"]).split(";") if one.strip()]
 
 
 class FlowerControl:
@@ -105,6 +145,33 @@ class FlowerControl:
             raise ControlError(f"Flower knows no run {run_id}")
         status = found[run_id].status
         return RunStatus(status.status, status.sub_status, status.details)
+
+    def live_runs(self) -> list[LiveRun]:
+        """The runs of this server's app that have not ended, the newest first."""
+        with self._connected() as client:
+            found = client.ListRuns(ListRunsRequest(limit=MOST_RUNS)).run_dict
+        under_way = [run for run in found.values() if run.status.status != "finished"]
+        settings = {run.run_id: user_config_from_proto(run.override_config) for run in under_way}
+        return [
+            LiveRun(run_id, {k: v for k, v in own.items() if isinstance(v, str | bool)})
+            for run_id, own in settings.items()
+            if own.get("output")
+        ]
+
+    def stop_run(self, run_id: int) -> None:
+        """Let Flower end a run; one that has ended meanwhile is well."""
+        try:
+            with self._connected() as client:
+                client.StopRun(StopRunRequest(run_id=run_id))
+        except ControlError:
+            if not self.run_status(run_id).finished:
+                raise
+
+    def online(self) -> set[str]:
+        """Names of the nodes that are connected now."""
+        with self._connected() as client:
+            nodes = client.ListNodes(ListNodesRequest()).nodes_info
+        return {node.name for node in nodes if node.status == ONLINE}
 
     @contextmanager
     def _connected(self) -> Iterator[ControlHttpClient]:

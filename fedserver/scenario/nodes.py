@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field
@@ -11,13 +12,15 @@ from aggregators.presets import Strand
 from fedserver.scenario.table import Several, Table
 
 Fault = Literal["nan", "shape", "layout", "twice", "late", "never", "crash"]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"
+NAME_LENGTH = 64
 FAULTS: tuple[str, ...] = get_args(Fault)
 
 
 class NodeConfiguration(Table):
     """What is asked of one node; unset values come from the run's."""
 
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")
+    name: str = Field(min_length=1, max_length=NAME_LENGTH, pattern=NAME)
     strand: Strand | Literal["auto"] | None = Field(
         default=None,
         description="lora, zeroth-order, projected, or auto: what the device can afford",
@@ -55,3 +58,9 @@ class NodeConfiguration(Table):
     away: Several[Annotated[int, Field(ge=1)]] = Field(
         default=(), description="rounds in which the simulated node does not answer"
     )
+
+
+def is_node_name(text: str) -> bool:
+    """Whether a scenario could name a node so."""
+    # Python's $ is also before a newline at the end.
+    return re.fullmatch(NAME.rstrip("$"), text) is not None and len(text) <= NAME_LENGTH

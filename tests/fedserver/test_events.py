@@ -32,3 +32,17 @@ def test_events_survive_json(event: events.Event) -> None:
     assert read == told
     assert read.pop("event").replace("_", "") == type(event).__name__.lower()
     assert set(read) == {field.name for field in dataclasses.fields(event)}
+
+
+@given(st.one_of(*(st.from_type(kind) for kind in KINDS if kind is not events.RunFinished)))
+def test_a_reader_of_the_log_hears_the_same_events(event: events.Event) -> None:
+    told = events.to_json(event)
+    read = events.from_json(json.loads(json.dumps(told)))
+    assert type(read) is type(event)
+    assert read is not None
+    assert events.to_json(read) == told
+
+
+@pytest.mark.parametrize("told", [{}, {"event": "later"}, {"event": "notice"}, {"event": None}])
+def test_what_another_version_wrote_is_passed_over(told: dict[str, object]) -> None:
+    assert events.from_json(told) is None

@@ -103,7 +103,7 @@ def test_the_table_shows_every_node_at_work(fake_events: MakeEvents) -> None:
 def test_finished_rounds_stay_above_the_table_in_order(fake_events: MakeEvents) -> None:
     screen = show(fake_events(), terminal())
     places = [
-        screen.rindex(line) for line in ("base  ", "round 1/3", "round 2/3  loss", "round 3/3")
+        screen.rindex(line) for line in ("base  ", "round 1/3", "round 2/3   loss", "round 3/3")
     ]
     assert places == sorted(places)
     assert "loss 2.493 (−0.400)" in screen
