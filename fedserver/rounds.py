@@ -422,7 +422,8 @@ class Coordinator:
         roster = churn.roster
         questions = self._questions(self._present(roster), roster, model, number, "evaluate")
         deadline = self._operations.deadline_seconds(number)
-        self._emit(events.PhaseStarted(number, "evaluate", len(questions), 0, deadline))
+        last = min(number, self._configuration.rounds)  # which is evaluated
+        self._emit(events.PhaseStarted(last, "evaluate", len(questions), 0, deadline))
         return collector.collect(number, "evaluate", questions, len(questions), deadline, churn)
 
     def _tail_energy(self, model: GlobalModel) -> float:

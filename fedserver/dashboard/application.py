@@ -29,7 +29,7 @@ from fedserver.dashboard import actions, devices, library_views, openapi
 from fedserver.dashboard.access_view import access
 from fedserver.dashboard.accounts import LOOPBACK, AccountError, Accounts
 from fedserver.dashboard.actions import Desk, scenario_names
-from fedserver.dashboard.exposition import CONTENT_TYPE, exposition
+from fedserver.dashboard.exposition import CONTENT_TYPE, Exposition
 from fedserver.dashboard.guard import Guard, StaleForm, form_of
 from fedserver.dashboard.html import compile_templates, render
 from fedserver.dashboard.jobs import JobError, Jobs
@@ -92,6 +92,7 @@ class Site:
         self.sign_in = SignIn(accounts, provider)
         self.channels = Channels()
         self.meters = library_views.Meters()
+        self.exposition = Exposition(library)
         self.desk = Desk(library, Jobs(library.root))
         self.replays = Replays(self.desk.jobs)
         self.verifications = Verifications()
@@ -386,7 +387,7 @@ class Site:
 
     async def metrics(self, request: Request) -> Response:
         """What Prometheus scrapes, with a bearer token."""
-        text = await run_in_threadpool(exposition, self.library, self.channels.viewers)
+        text = await run_in_threadpool(self.exposition.text, self.channels.viewers)
         return Response(text, media_type=CONTENT_TYPE)
 
     async def document(self, request: Request) -> Response:
