@@ -127,7 +127,9 @@ class Collector:
                 self._tell(outcome, number)
         self._arrived_late.clear()
         payloads = {node: q.payload for node, q in asked.items() if node not in answered}
-        sent = events.PlansSent(number, len(payloads), sum(map(len, payloads.values())))
+        # The evaluations at the end are of the last round.
+        told = min(number, rules.rounds)
+        sent = events.PlansSent(told, len(payloads), sum(map(len, payloads.values())))
         replies = self._exchange.ask(
             payloads,
             TRAIN if trains else EVALUATE,

@@ -462,7 +462,8 @@ class Coordinator:
         present = self._present(roster, churn.revoked())
         questions = self._questions(present, roster, model, number, "evaluate")
         deadline = self._operations.deadline_seconds(number)
-        self._emit(events.PhaseStarted(number, "evaluate", len(questions), 0, deadline))
+        last = min(number, self._configuration.rounds)  # which is evaluated
+        self._emit(events.PhaseStarted(last, "evaluate", len(questions), 0, deadline))
         return collector.collect(
             number,
             "evaluate",

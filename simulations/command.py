@@ -222,9 +222,7 @@ def export_report(folder: Folder) -> None:
 @export_app.command("tensorboard")
 def export_tensorboard(
     folder: Folder,
-    target: Annotated[Path, typer.Option("--output", "--to", help="Folder to write.")] = Path(
-        "tensorboard"
-    ),
+    target: Annotated[Path, typer.Option("--to", help="Folder to write.")] = Path("tensorboard"),
 ) -> None:
     """Losses, bytes, replies and norms of every round as TensorBoard event files."""
     from simulations.tensorboard_export import export_tensorboard as write

@@ -7,17 +7,28 @@ ended is appended here: nobody else holds its ledger then.
 from __future__ import annotations
 
 import re
+import shutil
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fedserver
-from fedserver.control import EXCLUDING, EXPORTS, REFUSED, ControlError, ControlQueue, Request
+from fedserver.control import (
+    CONTROL,
+    EXCLUDING,
+    EXPORTS,
+    REFUSED,
+    ControlError,
+    ControlQueue,
+    Request,
+)
 from fedserver.dashboard import errands
 from fedserver.dashboard.accounts import Session
 from fedserver.dashboard.home import deployment_of
-from fedserver.dashboard.jobs import JobError, Jobs
+from fedserver.dashboard.jobs import JobError, Jobs, refusal_of
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
@@ -59,6 +70,7 @@ class Desk:
 
     library: Library
     jobs: Jobs
+    _names: threading.Lock = field(default_factory=threading.Lock)
 
     def act(self, run: RunReader, action: str, form: Mapping[str, str], who: Session) -> str:
         """Carry out or queue an action; returns what was done, in words.
@@ -115,7 +127,7 @@ class Desk:
         """Start a simulation of a scenario below the served folder; returns the run's name.
 
         Raises:
-            ControlError: a name that is taken or no name, or overrides that are none.
+            ControlError: a name that is taken or no name, or changes that the scenario does not take.
             JobError: too much is at work.
         """
         scenario, name = form.get("scenario", "").strip(), form.get("name", "").strip()
@@ -129,18 +141,40 @@ class Desk:
         if wrong := [line for line in overrides if not OVERRIDE.fullmatch(line)]:
             raise ControlError(f"{wrong[0]!r} is no KEY=VALUE")
         folder = self.library.root / name
+        self._free(folder, name)
+        taken = ControlError(f"there is a run {name} already; choose another name")
         if folder.exists():
-            raise ControlError(f"there is a run {name} already; choose another name")
+            raise taken
         reason = form.get("reason", "")
         if not reason.strip():
             raise ControlError("say why: the reason stands in the ledger")
-        folder.mkdir()
-        arguments = {"scenario": scenario, "overrides": overrides}
-        ControlQueue(folder).ask("start", arguments, who=who.name, role=who.role, reason=reason)
         settings = [word for line in [*overrides, f"name={name}"] for word in ("--set", line)]
+        if why := refusal_of(["validate", scenario, *settings], self.library.root):
+            raise ControlError(why)
+        arguments = {"scenario": scenario, "overrides": overrides}
         command = ["simulate", scenario, *settings, "--output", str(folder), "--json"]
-        self.jobs.start(f"simulate {scenario}", name, command, self.library.root)
+        free = partial(self._free, folder, name)
+        with self._names:
+            if folder.exists():
+                raise taken
+            folder.mkdir()
+            ControlQueue(folder).ask("start", arguments, who=who.name, role=who.role, reason=reason)
+            try:
+                self.jobs.start(
+                    f"simulate {scenario}", name, command, self.library.root, ended=free
+                )
+            except JobError:
+                shutil.rmtree(folder)
+                raise
         return name
+
+    def _free(self, folder: Path, name: str) -> None:
+        """Give the name of a run back that was asked for here and never began."""
+        with self._names:
+            if self.jobs.working(name) or not folder.is_dir():
+                return
+            if all(path.name.startswith(CONTROL) for path in folder.iterdir()):
+                shutil.rmtree(folder)
 
 
 def control(run: RunReader, question: Question) -> Page:

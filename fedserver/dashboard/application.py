@@ -29,8 +29,8 @@ from fedserver.dashboard import actions, devices, library_views, openapi
 from fedserver.dashboard.access_view import access
 from fedserver.dashboard.accounts import LOOPBACK, AccountError, Accounts
 from fedserver.dashboard.actions import Desk, scenario_names
-from fedserver.dashboard.exposition import CONTENT_TYPE, exposition
-from fedserver.dashboard.guard import Guard, form_of
+from fedserver.dashboard.exposition import CONTENT_TYPE, Exposition
+from fedserver.dashboard.guard import Guard, StaleForm, form_of
 from fedserver.dashboard.html import compile_templates, render
 from fedserver.dashboard.jobs import JobError, Jobs
 from fedserver.dashboard.library import Library
@@ -92,6 +92,7 @@ class Site:
         self.sign_in = SignIn(accounts, provider)
         self.channels = Channels()
         self.meters = library_views.Meters()
+        self.exposition = Exposition(library)
         self.desk = Desk(library, Jobs(library.root))
         self.replays = Replays(self.desk.jobs)
         self.verifications = Verifications()
@@ -107,18 +108,18 @@ class Site:
             Route("/metrics", self.metrics),
             Route("/compare", self.compare),
             Route("/devices", self.devices),
-            Route("/devices/invite", self.invite, methods=["POST"]),
+            Route("/devices/invite", self.invite, methods=["GET", "POST"]),
             Route("/access", self.access),
-            Route("/access/revoke", self.revoke_token, methods=["POST"]),
+            Route("/access/revoke", self.revoke_token, methods=["GET", "POST"]),
             Route("/server", self.server),
             Route("/stream", self.library_stream),
             Route(f"{run}", self.run_view),
             Route(f"{run}/stream", self.run_stream),
             Route(f"{run}/ledger/verify", self.verify),
-            Route(f"{run}/actions/{{action}}", self.act, methods=["POST"]),
+            Route(f"{run}/actions/{{action}}", self.act, methods=["GET", "POST"]),
             Route(f"{run}/rounds/{{round:int}}", self.one_round),
             Route(f"{run}/rounds/{{round:int}}/replay", self.replay),
-            Route(f"{run}/ledger/replay", self.start_replay, methods=["POST"]),
+            Route(f"{run}/ledger/replay", self.start_replay, methods=["GET", "POST"]),
             Route(f"{run}/report.html", self.report),
             Route(f"{run}/{{view}}", self.run_view),
             Route(f"{API}/openapi.json", self.document),
@@ -174,6 +175,8 @@ class Site:
 
     async def revoke_token(self, request: Request) -> Response:
         """End a program's token."""
+        if request.method == "GET":
+            return RedirectResponse("/access", 303)
         form: dict[str, str] = {}
         try:
             form = await form_of(request)
@@ -182,15 +185,17 @@ class Site:
                 raise ControlError("say why: the reason stands in the record")
             who = request.scope["session"].name
             self.accounts.revoke_token(form.get("token", ""), who=who, reason=reason)
-        except PermissionError as error:
-            return PlainTextResponse(str(error), 403)
+        except StaleForm as error:
+            problem, form, status = str(error), error.fields, 403
         except (AccountError, ControlError, ValueError) as error:
-            page = await run_in_threadpool(access, self.accounts, Question())
-            html = self._page(
-                request, page, "access.html.jinja", path="/access", problem=str(error), form=form
-            )
-            return HTMLResponse(html, 409)
-        return RedirectResponse("/access", 303)
+            problem, status = str(error), 409
+        else:
+            return RedirectResponse("/access", 303)
+        page = await run_in_threadpool(access, self.accounts, Question())
+        html = self._page(
+            request, page, "access.html.jinja", path="/access", problem=problem, form=form
+        )
+        return HTMLResponse(html, status)
 
     async def devices(self, request: Request) -> Response:
         """Who has joined the deployment, and who may."""
@@ -199,40 +204,60 @@ class Site:
 
     async def invite(self, request: Request) -> Response:
         """An enrolment token for a device: the one answer that ever holds it."""
-        made, problem = None, ""
+        if request.method == "GET":
+            return RedirectResponse("/devices", 303)
+        made, problem, status = None, "", 201
+        form: dict[str, str] = {}
         root = self.library.root
         try:
             form = await form_of(request)
             who = request.scope["session"]
             made = await run_in_threadpool(devices.invite, root, form, who)
-        except PermissionError as error:
-            return PlainTextResponse(str(error), 403)
+        except StaleForm as error:
+            problem, form, status = str(error), error.fields, 403
         except (ControlError, LedgerError, ValueError) as error:
-            problem = str(error)
-        status = 409 if problem else 201
-        if "application/json" in request.headers.get("accept", ""):
+            problem, status = str(error), 409
+        if _wants_json(request):
             told = {"error": problem} if made is None else {**vars(made), "command": made.command}
             return JSONResponse(told, status)
         page = await run_in_threadpool(devices.devices, root, Question())
+        typed = form if problem else {}
         html = self._page(
-            request, page, "devices.html.jinja", path="/devices", problem=problem, made=made
+            request,
+            page,
+            "devices.html.jinja",
+            path="/devices",
+            problem=problem,
+            made=made,
+            form=typed,
         )
         return HTMLResponse(html, status)
 
     async def start_replay(self, request: Request) -> Response:
         """Replay a run to a round."""
         run = await run_in_threadpool(self._reader, request)
+        here = run_address(run.identity, "ledger")
+        if request.method == "GET":
+            return RedirectResponse(here, 303)
+        form: dict[str, str] = {}
         try:
             form = await form_of(request)
             number = int(form.get("round", ""))
             await run_in_threadpool(self.replays.start, run, number)
-        except PermissionError as error:
-            return PlainTextResponse(str(error), 403)
+        except StaleForm as error:
+            problem, form, status = str(error), error.fields, 403
         except JobError as error:
-            return PlainTextResponse(str(error), 409)
+            problem, status = str(error), 409
         except ValueError:
-            return PlainTextResponse("give the number of a round", 409)
-        return RedirectResponse(run_address(run.identity, "rounds", number, "replay"), 303)
+            problem, status = "give the number of a round", 409
+        else:
+            return RedirectResponse(run_address(run.identity, "rounds", number, "replay"), 303)
+        view = BY_NAME["ledger"]
+        page = await run_in_threadpool(view.make, run, Question())
+        html = self._page(
+            request, page, view.template, view=view, path=here, problem=problem, form=form
+        )
+        return HTMLResponse(html, status)
 
     async def replay(self, request: Request) -> Response:
         """How far the replay of a round is, and what it gave."""
@@ -281,44 +306,55 @@ class Site:
         return self._answer(request, page, "verify.html.jinja")
 
     async def act(self, request: Request) -> Response:
-        """An operator's action on a run."""
+        """An operator's action on a run; refused, the page again with what was typed and why."""
         run = await run_in_threadpool(self._reader, request)
         action = request.path_params["action"]
-        done = problem = ""
         here = run_address(run.identity, "control")
+        if request.method == "GET":
+            return RedirectResponse(here, 303)
+        done, problem, status = "", "", 202
+        form: dict[str, str] = {}
         try:
             form = await form_of(request)
             done = await run_in_threadpool(
                 self.desk.act, run, action, form, request.scope["session"]
             )
-        except PermissionError as error:
-            return PlainTextResponse(str(error), 403)
+        except StaleForm as error:
+            problem, form, status = str(error), error.fields, 403
         except (ControlError, JobError, LedgerError, ValueError) as error:
-            problem = str(error)
-        if "application/json" in request.headers.get("accept", ""):
-            answer = {"error": problem} if problem else {"done": done}
-            return JSONResponse(answer, 409 if problem else 202)
+            problem, status = str(error), 409
+        if _wants_json(request):
+            return JSONResponse({"error": problem} if problem else {"done": done}, status)
         if not problem:
             return RedirectResponse(here, 303)
-        page = await run_in_threadpool(actions.control, run, Question())
+        confirming = {"revoke": form.get("node", "")} if action == "revoke" else {}
+        page = await run_in_threadpool(actions.control, run, Question(values=confirming))
         view = BY_NAME["control"]
-        html = self._page(request, page, view.template, view=view, path=here, problem=problem)
-        return HTMLResponse(html, 409)
+        html = self._page(
+            request,
+            page,
+            view.template,
+            view=view,
+            path=here,
+            problem=problem,
+            form=form | {"action": action},
+        )
+        return HTMLResponse(html, status)
 
     async def start(self, request: Request) -> Response:
         """The form that starts a simulation, and what it sends."""
         form: dict[str, str] = {}
-        problem = ""
+        problem, status = "", 200
         if request.method == "POST":
             try:
                 form = await form_of(request)
                 session = request.scope["session"]
                 name = await run_in_threadpool(self.desk.start, form, session)
                 return RedirectResponse("/server?" + urlencode({"started": name}), 303)
-            except PermissionError as error:
-                return PlainTextResponse(str(error), 403)
+            except StaleForm as error:
+                problem, form, status = str(error), error.fields, 403
             except (ControlError, JobError, ValueError) as error:
-                problem = str(error)
+                problem, status = str(error), 409
         html = render(
             "start.html.jinja",
             session=request.scope["session"],
@@ -328,7 +364,7 @@ class Site:
             problem=problem,
             form=form,
         )
-        return HTMLResponse(html, 409 if problem else 200)
+        return HTMLResponse(html, status)
 
     async def run_stream(self, request: Request) -> Response:
         """Events of a run's pages: what the live view shows, or only that something has changed."""
@@ -350,7 +386,7 @@ class Site:
 
     async def metrics(self, request: Request) -> Response:
         """What Prometheus scrapes, with a bearer token."""
-        text = await run_in_threadpool(exposition, self.library, self.channels.viewers)
+        text = await run_in_threadpool(self.exposition.text, self.channels.viewers)
         return Response(text, media_type=CONTENT_TYPE)
 
     async def document(self, request: Request) -> Response:
@@ -445,6 +481,10 @@ class Site:
         )
 
 
+def _wants_json(request: Request) -> bool:
+    return "application/json" in request.headers.get("accept", "")
+
+
 def run_stamp(run: RunReader) -> Callable[[], Any]:
     """What changes with a run; that its process has gone changes no file."""
 
@@ -489,5 +529,6 @@ def _not_found(request: Request, error: Exception) -> Response:
     words = str(error) if isinstance(error, NotThere) else "there is nothing at this address"
     if request.url.path.startswith(API):
         return JSONResponse({"error": words}, 404)
-    html = render("missing.html.jinja", session=request.scope.get("session"), words=words)
+    session = request.scope.get("session")
+    html = render("missing.html.jinja", session=session, title="Not found", words=words)
     return HTMLResponse(html, 404)

@@ -1,11 +1,13 @@
 """``/metrics`` for Prometheus: what the runs of a folder are doing, from the same files as the pages.
 
-A scrape describes every run from its small files; rounds, bytes and updates by verdict and family are
-given for runs that are under way, so that a thousand finished ones cost nothing.
+Of a run that is under way every scrape reads its small files. One that has ended keeps its last values
+as long as it is listed; they are read once, so that a thousand finished runs cost lines and no reading.
+What is of the present, the phase, the nodes of the round and waiting requests, ends with the run.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +20,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from fedserver.control import ControlQueue
 from fedserver.dashboard.library import Library
@@ -27,14 +30,50 @@ from fedserver.dashboard.standings import arrivals, counts
 from fedserver.live_log import ALIVE, WAITING
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+COUNTERS = {
+    "rounds_committed": ("Rounds in the ledger.",),
+    "rounds_without_quorum": ("Rounds in the ledger that counted nothing.",),
+    "bytes": ("Bytes of the run so far.", "direction"),
+    "updates": ("Accepted updates of committed rounds by family.", "family"),
+    "replies": ("Replies of committed rounds.", "verdict"),
+}
+GAUGES = {
+    "rounds_planned": ("Rounds of the scenario.",),
+    "phase": ("1 for the phase that the round is in.", "phase"),
+    "nodes": ("Nodes of the current round by status.", "status"),
+    "loss": ("Nats per token of the last committed round.", "kind"),
+    "round_seconds": ("Duration of the last committed round.",),
+    "epsilon": ("Privacy budget spent, where it is accounted.",),
+    "operator_requests": ("Requests of operators that wait for a round to end.",),
+    "carry_rank": ("Rank of the running low-rank sum.",),
+}
+"""Names of a run's metrics: what they are, and their labels beside the run's name."""
+Sample = tuple[str, tuple[str, ...], float]
+"""Metric, values of its labels, value."""
 
 
-class RunCollector:
-    """Reads the library at every scrape; keeps no numbers of its own."""
+class Exposition(Collector):
+    """The metrics of a library; of runs that have ended their samples are kept."""
 
-    def __init__(self, library: Library, viewers: int) -> None:
+    def __init__(self, library: Library) -> None:
         self._library = library
-        self._viewers = viewers
+        self._viewers = 0
+        self._lock = threading.Lock()
+        self._ended: dict[str, tuple[float, list[Sample]]] = {}
+
+    def text(self, viewers: int) -> bytes:
+        """What Prometheus reads, with so many open event streams."""
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        registry.register(self)
+        with self._lock:
+            self._viewers = viewers
+            return generate_latest(registry)
+
+    def describe(self) -> list[Metric]:
+        """Nothing: what there is, the runs say."""
+        return []
 
     def collect(self) -> Iterator[Metric]:
         """All families of metrics."""
@@ -46,71 +85,65 @@ class RunCollector:
         yield GaugeMetricFamily(
             "fedbraid_dashboard_viewers", "Open event streams.", value=self._viewers
         )
-        alive = [row for row in rows if row["state"] in ALIVE]
-        readers = [(row, self._library.reader(row["run"])) for row in alive]
-        yield from _of_runs([(row, run) for row, run in readers if run is not None])
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for kind, described in ((CounterMetricFamily, COUNTERS), (GaugeMetricFamily, GAUGES)):
+            for name, (text, *labels) in described.items():
+                families[name] = kind(f"fedbraid_run_{name}", text, labels=["run", *labels])
+        for row in rows:
+            for name, values, value in self._samples(row):
+                families[name].add_metric([row["run"], *values], value)
+        self._ended = {
+            row["run"]: self._ended[row["run"]] for row in rows if row["run"] in self._ended
+        }
+        yield from families.values()
+
+    def _samples(self, row: Row) -> list[Sample]:
+        name, alive = row["run"], row["state"] in ALIVE
+        held = self._ended.get(name)
+        if held is not None and not alive and held[0] == row["changed"]:
+            return held[1]
+        run = self._library.reader(name)
+        if run is None:
+            return []
+        found = [*_of_rounds(run, row), *(_of_now(run) if alive else ())]
+        if alive:
+            self._ended.pop(name, None)
+        else:
+            self._ended[name] = (row["changed"], found)
+        return found
 
 
-def exposition(library: Library, viewers: int) -> bytes:
-    """The text that Prometheus reads."""
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
-    PlatformCollector(registry=registry)
-    registry.register(RunCollector(library, viewers))
-    return generate_latest(registry)
+def _of_rounds(run: RunReader, row: Row) -> Iterator[Sample]:
+    """What was committed so far."""
+    rounds, sums = run.rounds(), totals(run)
+    yield "rounds_committed", (), len(rounds)
+    yield "rounds_without_quorum", (), sum(not one.get("quorum", True) for one in rounds)
+    yield "rounds_planned", (), row["rounds"] or 0
+    for direction in ("up", "down"):
+        yield "bytes", (direction,), sums[f"bytes_{direction}"]
+    families: Counter[str] = Counter()
+    for one in rounds:
+        families.update(one.get("families") or {})
+    for family, count in sorted(families.items()):
+        yield "updates", (family,), count
+    for verdict, key in (("accepted", "accepted"), ("refused", "rejected")):
+        yield "replies", (verdict,), sums[key]
+    last = rounds[-1] if rounds else {}
+    known: tuple[tuple[str, tuple[str, ...], Any], ...] = (
+        ("loss", ("train",), sums["loss"]),
+        ("loss", ("eval",), sums["eval_loss"]),
+        ("epsilon", (), sums["epsilon"]),
+        ("round_seconds", (), last.get("seconds")),
+        ("carry_rank", (), last.get("carry_rank")),
+    )
+    yield from ((name, labels, value) for name, labels, value in known if value is not None)
 
 
-def _of_runs(runs: list[tuple[Row, RunReader]]) -> Iterator[Metric]:
-    def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
-        return GaugeMetricFamily(f"fedbraid_run_{name}", text, labels=["run", *labels])
-
-    def counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
-        return CounterMetricFamily(f"fedbraid_run_{name}", text, labels=["run", *labels])
-
-    committed = counter("rounds_committed", "Rounds in the ledger.")
-    missed = counter("rounds_without_quorum", "Rounds in the ledger that counted nothing.")
-    planned = gauge("rounds_planned", "Rounds of the scenario.")
-    phase = gauge("phase", "1 for the phase that the round is in.", "phase")
-    nodes = gauge("nodes", "Nodes of the current round by status.", "status")
-    moved = counter("bytes", "Bytes of committed rounds.", "direction")
-    updates = counter("updates", "Accepted updates of committed rounds by family.", "family")
-    verdicts = counter("replies", "Replies of committed rounds.", "verdict")
-    loss = gauge("loss", "Nats per token of the last committed round.", "kind")
-    seconds = gauge("round_seconds", "Duration of the last committed round.")
-    epsilon = gauge("epsilon", "Privacy budget spent, where it is accounted.")
-    queue = gauge("operator_requests", "Requests of operators that wait for a round to end.")
-    carry = gauge("carry_rank", "Rank of the running low-rank sum.")
-    for row, run in runs:
-        name, rounds, sums, told = row["run"], run.rounds(), totals(run), run.live()
-        committed.add_metric([name], len(rounds))
-        short = [one for one in rounds if not one.get("quorum", True)]
-        missed.add_metric([name], len(short))
-        planned.add_metric([name], row["rounds"] or 0)
-        for one in (*PHASES, "evaluate", *WAITING):
-            phase.add_metric([name, one], float(told.get("phase") == one))
-        for status, count in sorted(counts(arrivals(run)).items()):
-            nodes.add_metric([name, status], count)
-        for direction in ("up", "down"):
-            moved.add_metric([name, direction], sums[f"bytes_{direction}"])
-        families: Counter[str] = Counter()
-        for one_round in rounds:
-            families.update(one_round.get("families") or {})
-        for family, count in sorted(families.items()):
-            updates.add_metric([name, family], count)
-        for verdict, key in (("accepted", "accepted"), ("refused", "rejected")):
-            verdicts.add_metric([name, verdict], sums[key])
-        _set(loss, [name, "train"], sums["loss"])
-        _set(loss, [name, "eval"], sums["eval_loss"])
-        _set(epsilon, [name], sums["epsilon"])
-        _set(seconds, [name], rounds[-1]["seconds"] if rounds else None)
-        _set(carry, [name], rounds[-1].get("carry_rank") if rounds else None)
-        queue.add_metric([name], len(ControlQueue(run.folder).pending()))
-    yield from (
-        committed, missed, planned, phase, nodes, moved, updates, verdicts, loss, seconds, epsilon,
-        queue, carry,
-    )  # fmt: skip
-
-
-def _set(metric: GaugeMetricFamily, labels: list[str], value: Any) -> None:
-    if value is not None:
-        metric.add_metric(labels, value)
+def _of_now(run: RunReader) -> Iterator[Sample]:
+    """What the run is doing."""
+    phase = run.live().get("phase")
+    for one in (*PHASES, "evaluate", *WAITING):
+        yield "phase", (one,), float(phase == one)
+    for status, count in sorted(counts(arrivals(run)).items()):
+        yield "nodes", (status,), count
+    yield "operator_requests", (), len(ControlQueue(run.folder).pending())

@@ -101,11 +101,21 @@ class Guard:
         return None
 
 
+class StaleForm(PermissionError):
+    """A form that is not of the session that sends it; ``fields`` are what was typed."""
+
+    def __init__(self, fields: dict[str, str]) -> None:
+        super().__init__(
+            "the form was of another session; look at what you typed, and send it again"
+        )
+        self.fields = {key: value for key, value in fields.items() if key != "csrf"}
+
+
 async def form_of(request: Request) -> dict[str, str]:
     """The fields of a form, each once, of at most ``LARGEST_BODY`` bytes.
 
     Raises:
-        PermissionError: the form does not hold the session's CSRF token.
+        StaleForm: the form does not hold the session's CSRF token.
         ValueError: the body is too long or not a form.
     """
     body = b""
@@ -118,7 +128,7 @@ async def form_of(request: Request) -> dict[str, str]:
     if session is not None and not request.scope["bearer"]:
         sent = fields.get("csrf") or request.headers.get("x-csrf-token", "")
         if not hmac.compare_digest(sent.encode(), session.csrf.encode()):
-            raise PermissionError("the form is not of this session; open the page again")
+            raise StaleForm(fields)
     return fields
 
 

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedserver.dashboard.home import home_of
 
+COMMAND = "simulations.command"
 MOST_AT_ONCE = 4
 REMEMBERED = 50
 MOST_SAID = 300
@@ -65,9 +66,12 @@ class Jobs:
         arguments: Sequence[str],
         where: Path,
         *,
-        program: str = "simulations.command",
+        program: str = COMMAND,
+        ended: Callable[[], None] | None = None,
     ) -> Job:
         """Run ``fedbraid ARGUMENTS`` in a folder, or another program of this one.
+
+        ``ended`` is called when the process has, from a thread of its own, while this dashboard lives.
 
         Raises:
             JobError: too many are at work.
@@ -88,10 +92,17 @@ class Jobs:
                 )
             job = Job(title, run, log, process)
             self._jobs.insert(0, job)
+            if ended is not None:
+                threading.Thread(target=_follow, args=(process, ended), daemon=True).start()
             for old in [job for job in self._jobs[REMEMBERED:] if job.process.poll() is not None]:
                 self._jobs.remove(old)
                 old.log.unlink(missing_ok=True)
             return job
+
+    def working(self, run: str) -> bool:
+        """Whether a job of that run is at work."""
+        with self._lock:
+            return any(job.run == run and job.process.poll() is None for job in self._jobs)
 
     def json(self, run: str | None = None) -> list[dict[str, Any]]:
         """All jobs, or those of one run."""
@@ -123,6 +134,25 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def refusal_of(arguments: Sequence[str], where: Path) -> str:
+    """What ``fedbraid ARGUMENTS``, which ends soon, says against it; "" where it says nothing."""
+    done = subprocess.run(
+        [sys.executable, "-m", COMMAND, *arguments],
+        cwd=where,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if not done.returncode:
+        return ""
+    return done.stderr.partition("error:")[2].strip()[:500] or f"it ended with {done.returncode}"
+
+
+def _follow(process: subprocess.Popen[bytes], ended: Callable[[], None]) -> None:
+    process.wait()
+    ended()
 
 
 def _last_line(path: Path) -> str:

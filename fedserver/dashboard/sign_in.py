@@ -7,12 +7,12 @@ from functools import partial
 from anyio import CapacityLimiter, to_thread
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from fedserver.dashboard import oidc
 from fedserver.dashboard.accounts import AccountError, Accounts
-from fedserver.dashboard.guard import COOKIE, form_of
+from fedserver.dashboard.guard import COOKIE, StaleForm, form_of
 from fedserver.dashboard.html import render
 from fedserver.dashboard.oidc import Provider
 from fedserver.dashboard.page import NotThere
@@ -60,9 +60,10 @@ class SignIn:
                 self.accounts.sign_in, form.get("name", ""), form.get("password", "")
             )
         except AccountError as error:
-            return self._login_page(request, str(error), form.get("wanted", ""), 401)
+            name = form.get("name", "")
+            return self._login_page(request, str(error), form.get("wanted", ""), 401, name)
         except ValueError as error:
-            return PlainTextResponse(str(error), 400)
+            return self._login_page(request, str(error), "", 400)
         return _signed_in(cookie, _own_path(form.get("wanted", "")))
 
     async def begin_oidc(self, request: Request) -> Response:
@@ -114,18 +115,25 @@ class SignIn:
         """End the session."""
         try:
             await form_of(request)
-        except (PermissionError, ValueError) as error:
-            return PlainTextResponse(str(error), 403)
+        except (StaleForm, ValueError):
+            session, words = request.scope["session"], "You are still signed in"
+            html = render(
+                "missing.html.jinja", session=session, title="Not signed out", words=words
+            )
+            return HTMLResponse(html, 403)
         self.accounts.sign_out(request.scope["cookie"])
         answer = RedirectResponse("/login", 303)
         answer.delete_cookie(COOKIE, path="/", secure=True, httponly=True, samesite="strict")
         return answer
 
-    def _login_page(self, request: Request, problem: str, wanted: str, status: int) -> Response:
+    def _login_page(
+        self, request: Request, problem: str, wanted: str, status: int, name: str = ""
+    ) -> Response:
         html = render(
             "login.html.jinja",
             session=None,
             problem=problem,
+            name=name,
             wanted=_own_path(wanted),
             has_accounts=bool(self.accounts.names()),
             provider=self.provider.title if self.provider else "",

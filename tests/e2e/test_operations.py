@@ -13,7 +13,7 @@ from fedserver.configuration import RunConfiguration, load
 from fedserver.control import OPERATOR, ControlQueue
 from fedserver.dashboard import node_views, round_views
 from fedserver.dashboard.application import live_payload
-from fedserver.dashboard.exposition import exposition
+from fedserver.dashboard.exposition import Exposition
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Question
 from fedserver.dashboard.run_reader import RunReader, read_json
@@ -250,7 +250,7 @@ def test_who_is_kept_out_does_not_wait_and_is_remembered(
     def listen(event: events.Event) -> None:
         if event == events.RoundStarted(4):
             counted.append(round_views.live(RunReader(folder, "run"), Question()).data["arrivals"])
-            scraped.append(exposition(Library(tmp_path), 0).decode())
+            scraped.append(Exposition(Library(tmp_path)).text(0).decode())
 
     run(configuration, folder, {1: [("drain", {"node": "weak"})]}, emit=listen)
     assert counted == [{"waiting": 1, "drained": 1}]
@@ -312,6 +312,9 @@ def test_a_run_whose_last_rounds_missed_their_quorum_is_no_success(
     assert state_of(live) == "no_quorum"
     assert "rounds 3 to 4" in live["reason"]
     assert "rounds 3 to 4" in str(metrics.nothing_learnt(summary, folder))
+    log = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert {line["phase"] for line in log if "phase" in line} >= {"train", "evaluate"}
+    assert max(line.get("round", 0) for line in log) == 4
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["quorum"] for line in lines] == told
     page = round_views.rounds(RunReader(folder, "run"), Question())

@@ -31,7 +31,7 @@ def test_every_scalar_is_that_of_the_metrics(fake_run: MakeRun, tmp_path: Path) 
 
     folder = fake_run(tmp_path / "run", rounds=5)
     with pytest.raises(SystemExit) as ended:
-        main(["export", "tensorboard", str(folder), "--output", str(tmp_path / "board")])
+        main(["export", "tensorboard", str(folder), "--to", str(tmp_path / "board")])
     assert ended.value.code == 0
     read = EventAccumulator(str(tmp_path / "board"))
     read.Reload()

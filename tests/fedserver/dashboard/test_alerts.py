@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -40,18 +41,31 @@ def receiver() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     server.server_close()
 
 
+def as_if_running(folder: Path) -> None:
+    told = json.loads((folder / "live.json").read_text()) | {"state": "running"}
+    told |= {"process": process_identity(os.getpid()), "host": socket.gethostname()}
+    (folder / "live.json").write_text(json.dumps(told))
+
+
+def commit(folder: Path, **values: Any) -> None:
+    """One more row of metrics, as the last one but for what is given."""
+    path = folder / "metrics.jsonl"
+    last = json.loads(path.read_text().splitlines()[-1])
+    with path.open("a") as file:
+        file.write(json.dumps(last | {"round": last["round"] + 1} | values) + "\n")
+
+
+def kinds(got: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(one["kind"], one["status"]) for one in got]
+
+
 def test_what_is_wrong_is_said_once_and_taken_back(
     runs: Path, receiver: tuple[str, list[dict[str, Any]]]
 ) -> None:
     address, got = receiver
     folder = runs / "mixed"
-    told = json.loads((folder / "live.json").read_text()) | {"state": "running"}
-    told |= {"process": process_identity(os.getpid()), "host": socket.gethostname()}
-    (folder / "live.json").write_text(json.dumps(told))
-    healthy = (folder / "metrics.jsonl").read_text()
-    rows = [json.loads(line) for line in healthy.splitlines()]
-    rows[-1]["eval_loss"] = 100.0
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    as_if_running(folder)
+    commit(folder, eval_loss=100.0)
     unreachable = Watchdog(Library(runs), "http://127.0.0.1:9/")
     assert unreachable.look() == unreachable.look()
     watchdog = Watchdog(Library(runs), address)
@@ -62,7 +76,52 @@ def test_what_is_wrong_is_said_once_and_taken_back(
     assert [one["text"].split()[0] for one in got if one["kind"] == "node_silent"] == ["office"]
     watchdog.look()
     assert len(got) == len(first)
-    (folder / "metrics.jsonl").write_text(healthy)
+    # Started again, the dashboard does not repeat itself.
+    watchdog = Watchdog(Library(runs), address)
     watchdog.look()
-    resolved = [one["kind"] for one in got if one["status"] == "resolved"]
-    assert resolved == ["loss"]
+    assert len(got) == len(first)
+    commit(folder, eval_loss=1.0)
+    Watchdog(Library(runs), address).look()
+    assert [one["kind"] for one in got if one["status"] == "resolved"] == ["loss"]
+
+
+@pytest.mark.parametrize("state", ["running", "finished"])
+def test_each_round_without_a_quorum_between_two_looks_is_told_once(
+    runs: Path, receiver: tuple[str, list[dict[str, Any]]], state: str
+) -> None:
+    address, got = receiver
+    folder = runs / "mixed"
+    as_if_running(folder)
+    Watchdog(Library(runs), address).look()
+    got.clear()
+    commit(folder, quorum=False)
+    commit(folder, quorum=False)
+    commit(folder, quorum=True, eval_loss=90.0)
+    commit(folder, quorum=True)
+    if state == "finished":
+        live = json.loads((folder / "live.json").read_text())
+        (folder / "live.json").write_text(json.dumps(live | {"state": "finished"}))
+    shutil.copytree(folder, runs / "meanwhile")
+    # Who cannot be reached hears of it later, and nothing is said twice.
+    Watchdog(Library(runs), "http://127.0.0.1:9/").look()
+    watchdog = Watchdog(Library(runs), address)
+    for _ in range(3):
+        watchdog.look()
+    for run in ("mixed", "meanwhile"):
+        mine = [one for one in got if one["run"] == run and one["kind"] != "node_silent"]
+        assert kinds(mine) == [
+            *[("quorum_missed", "firing")] * 2,
+            *[("quorum_missed", "resolved")] * 2,
+            ("loss", "firing"),
+        ]
+        rounds = [one["text"].split()[1] for one in mine[:2]]
+        assert rounds == ["4", "5"]
+
+
+def test_rounds_before_the_first_look_are_history_where_the_run_has_ended(
+    runs: Path, receiver: tuple[str, list[dict[str, Any]]]
+) -> None:
+    address, got = receiver
+    commit(runs / "mixed", quorum=False)
+    Watchdog(Library(runs), address).look()
+    assert got == []

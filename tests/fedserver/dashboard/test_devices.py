@@ -235,7 +235,7 @@ def test_what_is_recorded_in_a_deployments_run_is_sealed_by_the_deployments_key(
     folder = deployment.path / "runs" / "ended"
     ledger = Ledger(folder, create=True, key_file=deployment.sealing_key)
     ledger.append("genesis", 0, {"configuration": {}}, {})
-    ledger.append("round", 1, {"nodes": [], "state": ""}, {})
+    ledger.append("round", 1, {"nodes": [], "state": "", "view_rank": 1}, {})
     ledger.close()
     shutil.rmtree(folder / "keys", ignore_errors=True)
     row = {"round": 1, "head": "", "bytes_up": 0, "bytes_down": 0, "seconds": 1.0}
@@ -254,4 +254,5 @@ def test_what_is_recorded_in_a_deployments_run_is_sealed_by_the_deployments_key(
     ledger.close()
     assert [entry.kind for entry in entries] == ["genesis", "round", "operator"]
     assert entries[-1].content["reason"] == WHY
+    assert entries[-1].content["outcome"] == "failed"  # there is no model in that run
     assert len({open_seal(entry.seal).key for entry in entries}) == 1

@@ -48,6 +48,19 @@ def test_a_scrape_is_the_runs_metrics_and_fills_the_board(accounts: Accounts, ru
     assert found["fedbraid_run_replies_total", "refused"] == sum(row["rejected"] for row in rows)
     assert found["fedbraid_run_loss", "eval"] == rows[-1]["eval_loss"]
     assert found["fedbraid_run_phase", "train"] == 1
+    # It ends, and keeps what it had; what was of the moment is over.
+    live.write_text(json.dumps(told | {"state": "finished", "phase": ""}))
+    client = TestClient(make_application(runs, accounts, hosts=["testserver"]))
+    ended = client.get("/metrics", headers=bearer).text
+    kept = [line for line in ended.splitlines() if line.startswith("fedbraid_run_")]
+    again = client.get("/metrics", headers=bearer).text.splitlines()
+    assert kept == [line for line in again if line.startswith("fedbraid_run_")]
+    before = [line for line in text.splitlines() if line.startswith("fedbraid_run_")]
+    gone = {line.partition("{")[0] for line in before} - {line.partition("{")[0] for line in kept}
+    assert gone == {"fedbraid_run_phase", "fedbraid_run_nodes", "fedbraid_run_operator_requests"}
+    for name in ("updates_total", "replies_total", "rounds_committed_total", "loss", "carry_rank"):
+        values = [[one for one in lines if f"_{name}{{" in one] for lines in (before, kept)]
+        assert values[0] == values[1] != []
     known = {metric.name for metric in families} | {key[0] for key in found}
     panels = json.loads(BOARD.read_text())["panels"]
     expressions = [target["expr"] for panel in panels for target in panel["targets"]]

@@ -1,0 +1,109 @@
+"""A refused form is the page again, with what was typed and why; a start that fails leaves no trace."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from fedserver.control import ControlQueue
+from fedserver.dashboard.accounts import Accounts
+
+Sign = Callable[[str], str]
+
+
+def stopped(folder: Path) -> None:
+    live = json.loads((folder / "live.json").read_text())
+    (folder / "live.json").write_text(json.dumps(live | {"state": "stopped"}))
+
+
+@pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.parametrize(
+    ("address", "typed"),
+    [
+        ("/runs/mixed/actions/next_round", {"deadline_seconds": "5", "quorum": "many"}),
+        ("/runs/mixed/actions/rollback", {"round": "two"}),
+        ("/start", {"name": "no name!", "overrides": "rounds=2\nlora_r=3"}),
+    ],
+)
+def test_a_refused_form_is_shown_with_what_was_typed_and_why(
+    client: TestClient, sign_in: Sign, runs: Path, address: str, typed: dict[str, str], stale: bool
+) -> None:
+    stopped(runs / "mixed")
+    csrf = sign_in("olga")
+    form = typed | {"reason": 'the link is "slow"', "csrf": "old" if stale else csrf}
+    answer = client.post(address, data=form)
+    assert answer.status_code == (403 if stale else 409)
+    for value in (*typed.values(), form["reason"]):
+        assert html.escape(value).replace("&quot;", "&#34;") in answer.text
+    assert 'role="alert"' in answer.text
+    # It can be sent again as it stands.
+    assert csrf in answer.text
+    assert not ControlQueue(runs / "mixed").requests()
+
+
+def test_where_a_form_is_sent_can_be_opened(client: TestClient, sign_in: Sign) -> None:
+    sign_in("olga")
+    for address, page in (
+        ("/runs/mixed/actions/pause", "/runs/mixed/control"),
+        ("/runs/mixed/ledger/replay", "/runs/mixed/ledger"),
+        ("/devices/invite", "/devices"),
+        ("/access/revoke", "/access"),
+    ):
+        answer = client.get(address)
+        assert (answer.status_code, answer.headers["location"]) == (303, page)
+        assert client.get(page).status_code == 200
+    assert "<h1>" in client.get("/runs/mixed/ledger/verify").text
+
+
+def test_other_forms_are_shown_again_too(
+    client: TestClient, sign_in: Sign, accounts: Accounts
+) -> None:
+    csrf = sign_in("olga")
+    token = accounts.issue_token("robot", "viewer")
+    identity = accounts.tokens()[0].id
+    assert token not in identity
+    for address, form in (
+        ("/access/revoke", {"token": identity, "reason": "it leaked"}),
+        ("/devices/invite", {"name": "cafe", "hours": "3", "reason": "a new one"}),
+        ("/runs/mixed/ledger/replay", {"round": "2"}),
+    ):
+        answer = client.post(address, data=form | {"csrf": "old"})
+        assert answer.status_code == 403, address
+        assert "<h1>" in answer.text
+        assert "send it again" in answer.text
+    page = client.post("/access/revoke", data={"token": identity, "reason": "it leaked"}).text
+    assert "it leaked" in page
+    assert f'value="{identity}" selected' in page
+    assert (
+        client.post("/runs/mixed/ledger/replay", data={"csrf": csrf, "round": "x"}).status_code
+        == 409
+    )
+    answer = client.post("/login", data={"name": "olga", "password": "wrong"})
+    assert answer.status_code == 401
+    assert 'value="olga"' in answer.text
+
+
+def test_a_start_that_fails_is_told_and_leaves_the_name_free(
+    client: TestClient, sign_in: Sign, runs: Path
+) -> None:
+    csrf = sign_in("olga")
+    form = {"csrf": csrf, "scenario": "quickstart", "name": "again", "reason": "to try it"}
+    wrong = client.post("/start", data=form | {"overrides": "raunds=3"})
+    assert wrong.status_code == 409
+    assert "rounds" in wrong.text  # the nearest name
+    assert "raunds=3" in wrong.text
+    assert not (runs / "again").exists()
+    # What only the run itself finds out: its job fails, and the name can be taken again.
+    late = form | {"overrides": 'base_model="/nowhere/at/all"'}
+    jobs = client.app.state.site.desk.jobs  # type: ignore[attr-defined]
+    for _ in range(2):
+        assert client.post("/start", data=late).status_code == 303
+        for job in jobs._jobs:
+            job.process.wait()
+    assert [job["state"] for job in jobs.json()] == ["failed", "failed"]
+    assert "/nowhere/at/all" in jobs.json()[0]["said"]
