@@ -399,7 +399,7 @@ def test_a_run_is_started_stopped_rolled_back_exported_and_continued(
     ledger.close()
     visit.open("/runs/again/rounds")
     # Who does not see the mark is told of it.
-    page.locator(".chart[aria-label*='before round 3: back to round 1'] canvas").wait_for()
+    page.locator(".chart[aria-label*='before round 4: back to round 1'] canvas").wait_for()
     visit.open("/runs/again/control")
     form = opened(page, "Export for peft")
     form.locator("[name=reason]").fill("to try it")
