@@ -5,7 +5,7 @@ python -m simulations.benchmarks.dashboard [--runs 1000] [--nodes 10000] [--view
 A real dashboard process serves folders that ledger and metrics have written; requests and viewers are
 real connections over loopback. ``--rounds N`` also runs a tiny model for N rounds (rounded up to blocks
 of eight), some of them with all viewers on its page, and compares neighbouring rounds: how is told in
-``viewed_rounds.py``. Of 96 rounds the interval is of 24 pairs.
+``viewed_rounds.py``. Of 192 rounds the interval is of 48 pairs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--nodes", type=int, default=10_000)
     parser.add_argument("--viewers", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=60, help="of a node in each of these rounds")
+    parser.add_argument("--steps", type=int, default=30, help="of a node in each of these rounds")
     asked = parser.parse_args(arguments)
     table = Table("what", "measured", "at most")
     with tempfile.TemporaryDirectory() as scratch:

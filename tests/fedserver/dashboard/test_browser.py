@@ -20,6 +20,7 @@ from fedserver.configuration import RunConfiguration
 from fedserver.control import OPERATOR, ControlQueue
 from fedserver.dashboard.registry import VIEWS
 from fedserver.ledger import Entry, Ledger
+from simulations.benchmarks.dashboard_process import dashboard_process
 from simulations.engines import run_local
 
 PATIENCE = 120_000  # milliseconds; a busy machine is slow, not wrong
@@ -131,21 +132,10 @@ def served(live_run: LiveRun, finished_run: Path) -> Iterator[str]:
 
     root = live_run.folder.parent
     shutil.copytree(finished_run, root / "mixed")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "simulations.command", "dashboard", str(root), "--port", "0"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    link = re.search(r"http\S+", process.stdout.readline())
-    assert link is not None
-    yield link.group(0)
-    # After all views and actions: what needs torch has happened in processes of its own.
-    loaded = Path(f"/proc/{process.pid}/maps").read_text()
-    process.terminate()
-    process.wait()
-    process.stdout.close()
-    assert "libtorch" not in loaded
+    with dashboard_process(root) as (link, process):
+        yield link
+        # After all views and actions: what needs torch has happened in processes of its own.
+        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +399,7 @@ def test_a_run_is_started_stopped_rolled_back_exported_and_continued(
     ledger.close()
     visit.open("/runs/again/rounds")
     # Who does not see the mark is told of it.
-    page.locator(".chart[aria-label*='before round 3: back to round 1'] canvas").wait_for()
+    page.locator(".chart[aria-label*='before round 4: back to round 1'] canvas").wait_for()
     visit.open("/runs/again/control")
     form = opened(page, "Export for peft")
     form.locator("[name=reason]").fill("to try it")

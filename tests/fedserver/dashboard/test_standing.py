@@ -12,15 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from fedserver import metrics
+from fedserver import events, metrics
 from fedserver.control import EXCLUDING, OPERATOR
 from fedserver.dashboard.jobs import in_words
 from fedserver.dashboard.library import Library
+from fedserver.dashboard.node_views import fleet
 from fedserver.dashboard.page import Question
 from fedserver.dashboard.round_views import live
 from fedserver.dashboard.run_reader import RunReader
 from fedserver.dashboard.standings import rollbacks, standings
 from fedserver.ledger import Ledger
+from fedserver.live_log import LiveLog
 
 SCALARS = st.one_of(
     st.integers(-(10**6), 10**6), st.booleans(), st.text(st.characters(codec="ascii"), min_size=1)
@@ -72,6 +74,22 @@ def test_a_run_without_a_summary_shows_the_newest_losses_of_its_ledger(runs: Pat
     assert row["loss_after"] == pytest.approx(after["loss"])
     (folder / "metrics.jsonl").write_text("")
     assert Library(runs).rows()[0]["loss_after"] is None
+
+
+def test_the_fleet_shows_the_memory_of_accelerators_that_nodes_tell_of(tmp_path: Path) -> None:
+    nodes = (
+        events.NodeInfo("lab", "rank 8", 10, 2, memory_bytes=64, accelerator_memory_bytes=24),
+        events.NodeInfo("phone", "rank 2", 10, 2, memory_bytes=8),
+    )
+    log = LiveLog(tmp_path, lambda event: None)
+    log(events.RunStarted("tiny", "braid", 2, 1, nodes, "model", str(tmp_path)))
+    log(events.RoundsEnded("finished"))
+    table = fleet(RunReader(tmp_path, "tiny"), Question()).tables["fleet"]
+    shown = {
+        row["node"]: (row["memory_bytes"], row["accelerator_memory_bytes"]) for row in table.rows
+    }
+    assert shown == {"lab": (64, 24), "phone": (8, None)}
+    assert {"RAM", "VRAM"} <= {column.title for column in table.columns}
 
 
 def test_the_pages_of_the_log_are_its_lines_once_each(client: TestClient, sign_in: object) -> None:
