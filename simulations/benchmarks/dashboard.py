@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
 from fedserver import events, metrics
@@ -37,6 +36,7 @@ from fedserver.configuration import RunConfiguration, load, parse
 from fedserver.dashboard.accounts import VIEWER, Accounts
 from fedserver.ledger import Ledger
 from fedserver.live_log import EVENTS, LiveLog
+from simulations.benchmarks.tables import table_console
 from simulations.benchmarks.viewers import view, viewers
 
 ROUNDS, SMALL_ROUNDS = 3, 2
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             halves = statistics.median(alone[1::2]) / statistics.median(alone[::2])
             table.add_row(f"{kind} of a round: alone against alone", f"{halves:.3f}", "")
-    Console().print(table)
+    table_console().print(table)
 
 
 def make_runs(root: Path, runs: int, nodes: int) -> None:
