@@ -39,6 +39,8 @@ class Operator:
         return subprocess.Popen(
             [sys.executable, "-m", "simulations.command", *map(str, words)],
             env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # A shell that runs tests in the background lets them ignore Ctrl-C, and what they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def says(self, *words: object, code: int = 0) -> str:
