@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from simulations.benchmarks.tables import table_console
+
 bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
 
@@ -68,7 +70,7 @@ def kernels(
                     print(table.row_json(row), flush=True)
             progress.update(task, advance=1, description=waiting[position + 1])
     if not as_json:
-        console = Console()
+        console = table_console()
         # A file or a pipe has no width of its own, and 80 columns fold every cell.
         console.width = console.width if console.is_terminal else 160
         console.print(table.render(rows, floor))

@@ -13,7 +13,6 @@ from fedclient.node import Refused
 from fedclient.resident.connection import Connection
 from fedclient.resident.flower import node_environment
 from fedclient.resident.settings import SettingsError
-from fedhost.flower import program
 from fedhost.ports import LOOPBACK, free_ports
 from fedhost.probes import PROBE_SECONDS, answers_grpc, answers_http
 from fedhost.supervision import Child, SupervisionError, Supervisor
@@ -31,7 +30,7 @@ def children(folder: NodeFolder, runtime_port: int, health_port: int) -> list[Ch
         sys.executable, "-m", "fedclient.deployment.supernode", str(folder.path), str(runtime_port),
     ]  # fmt: skip
     superexec = [
-        program("flower-superexec"),
+        sys.executable, "-m", "fedhost.superexec",
         "--insecure",
         "--runtime-api-address", f"{LOOPBACK}:{runtime_port}",
         "--superexec-auth-secret-file", str(folder.superexec_secret),

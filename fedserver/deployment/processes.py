@@ -13,7 +13,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedhost.flower import environment, program
+from fedhost.flower import environment
 from fedhost.ports import LOOPBACK, accepts, holder
 from fedhost.probes import answers_grpc, answers_http, answers_https
 from fedhost.supervision import Child, SupervisionError, Supervisor, status_of
@@ -57,7 +57,7 @@ def children(folder: ServerFolder, settings: Settings, ports: Ports) -> list[Chi
         "--disable-runtime-dependency-installation",
     ]  # fmt: skip
     superexec = [
-        program("flower-superexec"),
+        sys.executable, "-m", "fedhost.superexec",
         "--runtime-api-address", f"{LOOPBACK}:{ports.superlink}",
         "--root-certificates", str(loopback.authority),
         "--superexec-auth-secret-file", str(folder.superexec_secret),

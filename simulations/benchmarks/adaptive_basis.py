@@ -48,6 +48,7 @@ from simulations.benchmarks.small_language import (
     tokenizer,
     write_model,
 )
+from simulations.benchmarks.tables import table_console
 
 # Topics of the embedded conversations, one a node; the model has read the others.
 TOPICS = ("trivia", "emotion", "conversations", "coding", "ai", "psychology")
@@ -445,7 +446,7 @@ def main(
                 if as_json:
                     print(json.dumps(asdict(results[-1])), flush=True)
     if not as_json:
-        console = Console()
+        console = table_console()
         console.width = console.width if console.is_terminal else 150
         console.print(table(results, case, len(place.parts)))
         console.print(rounds_table(results))

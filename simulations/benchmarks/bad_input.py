@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from aggregators import UpdateRejected, Verdict, admit, decode
@@ -27,6 +26,7 @@ from aggregators.codec import METADATA_KEY, pack, unpack
 from aggregators.gate import most_bytes
 from aggregators.messages import open_body
 from simulations.benchmarks.specimens import LAYOUT, Specimen, forge, specimens, with_body
+from simulations.benchmarks.tables import table_console
 
 V = Verdict
 Damage = Callable[[bytes, Specimen], bytes]
@@ -456,7 +456,7 @@ def main_command() -> None:
     total = sum(len(section) for section in CATALOGUE.values())
     sums = [str(sum(found[name][family]["expected"] for name in found)) for family in families]
     table.add_row("all", str(total), *sums)
-    Console().print(table)
+    table_console().print(table)
     raise typer.Exit(0 if sound else 1)
 
 

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedserver.configuration import RunConfiguration, load
 from fedserver.ledger import Ledger, LedgerError
 from fedserver.replay import replay
+from simulations.benchmarks.tables import table_console
 from simulations.loopback import REPOSITORY, Loopback
 from simulations.run import ledger_head, simulate
 from simulations.tiny_model import write_scenario
@@ -204,7 +204,7 @@ def main(
     victim: Annotated[list[str] | None, typer.Option(help="Only processes of this kind.")] = None,
 ) -> None:
     """Print kills by victim and phase, and what became of the runs."""
-    console = Console()
+    console = table_console()
     with tempfile.TemporaryDirectory(prefix="fedbraid-") as name:
         found = survive(
             Path(name), kills, rounds=rounds, nodes=nodes, seed=seed, pause=(shortest, longest),

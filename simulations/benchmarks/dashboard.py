@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
 from fedserver import events, metrics
@@ -31,6 +30,7 @@ from fedserver.dashboard.accounts import VIEWER, Accounts
 from fedserver.ledger import Ledger
 from fedserver.live_log import EVENTS, LiveLog
 from simulations.benchmarks.dashboard_process import dashboard_process
+from simulations.benchmarks.tables import table_console
 from simulations.benchmarks.viewed_rounds import measure
 from simulations.benchmarks.viewers import view
 
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
             if found.pinned
             else "Run, dashboard and viewers share one processor."
         )
-    Console().print(table)
+    table_console().print(table)
 
 
 def make_runs(root: Path, runs: int, nodes: int) -> None:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedclient.resident.connection import Connection
 from fedserver.ledger import Ledger
 from simulations.benchmarks.plain_flower import application
+from simulations.benchmarks.tables import table_console
 from simulations.loopback import REPOSITORY, Loopback
 from simulations.tiny_model import write_scenario
 
@@ -110,7 +110,7 @@ def main(
             f"{statistics.median(cost.stubs):.2f}",
             f"{max(cost.stubs):.2f}",
         )
-    console = Console()
+    console = table_console()
     console.print(table)
     console.print(f"model processes started, by node: {found['fedbraid'].model_starts}")
 

@@ -27,6 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedhost.ports import LOOPBACK, accepts
+from simulations.benchmarks.tables import table_console
 from simulations.loopback import REPOSITORY
 from simulations.tiny_model import write_mixed_scenario
 
@@ -105,7 +106,7 @@ def main(
         sys.exit(
             f"error: something listens on {LOOPBACK}:{PORT}, where the documented server would"
         )
-    console, progress = Console(), Console(stderr=True)
+    console, progress = table_console(), Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="fedbraid-") as name:
         folder, own = Path(name) / "sources", Path(name)
         _sources(folder)

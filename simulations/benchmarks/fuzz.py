@@ -24,7 +24,6 @@ import torch
 import typer
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from rich.table import Table
 
 from aggregators import Update, UpdateRejected, admit, decode
@@ -42,6 +41,7 @@ from simulations.benchmarks.specimens import (
     specimens,
     with_body,
 )
+from simulations.benchmarks.tables import table_console
 
 TYPES = {
     "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
@@ -271,7 +271,7 @@ def main(
     seed_number: Annotated[int, typer.Option("--seed")] = 0,
 ) -> None:
     """Damage updates at random and count what escapes codec and gate."""
-    console = Console()
+    console = table_console()
     started = time.perf_counter()
     found = fuzz(examples, seed_number)
     table = Table("outcome", "examples")

@@ -19,6 +19,8 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from simulations.benchmarks.tables import table_console
+
 GPU_SIZE, INTERPRETED_SIZE = 1000, 40
 
 
@@ -36,7 +38,7 @@ def main() -> int:
     if importlib.util.find_spec("triton") is None:
         print("gpu-check: Triton is not installed here; nothing was measured.")
         return 0
-    console = Console()
+    console = table_console()
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("gpu-check: Triton's interpreter, correctness alone; nothing was measured.")
         return _check(console, torch.device("cpu"), INTERPRETED_SIZE)

@@ -33,6 +33,7 @@ from fedserver.checkpoint import FILE as CHECKPOINT
 from fedserver.entry import canonical, entry_hash
 from fedserver.ledger import Ledger
 from fedserver.sealing import Sealer, server_key_file
+from simulations.benchmarks.tables import table_console
 
 COLUMNS = ("kind", "content", "previous", "hash", "wall", "signatures", "seal")
 SMALL = 24  # entries of the ledger that is changed
@@ -52,7 +53,9 @@ def fill(folder: Path, entries: int, nodes: int = 1, chance: random.Random | Non
     keys = [Ed25519PrivateKey.from_private_bytes(dice.randbytes(32)) for _ in range(nodes)]
     ledger = Ledger(folder, create=True)
     state = ledger.put(b"state")
-    for number in range(1, entries + 1):
+    numbers = range(1, entries + 1)
+    quick = entries <= SMALL
+    for number in numbers if quick else track(numbers, "writing", console=Console(stderr=True)):
         rows, signatures = [], {}
         for place, key in enumerate(keys):
             name = f"node-{place}"
@@ -261,7 +264,7 @@ def main(
     seed: int = 0,
 ) -> None:
     """Time a walk over a ledger, change another at random, and print what the walk found."""
-    console = Console()
+    console = table_console()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         started = time.perf_counter()

@@ -25,13 +25,13 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from fedserver.configuration import RunConfiguration, parse
 from fedserver.device_choice import with_choices
 from simulations.benchmarks.cohort_place import Place, Run
 from simulations.benchmarks.cohort_tables import COHORTS, Outcome, advantages, loss_of, losses
 from simulations.benchmarks.small_language import MAX_LENGTH
+from simulations.benchmarks.tables import table_console
 
 TUNING_SEED = 0
 # Two devices a kind: what has both, what has memory behind a thin link, and what has no memory.
@@ -199,7 +199,7 @@ def _compare(place: Place, seeds: int, rounds: int) -> None:
         "strong": strong,
         "weak": [name for name in NODES if name not in strong],
     }
-    console = Console()
+    console = table_console()
     console.width = console.width if console.is_terminal else 150
     for unlike in (True, False):
         kind = "unlike" if unlike else "like"

@@ -27,6 +27,7 @@ from torch import Tensor
 import fedkernels as fk
 from aggregators import Basis, Layout, ProjectedGradient, Sketch, decode, encode
 from aggregators.projected import shrinkage
+from simulations.benchmarks.tables import table_console
 
 ROUNDS = (0, 1, 2, 3, 5)
 
@@ -200,7 +201,7 @@ def main(
         for row in rows:
             print(json.dumps(dataclasses.asdict(row)))
         return
-    out = Console()
+    out = table_console()
     out.width = out.width if out.is_terminal else 130
     for table in (estimator_table(estimators), reading_table(readings), speed_table(times)):
         out.print(table)

@@ -15,7 +15,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from aggregators import Layout
@@ -23,6 +22,7 @@ from aggregators.probe_sum import ProbeSum
 from aggregators.view import View
 from fedclient import base_model
 from fedclient.state import rebuilt
+from simulations.benchmarks.tables import table_console
 
 BATCH, LENGTH = 4, 128
 REFERENCE_SEEDS = 2
@@ -63,7 +63,7 @@ def main(
         table.add_row(f"rebuild, {probe}", f"{taken:.2f}", f"{taken / passes:.1f}", BAR)
     slow = _seconds(reference, 1) / REFERENCE_SEEDS * seeds
     table.add_row("reference, torch.normal", f"{slow:.0f}", f"{slow / passes:,.0f}", "")
-    Console().print(table)
+    table_console().print(table)
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:

@@ -17,11 +17,11 @@ from functools import partial
 from multiprocessing import get_context
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import fedkernels as fk
 from fedclient.memory import PeakMemory
+from simulations.benchmarks.tables import table_console
 
 # The ranks of FLoRA's ten unlike clients.
 REFERENCE_RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     case = Case(options.size, options.ranks, options.rank)
     methods = ["qr", "gram"] if options.skip_dense else ["qr", "gram", *_DENSE]
-    console = Console()
+    console = table_console()
     with console.status("measuring; a dense SVD of this size takes from seconds to minutes"):
         measurements = compare(case, methods, options.repeats, options.threads)
     console.print(table(case, measurements, options.threads))

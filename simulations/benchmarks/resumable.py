@@ -34,7 +34,6 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, push_objects
 from flwr.supernode.fleet_http_connection import http_request_response
-from rich.console import Console
 from rich.table import Table
 
 import fedhost.payloads
@@ -48,6 +47,7 @@ from fedhost.payloads import PART_BYTES, from_records, to_records
 from fedhost.ports import LOOPBACK
 from fedserver.ledger import Ledger
 from simulations.benchmarks.edge.server import Server, running_server
+from simulations.benchmarks.tables import table_console
 
 MEGABYTE = 1 << 20
 NAME, SIDE, BASE_DIGEST = "device", 1024, "b" * 64
@@ -157,7 +157,7 @@ def main(
             f"{one.sent:,}", f"{one.sent / one.payload - 1:+.0%}", str(one.requests),
             "counted" if one.counted else "[red]LOST[/red]",
         )  # fmt: skip
-    Console().print(table)
+    table_console().print(table)
     parts = found["parts"]
     # Of each broken connection at most the parts under way, one a thread, and the headers of requests.
     bound = parts.payload + cuts * 2 * PART_BYTES + 65536 * (cuts + 1)

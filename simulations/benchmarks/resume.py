@@ -25,6 +25,7 @@ from rich.table import Table
 from fedserver.configuration import RunConfiguration, load
 from fedserver.ledger import Ledger
 from fedserver.replay import replay
+from simulations.benchmarks.tables import table_console
 from simulations.run import ledger_head, simulate
 
 # Children are forked from a process that has imported these and done nothing else.
@@ -151,7 +152,7 @@ def main(
         "; ".join(found.problems) or "none",
         " ".join(map(str, found.rounds_committed_at_kill)),
     )
-    Console().print(table)
+    table_console().print(table)
     raise typer.Exit(0 if found.sound else 1)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from simulations.benchmarks.edge.large_body import send_large_bodies
@@ -22,6 +21,7 @@ from simulations.benchmarks.edge.replays import replay_request, replay_token
 from simulations.benchmarks.edge.routes import open_routes
 from simulations.benchmarks.edge.server import running_server
 from simulations.benchmarks.edge.slow_sockets import hold_sockets
+from simulations.benchmarks.tables import table_console
 
 MEGABYTE = 1 << 20
 GROWTH_LIMIT, CUT_LIMIT, LATENCY_LIMIT = 32 * MEGABYTE, 30.0, 1.0
@@ -85,7 +85,7 @@ def main(
                 "all refused (used-token, or 503 by rate)",
                 not tokens.keys() - {"used-token", "503"},
             )
-    Console().print(table)
+    table_console().print(table)
     raise typer.Exit(0 if all(sound) else 1)
 
 

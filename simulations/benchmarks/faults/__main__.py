@@ -31,6 +31,7 @@ from simulations.benchmarks.faults.laboratory import (
     faults_of,
     wait_until,
 )
+from simulations.benchmarks.tables import table_console
 from simulations.run import ledger_head
 
 SERVING_SECONDS = 60.0
@@ -154,7 +155,7 @@ def _print(found: dict[str, Finding], devices: int) -> None:
             name, escape(finding.end), ", ".join(finding.named), " ".join(times),
             "good" if finding.good else "BAD",
         )  # fmt: skip
-    Console().print(table)
+    table_console().print(table)
 
 
 if __name__ == "__main__":

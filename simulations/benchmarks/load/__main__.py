@@ -27,7 +27,6 @@ import psutil
 import typer
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from rich.console import Console
 from rich.table import Table
 
 from aggregators.gate import GateContext, admit
@@ -41,6 +40,7 @@ from fedserver.deployment.registry import Registry
 from fedserver.ledger import Ledger
 from simulations.benchmarks.edge.server import Server, running_server
 from simulations.benchmarks.load.fleet import LAYOUT, FakeNode, Fleet, Traffic
+from simulations.benchmarks.tables import table_console
 
 MEGABYTE = 1 << 20
 SCENARIO = """
@@ -139,7 +139,7 @@ def main(
     table = Table("", *(f"{one.nodes} nodes" for one in results))
     for label, value in ROWS.items():
         table.add_row(label, *(value(one) for one in results))
-    Console().print(table)
+    table_console().print(table)
     for one in results:
         for failure in sorted(set(one.failures))[:3]:
             print(f"{one.nodes} nodes: {failure}", file=sys.stderr)
