@@ -87,6 +87,7 @@ def take(runs: Path, target: Path) -> None:
     query = "&".join(f"run={name}" for name in names)
     paths |= {"runs": "/", "round": f"{here}/rounds/2", "compare": f"/compare?{query}",
               "server": "/server", "start": "/start", "devices": "/devices"}  # fmt: skip
+    paths["access"] = "/access"
     process = subprocess.Popen(
         [sys.executable, "-m", "simulations.command", "dashboard", str(runs), "--port", "0"],
         stdout=subprocess.PIPE,
