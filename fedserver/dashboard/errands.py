@@ -70,7 +70,7 @@ def run(asked: dict[str, Any]) -> int:
         if code and request.state == PENDING:
             queue.settle(request, REFUSED, told)
         return code
-    queue.say(request, FAILED if code else DONE, told)
+    queue.say(request, FAILED if code else DONE, told if code else request.arguments["to"])
     _record(folder, queue, request.id, asked)
     return code
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedserver.control import EXCLUDING
 from fedserver.dashboard.page import NotThere, Page, Question, page_of, run_address
-from fedserver.dashboard.run_reader import Row, RunReader, settled
+from fedserver.dashboard.run_reader import Row, RunReader
 from fedserver.dashboard.standings import arrivals, counts, rollbacks
 from fedserver.dashboard.tables import Column, LazyRows, make_table
 from fedserver.live_log import ALIVE
@@ -159,12 +159,9 @@ def totals(run: RunReader) -> dict[str, Any]:
 
 
 def moved(run: RunReader) -> dict[str, Any]:
-    """Bytes and seconds of all messages: the summary's, with the evaluations at the end, or of the
-    rounds so far."""
-    summary, rounds = settled(run.live(), run.summary()), run.rounds()
-    return {
-        key: summary[key] if key in summary else sum(row[key] for row in rounds) for key in MOVED
-    }
+    """Bytes and seconds of all messages: of the rounds, and of the evaluations at the end."""
+    lines = [*run.rounds(), *run.evaluations()]
+    return {key: sum(line[key] for line in lines) for key in MOVED}
 
 
 def curves(rounds: Sequence[Row]) -> dict[str, list[Any]]:

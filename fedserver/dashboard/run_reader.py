@@ -184,6 +184,11 @@ class RunReader:
         stamp = (file_stamp(self.folder / LEDGER), file_stamp(self.folder / f"{LEDGER}-wal"))
         return self._cached("head", stamp, self._read_head)
 
+    def evaluations(self) -> list[Row]:
+        """Bytes and seconds of the messages that evaluate the model at the end, by ledger entry."""
+        stamp = (file_stamp(self.folder / LEDGER), file_stamp(self.folder / f"{LEDGER}-wal"))
+        return self._cached("evaluations", stamp, self._read_evaluations)
+
     def reported(self) -> bool:
         """Whether there is a report of the run as it stands, not of an earlier stop."""
         report, metrics = file_stamp(self.folder / REPORT), file_stamp(self.folder / METRICS)
@@ -269,6 +274,18 @@ class RunReader:
                     found[node["node"]].take_older(row["round"], node)
         return found
 
+    def _read_evaluations(self) -> list[Row]:
+        with self._ledger() as database:
+            rows = database.execute(
+                f"SELECT {COLUMNS} FROM entries WHERE kind IN ('evaluation', 'ablation')"
+            ).fetchall()
+        found = []
+        for entry in map(_entry, rows):
+            nodes = entry["content"].get("nodes") or ()
+            sums = {key: sum(node[key] for node in nodes) for key in ("bytes_up", "bytes_down")}
+            found.append(sums | {"seconds": entry["wall"].get("seconds") or 0.0})
+        return found
+
     def _read_head(self) -> str | None:
         with self._ledger() as database:
             row = database.execute(
@@ -342,7 +359,10 @@ class RunReader:
 
 
 def settled(live: Row, summary: Row) -> Row:
-    """A run's summary where it is of the run as it stands; nothing of one that has gone on since."""
+    """A run's summary where it is of the run as it stands; nothing of one that has gone on since.
+
+    Its sums are those of the ledger, without opening it.
+    """
     going = live.get("state") in (*ALIVE, "interrupted")
     return (
         {}

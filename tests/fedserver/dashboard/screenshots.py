@@ -126,7 +126,7 @@ def take(runs: Path, target: Path) -> None:
     paths = {view.name or "live": f"{here}/{view.name}".rstrip("/") for view in VIEWS}
     query = "&".join(f"run={name}" for name in names)
     paths |= {"runs": "/", "round": f"{here}/rounds/2", "compare": f"/compare?{query}",
-              "server": "/server", "start": "/start", "devices": "/devices",
+              "server": "/server", "start": "/start", "devices": "/devices", "access": "/access",
               "revoke": "/runs/paused/control?revoke=clinic"}  # fmt: skip
     for name in ("live", "fleet", "control"):
         paths[f"paused-{name}"] = f"/runs/paused/{name}".removesuffix("/live")
