@@ -189,7 +189,7 @@ def _until_its_end(
 def _beginning(live: LiveRun) -> str:
     from fedserver.ledger import Ledger
 
-    if not live.settings["resume"]:
+    if not live.settings["resume"] or not (live.folder / "ledger.db").is_file():
         return "has started"
     ledger = Ledger(live.folder)
     try:
@@ -206,9 +206,11 @@ def _summary(folder: ServerFolder, live: LiveRun, status: RunStatus) -> dict[str
 
     known, go_on = runs.told(live.folder), runs.resumption(folder, live)
     far = runs.how_far(live.folder)
-    if status.outcome == "stopped" or known.get("state") == "stopped":
+    # A process that Flower ended said nothing; what is there may be of one before it.
+    completed = status.outcome == "completed"
+    if status.outcome == "stopped" or (completed and known.get("state") == "stopped"):
         raise ControlError(f"{known.get('reason') or 'stopped'} {far}; {go_on} goes on")
-    if status.outcome == "completed":
+    if completed:
         found: dict[str, Any] = json.loads((live.folder / "summary.json").read_text())
         return found
     if runs.has_no_room(folder.path):

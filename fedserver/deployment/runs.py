@@ -31,7 +31,7 @@ from fedserver.deployment.flower_control import (
 )
 from fedserver.deployment.folder import ServerFolder
 from fedserver.deployment.registry import Registry
-from fedserver.live_log import EVENTS, LIVE, process_identity
+from fedserver.live_log import EVENTS, LIVE, is_running, process_identity
 
 POLL_SECONDS = 1.0
 # Flower is asked this often which nodes are there; a terminal is told this often whom a run waits for.
@@ -174,7 +174,7 @@ def stop(folder: ServerFolder, control: FlowerControl, live: LiveRun) -> None:
             "stop", {"now": True}, who=getpass.getuser(), role="operator", reason="server stop"
         )
         until = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < until:
+        while is_running(told(live.folder)) and time.monotonic() < until:
             if control.run_status(live.run_id).finished:
                 break
             time.sleep(POLL_SECONDS / 2)
