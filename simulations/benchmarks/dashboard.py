@@ -140,13 +140,27 @@ def write_run(
             "nodes": dict.fromkeys(names, 30.0),
             "memory": {},
         }
-        ledger.append("round", number, content, wall)
+        head = ledger.append("round", number, content, wall).hash
+        count = len(names)
+        log(
+            events.RoundCommitted(
+                number, 2.0, count, 0, 1000 * count, 2000 * count, 60.0, 8, 0.0, head
+            )
+        )
     metrics.write(ledger, configuration, folder / "metrics.jsonl")
     ledger.close()
     if finished:
         log(events.RoundsEnded("finished"))
         metrics.write_json(
-            {"name": folder.name, "rounds": rounds, "head": ""}, folder / "summary.json"
+            {
+                "name": folder.name,
+                "rounds": rounds,
+                "head": head,
+                "bytes_up": 1000 * count * rounds,
+                "bytes_down": 2000 * count * rounds,
+                "seconds": 60.0 * rounds,
+            },
+            folder / "summary.json",
         )
         return
     log(events.RoundStarted(rounds + 1))

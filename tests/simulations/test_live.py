@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterable
@@ -213,3 +214,20 @@ def test_before_the_first_event_it_says_that_it_starts() -> None:
     with LiveView(console=console, clock=lambda: 0.0, auto_refresh=False):
         pass
     assert "starting" in written(console)
+
+
+def test_a_late_round_of_many_is_told_apart_from_who_replied() -> None:
+    nodes = (events.NodeInfo("alpha", "rank 8", 10, 2),)
+    started = events.RunStarted("long", "braid", 400, 1, nodes, "model", "runs/long")
+    reply = events.NodeReplied(256, "alpha", "accepted", "", "rank 8", 2.0, 1.0, 5, 5, 1.0)
+    text = show(
+        [
+            (0.0, started),
+            (1.0, events.RoundStarted(256)),
+            (2.0, reply),
+            (3.0, dataclasses.replace(reply, verdict="not_finite")),
+        ],
+        Console(file=io.StringIO(), width=100),
+    )
+    assert "round 256/400 alpha accepted" in text
+    assert "round 256/400 alpha refused" in text

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
 from fedserver.control import ARGUMENTS, ControlQueue
 from fedserver.dashboard.accounts import AccountError, Accounts
 from fedserver.dashboard.application import make_application
-from fedserver.dashboard.command import DashboardError, check_binding
+from fedserver.dashboard.command import DashboardError, accounts_app, check_binding
 from fedserver.dashboard.guard import COOKIE
 from fedserver.ledger import Ledger
 
@@ -251,6 +252,20 @@ def test_tokens_are_listed_without_their_secret_and_revoked(
     for wrong in ("", "nothing"):
         with pytest.raises(AccountError, match="no token"):
             accounts.revoke_token(wrong)
+
+
+def test_commands_list_and_revoke_tokens(runs: Path) -> None:
+    command = CliRunner()
+    token = command.invoke(accounts_app, ["token", str(runs), "prometheus"]).stdout.strip()
+    assert Accounts(runs).bearer(token) is not None
+    listed = command.invoke(accounts_app, ["tokens", str(runs)]).stdout
+    identity, name, role, made, used = listed.strip().split("\t")
+    assert (name, role) == ("prometheus", "viewer")
+    assert made <= used
+    assert token not in listed
+    assert command.invoke(accounts_app, ["revoke", str(runs), identity]).exit_code == 0
+    assert Accounts(runs).bearer(token) is None
+    assert command.invoke(accounts_app, ["tokens", str(runs)]).stdout == ""
 
 
 def test_a_program_acts_by_its_token_without_a_cookie(
