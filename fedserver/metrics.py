@@ -260,6 +260,22 @@ def finished(
     )
 
 
+def evaluation_done(
+    round_number: int, found: dict[str, Any] | None
+) -> events.EvaluationDone | None:
+    """The news of a model's loss; None where nobody has evaluated it."""
+    told = scores(found)
+    if told is None:
+        return None
+    return events.EvaluationDone(
+        round=round_number,
+        loss=told["loss"],
+        perplexity=told["perplexity"],
+        accuracy=told["accuracy"],
+        tokens=told["tokens"],
+    )
+
+
 def _evaluation(found: Mapping[str, Any] | None) -> events.Evaluation | None:
     if found is None:
         return None

@@ -220,3 +220,13 @@ def replied(outcome: Outcome, number: int) -> events.NodeReplied:
         family=outcome.plan.method.family,
         gate_seconds=outcome.gate_seconds,
     )
+
+
+def seconds_by_node(outcomes: list[Outcome]) -> dict[str, float | None]:
+    """By node; of a node that answered twice the first answer's, and the first is in the list first."""
+    return {outcome.plan.node: outcome.seconds for outcome in reversed(outcomes)}
+
+
+def memory_by_node(outcomes: list[Outcome]) -> dict[str, dict[str, int]]:
+    """By node, of its first answer: what it measured, beside the hashed content as seconds are."""
+    return {outcome.plan.node: dict(outcome.measured) for outcome in reversed(outcomes)}

@@ -5,37 +5,41 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from aggregators import Verdict
-from aggregators.methods import label
 from aggregators.presets import PRESETS
 from fedserver import events, metrics
+from fedserver.closing import evaluate_last, measure_contributions
 from fedserver.collection import Collector
 from fedserver.configuration import ConfigurationError, RunConfiguration, to_toml
 from fedserver.device_choice import with_choices
 from fedserver.exchange import Abandoned, Exchange
 from fedserver.global_model import GlobalModel, Mixed, next_model
-from fedserver.ledger import Entry, Ledger, LedgerError
+from fedserver.ledger import Entry, Ledger
 from fedserver.lineage import Lineage
 from fedserver.newcomers import Churn
 from fedserver.open_round import committed_before
+from fedserver.opening import begin, missing, run_started
 from fedserver.operations import Operations
 from fedserver.outcome import (
     Outcome,
     evaluations_by_format,
     examples,
+    memory_by_node,
     row,
+    seconds_by_node,
     signatures,
     sum_evaluations,
 )
 from fedserver.participation import asked_in, training
-from fedserver.planner import check_targets, make_method
+from fedserver.planner import check_targets
 from fedserver.questions import Question, question, view_limits
-from fedserver.replay import last_state, restore, without
+from fedserver.replay import last_state, restore
 from fedserver.roster import Member, Roster, gather_roster
 from fedserver.run_folder import open_existing
 from fedserver.staleness import discounted, unanswered
@@ -128,12 +132,12 @@ class Coordinator:
     ) -> dict[str, Any]:
         configuration, roster = self._configuration, churn.roster
         (self._folder / "scenario.toml").write_text(to_toml(self._asked), encoding="utf-8")
-        self._begin(ledger, roster)
+        begin(ledger, roster, self._asked, configuration)
         model, done = restore(ledger, configuration)
         members = [member.capabilities.node for member in roster.members]
         operations = Operations(ledger, configuration, members, self._emit)
         self._operations = operations
-        self._announce(roster, done + 1, metrics.baselines(roster.layout, targets))
+        self._announce(roster, done + 1, targets)
         self._reopen(ledger, roster, collector)
         try:
             for number in range(done + 1, configuration.rounds + 1):
@@ -144,10 +148,11 @@ class Coordinator:
                 metrics.write(ledger, configuration, self._folder / "metrics.jsonl")
             operations.end()
             if not operations.stopped_by:
-                if configuration.evaluate and not _evaluated(ledger, configuration.rounds):
-                    self._final_evaluation(model, ledger, churn, collector)
+                ask = partial(self._evaluated_by_all, churn, collector)
+                if configuration.evaluate:
+                    evaluate_last(ledger, configuration, model, ask, self._emit)
                 if configuration.contributions:
-                    self._contributions(ledger, churn, collector)
+                    measure_contributions(ledger, configuration, ask, self._emit)
         except Abandoned:
             pass  # Operations know who wanted it.
         operations.end()
@@ -156,84 +161,18 @@ class Coordinator:
         metrics.write_json(summary, self._folder / "summary.json")
         return summary
 
-    def _begin(self, ledger: Ledger, roster: Roster) -> None:
-        """Write the genesis entry, or check that the nodes still hold the run's base model."""
-        genesis = ledger.last("genesis")
-        if genesis is None:
-            ledger.append(
-                "genesis",
-                0,
-                {
-                    "run": self._asked.run_id(),
-                    "configuration": self._configuration.identity(),
-                    "base_model": self._configuration.base_model,
-                    "base_digest": roster.base_digest,
-                    "layout": roster.layout.fingerprint,
-                    "layout_blob": ledger.put(roster.layout_json.encode()),
-                },
-                {"started": time.time()},
-            )
-        elif genesis.content["configuration"] != self._configuration.identity():
-            raise LedgerError(
-                "the limits of the nodes' devices have changed, and with them what the nodes would be"
-                " asked for: restore them, or start a new run"
-            )
-        elif genesis.content["base_digest"] != roster.base_digest:
-            raise LedgerError(
-                f"the run began with base model {genesis.content['base_digest'][:12]}, the nodes now"
-                f" hold {roster.base_digest[:12]}: restore the first model, or start a new run"
-            )
-
-    def _announce(self, roster: Roster, first_round: int, baselines: tuple[int, int]) -> None:
-        configuration = self._configuration
+    def _announce(self, roster: Roster, first_round: int, targets: list[str]) -> None:
+        baselines = metrics.baselines(roster.layout, targets)
+        real_time = self._exchange.real_time
         self._emit(
-            events.RunStarted(
-                name=configuration.name,
-                preset=configuration.preset,
-                rounds=configuration.rounds,
-                first_round=first_round,
-                nodes=tuple(self._node_info(member, roster) for member in roster.members),
-                base_model=configuration.base_model,
-                output=str(self._folder),
-                model_bytes_a_node=baselines[0],
-                lora_bytes_a_rank=baselines[1],
-                real_time=self._exchange.real_time,
-                seed=configuration.seed,
+            run_started(
+                self._configuration, roster, self._folder, first_round, baselines, real_time
             )
         )
-
-        revoked = self._revoked()
-        here = {name for member in roster.members for name in member.names}
-        for node in configuration.nodes:
-            if node.name not in here:
-                text = f"{node.name} is missing, and takes part from the round after it connects"
-                if node.name in revoked:
-                    text = f"{node.name} is missing: it has been revoked"
-                self._emit(events.Notice("warning", text))
+        for text in missing(self._configuration, roster, self._revoked()):
+            self._emit(events.Notice("warning", text))
         for name, reason in self._choices.items():
             self._emit(events.Notice("info", f"{name}: {reason}"))
-
-    def _node_info(self, member: Member, roster: Roster) -> events.NodeInfo:
-        node = self._configuration.node(member.capabilities.node)
-        method = make_method(
-            self._configuration, member.capabilities, round_number=1, layout=roster.layout
-        )
-        sends = label(method, self._configuration.base_format_of(member.capabilities.node))
-        if member.capabilities.devices:
-            sends = f"sum of {len(member.capabilities.devices)}"
-        categories = ", ".join(node.categories or ()) if node else ""
-        return events.NodeInfo(
-            node=member.capabilities.node,
-            sends=sends,
-            examples=member.capabilities.examples,
-            held_out=member.capabilities.held_out,
-            description=(node.description if node else "") or categories,
-            device=member.capabilities.device,
-            threads=member.capabilities.threads,
-            memory_bytes=member.capabilities.memory_bytes,
-            accelerator_memory_bytes=member.capabilities.accelerator_memory_bytes,
-            version=", ".join(f"{k} {v}" for k, v in member.capabilities.versions.items()),
-        )
 
     def _reopen(self, ledger: Ledger, roster: Roster, collector: Collector) -> None:
         """Take up what a server before this one had asked: late answers count as if it went on."""
@@ -341,8 +280,8 @@ class Coordinator:
         wall = {
             "started": started,
             "seconds": time.monotonic() - monotonic,
-            "nodes": _seconds(outcomes),
-            "memory": _memory(outcomes),
+            "nodes": seconds_by_node(outcomes),
+            "memory": memory_by_node(outcomes),
         }
         kept = {state, last_state(ledger), *_states_before(ledger, collector.open_rounds)}
         entry = ledger.append("round", number, content, wall, signatures(outcomes))
@@ -361,67 +300,6 @@ class Coordinator:
         for outcome, share in zip(accepted, mixed.shares, strict=True):
             outcome.share = share
         return following, mixed
-
-    def _final_evaluation(
-        self, model: GlobalModel, ledger: Ledger, churn: Churn, collector: Collector
-    ) -> None:
-        """Ask every node for the loss of the model that the last round produced."""
-        number = self._configuration.rounds + 1
-        started = time.time()
-        self._emit(events.Notice("info", "final evaluation of the global model on every node"))
-        outcomes = self._evaluated_by_all(number, model, churn, collector)
-        accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
-        entering = sum_evaluations(accepted)
-        content = {
-            "entering": entering,
-            "entering_by_format": evaluations_by_format(accepted),
-            "nodes": [row(outcome) for outcome in outcomes],
-        }
-        wall = {
-            "started": started,
-            "seconds": time.time() - started,
-            "nodes": _seconds(outcomes),
-            "memory": _memory(outcomes),
-        }
-        ledger.append("evaluation", self._configuration.rounds, content, wall, signatures(outcomes))
-        self._emit_evaluation(self._configuration.rounds, entering)
-
-    def _contributions(self, ledger: Ledger, churn: Churn, collector: Collector) -> None:
-        """Ask for the loss of the model without each family; recorded as "ablation" entries."""
-        configuration = self._configuration
-        families = sorted(metrics.families(ledger))
-        done = {
-            entry.content["without"]
-            for entry in ledger.entries(metrics.ABLATION)
-            if entry.round == configuration.rounds
-        }
-        if len(families) < 2:
-            return
-        for place, family in enumerate(families):
-            if family in done:
-                continue
-            words = family.replace("_", " ")
-            self._emit(events.Notice("info", f"evaluation of the model without {words} updates"))
-            started = time.time()
-            model = without(ledger, configuration, family)
-            number = configuration.rounds + 2 + place
-            outcomes = self._evaluated_by_all(number, model, churn, collector)
-            accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
-            entering = sum_evaluations(accepted)
-            content = {
-                "without": family,
-                "entering": entering,
-                "nodes": [row(outcome) for outcome in outcomes],
-            }
-            wall = {
-                "started": started,
-                "seconds": time.time() - started,
-                "nodes": _seconds(outcomes),
-                "memory": _memory(outcomes),
-            }
-            ledger.append(
-                metrics.ABLATION, configuration.rounds, content, wall, signatures(outcomes)
-            )
 
     def _questions(
         self,
@@ -456,7 +334,7 @@ class Coordinator:
         return any(training(self._configuration, member) for member in present)
 
     def _evaluated_by_all(
-        self, number: int, model: GlobalModel, churn: Churn, collector: Collector
+        self, churn: Churn, collector: Collector, number: int, model: GlobalModel
     ) -> list[Outcome]:
         roster = churn.roster
         present = self._present(roster, churn.revoked())
@@ -480,7 +358,9 @@ class Coordinator:
         return model.carry.tail_energy(*view_limits(self._configuration))
 
     def _report(self, entry: Entry, entering: dict[str, Any] | None) -> None:
-        self._emit_evaluation(self._operations.entering(entry.round), entering)
+        evaluated = metrics.evaluation_done(self._operations.entering(entry.round), entering)
+        if evaluated is not None:
+            self._emit(evaluated)
         row = metrics.round_row(entry, None)
         self._emit(
             events.RoundCommitted(
@@ -498,34 +378,7 @@ class Coordinator:
             )
         )
 
-    def _emit_evaluation(self, round_number: int, entering: dict[str, Any] | None) -> None:
-        scores = metrics.scores(entering)
-        if scores is not None:
-            self._emit(
-                events.EvaluationDone(
-                    round=round_number,
-                    loss=scores["loss"],
-                    perplexity=scores["perplexity"],
-                    accuracy=scores["accuracy"],
-                    tokens=scores["tokens"],
-                )
-            )
-
-
-def _seconds(outcomes: list[Outcome]) -> dict[str, float | None]:
-    """By node; of a node that answered twice the first answer's, and the first is in the list first."""
-    return {outcome.plan.node: outcome.seconds for outcome in reversed(outcomes)}
-
-
-def _memory(outcomes: list[Outcome]) -> dict[str, dict[str, int]]:
-    """By node, of its first answer: what it measured, beside the hashed content as seconds are."""
-    return {outcome.plan.node: dict(outcome.measured) for outcome in reversed(outcomes)}
-
 
 def _states_before(ledger: Ledger, rounds: set[int]) -> set[str]:
     """The states with which rounds began, but for the first's, which is the base model."""
     return {e.content["state"] for e in ledger.entries("round") if e.round + 1 in rounds}
-
-
-def _evaluated(ledger: Ledger, round_number: int) -> bool:
-    return any(entry.round == round_number for entry in ledger.entries("evaluation"))
