@@ -67,7 +67,7 @@ class Operations:
         its rounds would pass with nothing in them. Afterwards ``stopped_by`` names who stopped the run,
         "" where it goes on.
         """
-        told = ""
+        told = ("", "")
         while True:
             for request in self._queue.pending():
                 model = self._carry_out(request, number, model)
@@ -75,10 +75,10 @@ class Operations:
             held = bool(self.excluded) and not may_train()
             if self.stopped_by or not (self.paused or held):
                 return model
-            phase = "paused" if self.paused else "held"
-            if phase != told:
-                told = phase
-                self._emit(events.PhaseStarted(number, phase, reason=NOBODY if held else ""))
+            phase, reason = "paused" if self.paused else "held", NOBODY if held else ""
+            if (phase, reason) != told:
+                told = (phase, reason)
+                self._emit(events.PhaseStarted(number, phase, reason=reason))
                 text = f"paused before round {number}: resume it in fedbraid dashboard"
                 if phase == "held":
                     text = f"held before round {number}: {NOBODY}, in fedbraid dashboard"

@@ -294,6 +294,23 @@ def test_a_run_without_a_node_to_train_is_held_until_one_is_readmitted_or_it_is_
     assert (state_of(live), live["reason"]) == ("finished", "")
 
 
+def test_a_paused_run_says_that_it_has_no_node_as_long_as_it_has_none(
+    configuration: RunConfiguration, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    told: list[tuple[str, bool]] = []
+
+    def act(event: events.Event) -> None:
+        if isinstance(event, events.PhaseStarted) and event.phase in ("paused", "held"):
+            told.append((event.phase, bool(read_json(folder / LIVE)["reason"])))
+            ask(folder, ("readmit", {"node": "weak"}) if event.reason else ("resume", {}))
+
+    out = [("drain", {"node": node}) for node in ("strong", "weak")]
+    run(configuration, folder, {3: [*out, ("pause", {})]}, emit=act)
+    assert told == [("paused", True), ("paused", False)]
+    assert participants(entries(folder, "round")[-1]) == {"weak"}
+
+
 def test_a_run_whose_last_rounds_missed_their_quorum_is_no_success(
     configuration: RunConfiguration, tmp_path: Path
 ) -> None:
