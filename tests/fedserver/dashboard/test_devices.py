@@ -247,7 +247,7 @@ def test_what_is_recorded_in_a_deployments_run_is_sealed_by_the_deployments_key(
         f"/runs/{name}/actions/export", data=form, headers={"accept": "application/json"}
     )
     assert answer.status_code == 202, answer.text
-    for job in client.app.state.site.desk.jobs._jobs:  # type: ignore[attr-defined]
+    for job in client.app.state.site.jobs._jobs:  # type: ignore[attr-defined]
         job.process.wait()
     ledger = Ledger(folder)
     entries = list(ledger.entries())

@@ -18,7 +18,7 @@ Sign = Callable[[str], str]
 
 
 def wait(client: TestClient) -> None:
-    for job in client.app.state.site.desk.jobs._jobs:  # type: ignore[attr-defined]
+    for job in client.app.state.site.jobs._jobs:  # type: ignore[attr-defined]
         job.process.wait()
 
 

@@ -100,7 +100,7 @@ def test_a_start_that_fails_is_told_and_leaves_the_name_free(
     assert not (runs / "again").exists()
     # What only the run itself finds out: its job fails, and the name can be taken again.
     late = form | {"overrides": 'base_model="/nowhere/at/all"'}
-    jobs = client.app.state.site.desk.jobs  # type: ignore[attr-defined]
+    jobs = client.app.state.site.jobs  # type: ignore[attr-defined]
     for _ in range(2):
         assert client.post("/start", data=late).status_code == 303
         for job in jobs._jobs:

@@ -281,7 +281,7 @@ def test_a_program_acts_by_its_token_without_a_cookie(
         )
         assert answer.status_code == status
     assert client.get("/api/v1/runs", headers={"authorization": "Bearer x"}).status_code == 401
-    for job in client.app.state.site.desk.jobs._jobs:  # type: ignore[attr-defined]
+    for job in client.app.state.site.jobs._jobs:  # type: ignore[attr-defined]
         job.process.wait()
     ledger = Ledger(runs / "mixed")
     entry = ledger.last("operator")
