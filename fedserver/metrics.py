@@ -395,6 +395,7 @@ def _node_row(node: dict[str, Any], entry: Entry) -> dict[str, Any]:
         "seconds": entry.wall["nodes"].get(node["node"]),
         "verdict": node["verdict"],
         "reason": node["reason"],
+        "staleness": entry.round - node["round"],
         "norm": node.get("norm"),
         "memory_bytes": node["memory_bytes"],
         "memory_grown": measured.get("grown"),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fedserver.deployment.invitation import Invitation
 
 API = "/api/v1"
+MOST_ROUNDS = 2**63 - 1
+"""Of a round's number in an address, which a database's integer holds."""
 
 
 class Answers:
@@ -120,5 +122,5 @@ def question_of(request: Request) -> Question:
         choice,
         dict(query),
         tuple(dict.fromkeys(query.getlist("run"))),
-        request.path_params.get("round", 0),
+        min(request.path_params.get("round", 0), MOST_ROUNDS),
     )

@@ -174,7 +174,7 @@ class Site(Answers):
     async def replay(self, request: Request) -> Response:
         """How far the replay of a round is, and what it gave."""
         run = await run_in_threadpool(self.reader, request)
-        page = await run_in_threadpool(self.replays.page, run, request.path_params["round"])
+        page = await run_in_threadpool(self.replays.page, run, question_of(request).round)
         return self.answer(request, page, "replay.html.jinja", view=ROUND)
 
     async def report(self, request: Request) -> Response:

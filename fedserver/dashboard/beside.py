@@ -16,6 +16,7 @@ def served(folder: Path) -> Iterator[None]:
     process = subprocess.Popen(
         [
             sys.executable,
+            "-P",
             "-m",
             "simulations.command",
             "dashboard",

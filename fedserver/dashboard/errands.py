@@ -42,7 +42,7 @@ def question(
 def run(asked: dict[str, Any]) -> int:
     """Carry a request out and settle it; returns the command's exit status."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "simulations.command", *asked["words"]],
+        [sys.executable, "-P", "-m", "simulations.command", *asked["words"]],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

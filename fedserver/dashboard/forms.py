@@ -15,7 +15,7 @@ from fedserver.dashboard.access_view import access
 from fedserver.dashboard.accounts import AccountError, Accounts
 from fedserver.dashboard.actions import Desk, scenario_names
 from fedserver.dashboard.answers import Answers, wants_json
-from fedserver.dashboard.guard import StaleForm, form_of
+from fedserver.dashboard.guard import StaleForm, operators_form
 from fedserver.dashboard.html import render
 from fedserver.dashboard.jobs import JobError
 from fedserver.dashboard.page import Question, run_address
@@ -47,12 +47,12 @@ class Forms(Answers):
         run = await run_in_threadpool(self.reader, request)
         action = request.path_params["action"]
         here = run_address(run.identity, "control")
-        if request.method == "GET":
+        if request.method != "POST":
             return RedirectResponse(here, 303)
         done, problem, status = "", "", 202
         form: dict[str, str] = {}
         try:
-            form = await form_of(request)
+            form = await operators_form(request)
             done = await run_in_threadpool(
                 self.desk.act, run, action, form, request.scope["session"]
             )
@@ -84,7 +84,7 @@ class Forms(Answers):
         problem, status = "", 200
         if request.method == "POST":
             try:
-                form = await form_of(request)
+                form = await operators_form(request)
                 session = request.scope["session"]
                 name = await run_in_threadpool(self.desk.start, form, session)
                 return RedirectResponse("/server?" + urlencode({"started": name}), 303)
@@ -105,13 +105,13 @@ class Forms(Answers):
 
     async def invite(self, request: Request) -> Response:
         """An enrolment token for a device: the one answer that ever holds it."""
-        if request.method == "GET":
+        if request.method != "POST":
             return RedirectResponse("/devices", 303)
         made, problem, status = None, "", 201
         form: dict[str, str] = {}
         root = self.library.root
         try:
-            form = await form_of(request)
+            form = await operators_form(request)
             who = request.scope["session"]
             made = await run_in_threadpool(devices.invite, root, form, who)
         except StaleForm as error:
@@ -136,11 +136,11 @@ class Forms(Answers):
 
     async def revoke_token(self, request: Request) -> Response:
         """End a program's token."""
-        if request.method == "GET":
+        if request.method != "POST":
             return RedirectResponse("/access", 303)
         form: dict[str, str] = {}
         try:
-            form = await form_of(request)
+            form = await operators_form(request)
             reason = form.get("reason", "").strip()[:500]
             if not reason:
                 raise ControlError("say why: the reason stands in the record")
@@ -162,11 +162,11 @@ class Forms(Answers):
         """Replay a run to a round."""
         run = await run_in_threadpool(self.reader, request)
         here = run_address(run.identity, "ledger")
-        if request.method == "GET":
+        if request.method != "POST":
             return RedirectResponse(here, 303)
         form: dict[str, str] = {}
         try:
-            form = await form_of(request)
+            form = await operators_form(request)
             number = int(form.get("round", ""))
             await run_in_threadpool(self.replays.start, run, number)
         except StaleForm as error:

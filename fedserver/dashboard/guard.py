@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import Request, cookie_parser
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +21,7 @@ OPERATORS = ("/access", "/api/v1/access")
 """What only operators may see, with all below it."""
 PUBLIC = ("/login", oidc.START, oidc.CALLBACK)
 LARGEST_BODY = 1 << 16
+ACTS = "a viewer may look; an operator acts"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self';"
     " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -69,7 +71,7 @@ class Guard:
         await self._app(scope, receive, send_guarded)
 
     def _refusal(self, scope: Scope, headers: Headers, path: str) -> Response | None:
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        host = _host_of(headers)
         if self._hosts is not None and host not in self._hosts:
             # A foreign name that resolves to this machine is somebody else's page at work.
             return PlainTextResponse("this server is not known by that name", 421)
@@ -97,8 +99,15 @@ class Guard:
             return PlainTextResponse("an operator's account is needed to see this", 403)
         everybodys = path in ("/login", "/logout")
         if acts and not everybodys and (session is None or not session.may_act):
-            return PlainTextResponse("a viewer may look; an operator acts", 403)
+            return PlainTextResponse(ACTS, 403)
         return None
+
+
+def _host_of(headers: Headers) -> str:
+    try:
+        return urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    except ValueError:
+        return ""
 
 
 class StaleForm(PermissionError):
@@ -130,6 +139,14 @@ async def form_of(request: Request) -> dict[str, str]:
         if not hmac.compare_digest(sent.encode(), session.csrf.encode()):
             raise StaleForm(fields)
     return fields
+
+
+async def operators_form(request: Request) -> dict[str, str]:
+    """The fields of a form that acts, as of ``form_of``. Raises HTTPException for who may not act."""
+    session: Session | None = request.scope["session"]
+    if request.method != "POST" or session is None or not session.may_act:
+        raise HTTPException(403, ACTS)
+    return await form_of(request)
 
 
 def _address(scope: Scope) -> str:

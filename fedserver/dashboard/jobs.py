@@ -83,7 +83,7 @@ class Jobs:
             log = self._folder / f"job-{time.time_ns()}.log"
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", program, *arguments],
+                    [sys.executable, "-P", "-m", program, *arguments],
                     cwd=where,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -139,7 +139,7 @@ def _shown(value: Any) -> str:
 def refusal_of(arguments: Sequence[str], where: Path) -> str:
     """What ``fedbraid ARGUMENTS``, which ends soon, says against it; "" where it says nothing."""
     done = subprocess.run(
-        [sys.executable, "-m", COMMAND, *arguments],
+        [sys.executable, "-P", "-m", COMMAND, *arguments],
         cwd=where,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -165,6 +165,9 @@ def plan(run: RunReader, question: Question) -> Page:
             "why": why(configuration, configured.get(node["node"], {}), asked),
         }
 
+    # A late answer stands in the round in which it came, with the plan of its own.
+    nodes = entry["content"].get("nodes", ()) if entry else ()
+    asked_now = [node for node in nodes if entry and node["round"] == entry["round"]]
     data = {**header(run), "shown": entry["round"] if entry else None}
     return page_of(
         data,
@@ -172,7 +175,7 @@ def plan(run: RunReader, question: Question) -> Page:
             "plan",
             "Plans",
             PLAN,
-            LazyRows(entry["content"].get("nodes", ()) if entry else (), row),
+            LazyRows(asked_now, row),
             question.choice,
             empty="No round was planned and committed.",
         ),
@@ -216,7 +219,8 @@ def privacy(run: RunReader, question: Question) -> Page:
                 node["node"],
                 {"node": node["node"], "rounds": 0, "of": 0, "examples": None, "share": None},
             )
-            row["of"] += 1
+            # Who answers late was asked in an earlier round, and is counted there.
+            row["of"] += not _late(node)
             if node["verdict"] == "accepted":
                 row["rounds"] += 1
                 row["examples"] = node["examples"]
@@ -256,7 +260,8 @@ def robustness(run: RunReader, question: Question) -> Page:
             row = rows.setdefault(
                 node["node"], {"node": node["node"], "accepted": 0, "refused": 0, "reason": None}
             )
-            row["accepted" if node["verdict"] == "accepted" else "refused"] += 1
+            if node["verdict"] == "accepted" or not _late(node):
+                row["accepted" if node["verdict"] == "accepted" else "refused"] += 1
             row["reason"] = node["reason"] or row["reason"]
     for node in last:
         norm, median = node.get("norm"), middle.get(node.get("family", ""))
@@ -299,6 +304,11 @@ def _past(run: RunReader, out: Collection[str]) -> dict[str, Past]:
             found.setdefault(node["node"], Past()).take_older(number, node)
     gone = [name for name in out if found.get(name, Past()).accepted is None]
     return found | run.past(gone)
+
+
+def _late(node: Row) -> bool:
+    """Whether a row is an answer to an earlier round's question."""
+    return bool(node["staleness"])
 
 
 def _anybody_says(key: str, *sources: Mapping[str, Row]) -> bool:

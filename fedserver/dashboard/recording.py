@@ -49,6 +49,7 @@ async def verify(folder: Path) -> dict[str, Any]:
     """``problems``, ``height`` and ``head`` of a ledger, every entry and blob hashed again."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",
         "-m",
         PROGRAM,
         stdin=asyncio.subprocess.PIPE,
@@ -77,7 +78,7 @@ async def verify(folder: Path) -> dict[str, Any]:
 
 def _ask(question: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", PROGRAM],
+        [sys.executable, "-P", "-m", PROGRAM],
         input=json.dumps(question, allow_nan=False),
         capture_output=True,
         text=True,

@@ -41,6 +41,8 @@ class SignIn:
     async def login(self, request: Request) -> Response:
         """The form, what it sends, and the link that a terminal printed."""
         wanted = request.scope.get("wanted", "")
+        if request.method == "HEAD":
+            return Response()
         if request.method == "GET":
             cookie = self.accounts.accept(request.query_params.get("invitation", ""))
             if cookie is not None:

@@ -62,6 +62,39 @@ def test_strangers_get_nothing_and_viewers_cannot_act(client: TestClient, sign_i
     assert client.get("/").status_code == 200
 
 
+@pytest.mark.parametrize("name", ["vera", "olga"])
+def test_asking_for_headers_alone_does_nothing(
+    name: str, client: TestClient, sign_in: SignIn, runs: Path
+) -> None:
+    """HEAD belongs to every address that can be opened; it carried a form past the guard once."""
+    before = Ledger(runs / "mixed").head
+    form = {"csrf": sign_in(name), "reason": "because", "kind": "merged", "round": "1"}
+    for path in (
+        *(f"/runs/mixed/actions/{action}" for action in ARGUMENTS),
+        "/runs/mixed/ledger/replay",
+        "/start",
+        "/devices/invite",
+        "/access/revoke",
+        "/login",
+    ):
+        # Never what a form that was carried out answers: 201, 202, or the way to what was begun.
+        answer = client.request("HEAD", path, data=form, headers={"accept": "application/json"})
+        assert answer.status_code in (200, 303, 403), path
+        assert "replay" not in answer.headers.get("location", "")
+    assert not ControlQueue(runs / "mixed").requests()
+    assert Ledger(runs / "mixed").head == before
+    assert client.get("/").status_code == 200, "it did not sign out"
+
+
+def test_addresses_out_of_all_bounds_are_nowhere(client: TestClient, sign_in: SignIn) -> None:
+    sign_in("vera")
+    assert client.get("/", headers={"host": "["}).status_code == 421
+    for number in (10**20, 2**63 - 1):
+        assert client.get(f"/runs/mixed/rounds/{number}").status_code == 404
+        assert client.get(f"/api/v1/runs/mixed/rounds/{number}").status_code == 404
+        assert client.get(f"/runs/mixed/rounds/{number}/replay").status_code == 404
+
+
 @pytest.mark.parametrize("action", sorted(ARGUMENTS))
 def test_actions_need_the_sessions_own_token(
     action: str, client: TestClient, sign_in: SignIn, runs: Path
