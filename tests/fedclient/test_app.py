@@ -35,9 +35,8 @@ def asked(
     kind: str, payload: bytes, worker: Worker | None = None, **node_config: Any
 ) -> ConfigRecord:
     """The record with which a ClientApp, called as Flower calls it, replies."""
-    context = Context(
-        run_id=1, node_id=2, node_config=node_config, state=RecordDict(), run_config={}
-    )
+    settings = {"partition-id": 0} | node_config
+    context = Context(run_id=1, node_id=2, node_config=settings, state=RecordDict(), run_config={})
     content = RecordDict({RECORD: ConfigRecord({"payload": payload})})
     message = Message(content, dst_node_id=2, message_type=kind)
     reply = make_app(answers_of(worker or Worker()))(message, context)
