@@ -7,13 +7,13 @@ command ``fedbraid server invite`` makes is listed with the open ones, and recor
 
 from __future__ import annotations
 
-import re
 import sqlite3
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedhost.node_names import is_node_name
 from fedserver.control import OPERATOR, ControlError
 from fedserver.dashboard import recording
 from fedserver.dashboard.accounts import Session
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from fedserver.deployment.folder import ServerFolder
     from fedserver.deployment.invitation import Invitation
 
-NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
 HOURS, MOST_HOURS = 24.0, 24.0 * 30
 JOINED = (
     Column("name", "Node"),
@@ -121,7 +120,7 @@ def invite(root: Path, form: Mapping[str, str], who: Session) -> Invitation:
             f"{root} is no deployment, so no device can join: 'fedbraid server up DIR' makes one"
         )
     name, reason = form.get("name", "").strip(), form.get("reason", "").strip()
-    if not NODE_NAME.fullmatch(name):
+    if not is_node_name(name):
         raise ControlError("a node's name is letters, digits, spaces and . _ -, at most 64 of them")
     if not reason:
         raise ControlError("say why: the reason stands in the ledger")

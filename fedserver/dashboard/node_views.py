@@ -308,7 +308,7 @@ def _past(run: RunReader, out: Collection[str]) -> dict[str, Past]:
 
 def _late(node: Row) -> bool:
     """Whether a row is an answer to an earlier round's question."""
-    return bool(node["staleness"])
+    return bool(node.get("staleness"))
 
 
 def _anybody_says(key: str, *sources: Mapping[str, Row]) -> bool:

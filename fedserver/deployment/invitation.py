@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass
 
 from fedhost.enrolment import EnrolmentRefused, Token, fingerprint_of
+from fedhost.node_names import NAME_LENGTH, is_node_name
 from fedserver.deployment.folder import ServerFolder
 from fedserver.deployment.registry import Registry
-from fedserver.scenario.nodes import NAME_LENGTH, is_node_name
 
 SECONDS_AN_HOUR = 3600.0
 MOST_HOURS = 24.0 * 365

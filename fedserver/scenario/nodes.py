@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from aggregators.methods import BaseFormat
 from aggregators.presets import Strand
+from fedhost.node_names import NAME, NAME_LENGTH
 from fedserver.scenario.table import Several, Table
 
 Fault = Literal["nan", "shape", "layout", "twice", "late", "never", "crash"]
-NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"
-NAME_LENGTH = 64
 FAULTS: tuple[str, ...] = get_args(Fault)
 
 
@@ -58,9 +56,3 @@ class NodeConfiguration(Table):
     away: Several[Annotated[int, Field(ge=1)]] = Field(
         default=(), description="rounds in which the simulated node does not answer"
     )
-
-
-def is_node_name(text: str) -> bool:
-    """Whether a scenario could name a node so."""
-    # Python's $ is also before a newline at the end.
-    return re.fullmatch(NAME.rstrip("$"), text) is not None and len(text) <= NAME_LENGTH

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhost.enrolment import EnrolmentRefused
+from fedhost.node_names import is_node_name
 from fedserver.configuration import ConfigurationError, parse
 from fedserver.deployment.folder import ServerFolder
 from fedserver.deployment.invitation import invite
-from fedserver.scenario.nodes import is_node_name
 
 NAMES = st.text(st.sampled_from("aZ09 ._-/\n\tä"), max_size=70) | st.text(max_size=5)
 
