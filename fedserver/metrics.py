@@ -177,7 +177,10 @@ def families(ledger: Ledger) -> dict[str, dict[str, Any]]:
 def summarise(
     ledger: Ledger, configuration: RunConfiguration, layout: Layout, targets: Sequence[str]
 ) -> dict[str, Any]:
-    """The run in one dictionary: before, after, bytes against the two obvious baselines."""
+    """The run in one dictionary: before, after, bytes against the two obvious baselines.
+
+    ``before`` and ``after`` are of the same nodes; ``eval_loss`` is the newest, of all who answered.
+    """
     lines = rows(ledger, configuration)
     before, after = _before_and_after(ledger)
     genesis = ledger.last("genesis")
@@ -196,6 +199,9 @@ def summarise(
         "nodes": len(configuration.nodes),
         "before": before,
         "after": after,
+        "eval_loss": next(
+            (line["eval_loss"] for line in reversed(lines) if line["eval_loss"] is not None), None
+        ),
         "families": families(ledger),
         "bytes_up": _bytes(ledger, "bytes_up"),
         "bytes_down": _bytes(ledger, "bytes_down"),

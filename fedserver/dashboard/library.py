@@ -149,8 +149,7 @@ class Library:
             return dict(held[1])
         live, summary = read_json(folder / LIVE), read_json(folder / SUMMARY)
         told = settled(live, summary)
-        before, after = (summary.get(part) or {} for part in ("before", "after"))
-        losses = before.get("loss"), after.get("loss")
+        losses = (summary.get("before") or {}).get("loss"), summary.get("eval_loss")
         if not told:
             losses = self._losses_so_far(name, folder, stamps[2])
         row = {

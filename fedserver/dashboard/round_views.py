@@ -145,6 +145,7 @@ def totals(run: RunReader) -> dict[str, Any]:
     before = (run.summary().get("before") or {}).get("loss")
     return {
         **moved(run),
+        "seconds_a_round": statistics.fmean(row["seconds"] for row in rounds) if rounds else None,
         "bytes_full_model": told.get("model_bytes_a_node", 0) * asked or None,
         "bytes_full_lora": told.get("lora_bytes_a_rank", 0) * ranks or None,
         "accepted": sum(row["accepted"] for row in rounds),

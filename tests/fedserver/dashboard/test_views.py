@@ -214,6 +214,8 @@ def test_runs_compare_and_live_say_the_same_of_a_run(
         for rows in (listed, compared["compared"]["rows"]):
             assert [row[key] for row in rows] == [pytest.approx(summary[key])] * 2
         assert live["totals"][key] == pytest.approx(summary[key])
+    assert [row["loss_after"] for row in listed] == [pytest.approx(live["totals"]["eval_loss"])] * 2
+    assert live["totals"]["eval_loss"] == pytest.approx(summary["eval_loss"])
     assert {row["head"] for row in compared["compared"]["rows"]} == {head}
     for rows in (listed, compared["compared"]["rows"]):
         assert {row["run"] for row in rows} == {"mixed", "mixed-again"}
