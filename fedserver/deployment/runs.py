@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedhost.process_identity import is_alive, number_of
 from fedhost.supervision import status_of
 from fedserver import events
 from fedserver.configuration import RunConfiguration, load
@@ -31,7 +32,7 @@ from fedserver.deployment.flower_control import (
 )
 from fedserver.deployment.folder import ServerFolder
 from fedserver.deployment.registry import Registry
-from fedserver.live_log import EVENTS, LIVE, is_running, process_identity
+from fedserver.live_log import EVENTS, LIVE, is_running
 
 POLL_SECONDS = 1.0
 # Flower is asked this often which nodes are there; a terminal is told this often whom a run waits for.
@@ -189,12 +190,11 @@ def stop(folder: ServerFolder, control: FlowerControl, live: LiveRun) -> None:
 def _end_process(folder: Path) -> None:
     """See to it that the process that writes a run's folder has gone."""
     identity = str(told(folder).get("process") or "")
-    pid = identity.partition("@")[0]
     until = time.monotonic() + STOP_SECONDS / 3
-    while pid.isdigit() and process_identity(int(pid)) == identity:
+    while is_alive(identity):
         if time.monotonic() >= until:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(number_of(identity), signal.SIGKILL)
         time.sleep(POLL_SECONDS / 4)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from fedhost import supervision
 from fedhost.supervision import SupervisionError, clear_leftovers, status_of, stop
 
 PATIENCE_SECONDS = 60.0
@@ -132,6 +133,37 @@ def test_what_a_killed_supervisor_left_is_ended_by_the_next(tmp_path: Path, star
     assert _alive(orphan)
     start([{"name": "one", "code": [WAIT]}])
     assert until(ready(tmp_path))["pid"] != orphan
+    assert not _alive(orphan)
+
+
+def test_a_clock_that_is_set_hides_no_process(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor = start([{"name": "one", "code": [WAIT]}])
+    child = until(ready(tmp_path))["pid"]
+    # The time of day of a start is reckoned from the machine's, which moves with the clock.
+    began = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: began(process) + 100.0)
+    assert status_of(tmp_path) is not None
+    assert stop(tmp_path)
+    supervisor.wait()
+    assert not _alive(child)
+
+
+def test_what_cannot_be_ended_is_named_and_stays_on_record(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = start([{"name": "one", "code": [WAIT]}])
+    orphan = until(ready(tmp_path))["pid"]
+    killed.kill()
+    killed.wait()
+    with monkeypatch.context() as powerless:
+        powerless.setattr(supervision, "STOP_SECONDS", 0.1)
+        powerless.setattr(supervision, "_signal_group", lambda group, number: None)
+        with pytest.raises(SupervisionError, match=str(orphan)):
+            stop(tmp_path)
+    assert _alive(orphan)
+    assert stop(tmp_path)
     assert not _alive(orphan)
 
 
