@@ -152,6 +152,18 @@ class Supervisor:
             _signal_group(one.process.pid, signal.SIGKILL)
 
     def _start(self, one: _Running, now: float) -> None:
+        """Start a child. Where the machine lets it not, for want of room or of files, it has died."""
+        one.started = now
+        try:
+            self._launch(one)
+        except OSError as error:
+            _complain(one, f"{one.child.name} cannot be started: {error}")
+            if one.process is not None:
+                one.process.kill()
+            else:
+                self._pause(one, now)
+
+    def _launch(self, one: _Running) -> None:
         log = self._logs / f"{one.child.name}.log"
         if log.exists() and log.stat().st_size > LOG_BYTES:
             os.replace(log, log.with_suffix(".log.1"))
@@ -165,7 +177,7 @@ class Supervisor:
                 start_new_session=True,
                 cwd=self._folder,
             )
-        one.state, one.started = "starting", now
+        one.state = "starting"
         one.groups.append(process_identity(one.process.pid, unreaped=True))
 
     def _died(self, one: _Running, code: int, now: float) -> None:
@@ -177,6 +189,9 @@ class Supervisor:
             self._failure = one.child.finish[code]
             self._stopping = True
             return
+        self._pause(one, now)
+
+    def _pause(self, one: _Running, now: float) -> None:
         one.state, one.restarts = "restarting", one.restarts + 1
         one.resume_at = now + one.pause
         one.pause = min(2 * one.pause, LONGEST_PAUSE)
@@ -225,12 +240,16 @@ def _serves(one: _Running) -> bool:
     try:
         return one.child.ready()
     except Exception as error:
-        complaint = f"{one.child.name} cannot be asked whether it serves: {error!r}"
-        if complaint != one.complaint:
-            one.complaint = complaint
-            with contextlib.suppress(OSError):
-                print(complaint, file=sys.stderr, flush=True)
+        _complain(one, f"{one.child.name} cannot be asked whether it serves: {error!r}")
         return False
+
+
+def _complain(one: _Running, complaint: str) -> None:
+    """Tell something of a child, once in a row."""
+    if complaint != one.complaint:
+        one.complaint = complaint
+        with contextlib.suppress(OSError):
+            print(complaint, file=sys.stderr, flush=True)
 
 
 def status_of(folder: Path) -> dict[str, Any] | None:
@@ -307,11 +326,26 @@ def start_detached(command: Sequence[str], folder: Path, settled: Callable[[], b
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
+    """The status file; None where there is none, or one that a broken disk left unreadable.
+
+    Raises SupervisionError for one that may not be read.
+    """
     try:
         found: dict[str, Any] = json.loads((folder / STATUS).read_text())
-    except FileNotFoundError:
+        groups = [group for child in found["children"].values() for group in child["groups"]]
+        numbers = [number_of(identity) for identity in (found["identity"], *groups)]
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):
         return None
-    return found
+    except OSError as error:
+        raise SupervisionError(f"{folder / STATUS} cannot be read: {error.strerror}") from None
+    return found if found.get("pid") == numbers[0] else None
 
 
 def _not_ended(folder: Path, left: Sequence[int]) -> str:

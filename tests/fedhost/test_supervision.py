@@ -167,6 +167,36 @@ def test_what_cannot_be_ended_is_named_and_stays_on_record(
     assert not _alive(orphan)
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [b"", b'{"pid": 4', b"\xff\xfe", b"[1]", b'{"pid": 1}', b'{"pid": 1, "identity": "x"}'],
+)
+def test_a_damaged_status_file_is_that_of_no_supervisor(
+    damaged: bytes, tmp_path: Path, start: Start
+) -> None:
+    (tmp_path / "status.json").write_bytes(damaged)
+    assert status_of(tmp_path) is None
+    assert not stop(tmp_path)
+    clear_leftovers(tmp_path)
+
+
+def test_a_child_that_cannot_be_started_is_tried_again_and_the_others_run_on(
+    tmp_path: Path, start: Start
+) -> None:
+    log = tmp_path / "logs" / "one.log"
+    log.mkdir(parents=True)  # no file is opened there
+    driver = start([{"name": "before", "code": [WAIT]}, {"name": "one", "code": [WAIT]}])
+    until(lambda: (told := status_of(tmp_path)) and told["children"]["one"]["restarts"] >= 1)
+    before = until(ready(tmp_path, "before"))
+    log.rmdir()
+    until(ready(tmp_path, restarts=1))
+    assert until(ready(tmp_path, "before"))["pid"] == before["pid"]
+    driver.terminate()
+    _, text = driver.communicate(timeout=PATIENCE_SECONDS)
+    assert driver.returncode == 0
+    assert text.count("cannot be started") == 1
+
+
 def test_two_supervisors_do_not_share_a_folder(tmp_path: Path, start: Start) -> None:
     start([{"name": "one", "code": [WAIT]}])
     until(ready(tmp_path))
