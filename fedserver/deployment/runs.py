@@ -105,7 +105,6 @@ class Awaited:
         return text
 
     def _text(self) -> str:
-        online = self._control.online()
         registry = Registry(self._registry)
         try:
             nodes, invited = registry.nodes(), registry.open_invitations(time.time())
@@ -113,18 +112,24 @@ class Awaited:
             registry.close()
         joined = {node.name for node in nodes if node.revoked is None}
         revoked = {node.name for node in nodes} - joined
+        # Flower takes a while to miss a node that was shut out.
+        online = self._control.online() - revoked
+        awaited = [name for name in self._names if name not in revoked]
         missing = []
-        for name in self._names:
-            if name in online or name in revoked:
-                continue
-            how = "invited, has not joined" if name in invited else "not invited yet"
-            missing.append(f"{name} ({'not connected' if name in joined else how})")
+        for name in awaited:
+            if name not in online:
+                how = "invited, has not joined" if name in invited else "not invited yet"
+                missing.append(f"{name} ({'not connected' if name in joined else how})")
         strangers = sorted(online - set(self._names))
-        text = f"{len(online & set(self._names))} of {len(self._names)} nodes are connected"
+        there = len(online & set(awaited))
+        text = f"{there} of {len(awaited)} nodes are connected"
         if missing:
             text = f"waits for {', '.join(missing)}; {text}"
-        elif not strangers:
+        elif there and not strangers:
             text += "; they load their model"
+        for name in self._names:
+            if name in revoked:
+                text += f"; {name} is revoked"
         if strangers:
             text += f"; not in the scenario: {', '.join(strangers)}"
         return text
