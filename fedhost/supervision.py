@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from typing import Any
 import psutil
 
 from fedhost.private_files import make_private_folder, write_private
+from fedhost.process_identity import is_alive, number_of, process_identity
 
 STATUS = "status.json"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 # A child that lived this long was well: its next failure starts with the shortest pause again.
 WELL_SECONDS = 60.0
-STOP_SECONDS = 10.0
+STOP_SECONDS, LOOK_SECONDS = 10.0, 0.05
 # A child that serves is asked so often whether it still does; one that is silent so many times hangs.
 PROBE_SECONDS, SILENT_PROBES = 3.0, 4
 # One that does not serve so long after its start hangs as well.
@@ -72,7 +73,7 @@ class _Running:
     complaint: str = ""
     restarts: int = 0
     last_exit: int | None = None
-    groups: list[tuple[int, float]] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
 
 
 class Supervisor:
@@ -81,6 +82,7 @@ class Supervisor:
     def __init__(self, folder: Path, children: Sequence[Child]) -> None:
         self._folder = folder
         self._logs = make_private_folder(folder / "logs")
+        self._identity = process_identity(os.getpid())
         self._running = [_Running(child) for child in children]
         self._wake = threading.Event()
         self._stopping = False
@@ -150,6 +152,18 @@ class Supervisor:
             _signal_group(one.process.pid, signal.SIGKILL)
 
     def _start(self, one: _Running, now: float) -> None:
+        """Start a child. Where the machine lets it not, for want of room or of files, it has died."""
+        one.started = now
+        try:
+            self._launch(one)
+        except OSError as error:
+            _complain(one, f"{one.child.name} cannot be started: {error}")
+            if one.process is not None:
+                one.process.kill()
+            else:
+                self._pause(one, now)
+
+    def _launch(self, one: _Running) -> None:
         log = self._logs / f"{one.child.name}.log"
         if log.exists() and log.stat().st_size > LOG_BYTES:
             os.replace(log, log.with_suffix(".log.1"))
@@ -163,8 +177,8 @@ class Supervisor:
                 start_new_session=True,
                 cwd=self._folder,
             )
-        one.state, one.started = "starting", now
-        one.groups.append((one.process.pid, _birth(one.process.pid)))
+        one.state = "starting"
+        one.groups.append(process_identity(one.process.pid, unreaped=True))
 
     def _died(self, one: _Running, code: int, now: float) -> None:
         assert one.process is not None
@@ -175,6 +189,9 @@ class Supervisor:
             self._failure = one.child.finish[code]
             self._stopping = True
             return
+        self._pause(one, now)
+
+    def _pause(self, one: _Running, now: float) -> None:
         one.state, one.restarts = "restarting", one.restarts + 1
         one.resume_at = now + one.pause
         one.pause = min(2 * one.pause, LONGEST_PAUSE)
@@ -182,7 +199,7 @@ class Supervisor:
     def _write(self) -> None:
         status = {
             "pid": os.getpid(),
-            "birth": _birth(os.getpid()),
+            "identity": self._identity,
             "children": {
                 one.child.name: {
                     "pid": one.process.pid if one.process else None,
@@ -201,16 +218,21 @@ class Supervisor:
 
     def _end_all(self) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        left: list[int] = []
         for one in reversed(self._running):
             if one.process is not None:
                 one.process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     one.process.wait(STOP_SECONDS)
-            for group, birth in one.groups:
-                _end_group(group, birth)
+            left += [pid for group in one.groups for pid in _end_group(group)]
             if one.process is not None:
-                one.process.wait()
-        (self._folder / STATUS).unlink(missing_ok=True)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    one.process.wait(STOP_SECONDS / 2)
+        if left:
+            # Whoever comes next must know of them.
+            self._failure = self._failure or _not_ended(self._folder, left)
+        else:
+            (self._folder / STATUS).unlink(missing_ok=True)
 
 
 def _serves(one: _Running) -> bool:
@@ -218,47 +240,57 @@ def _serves(one: _Running) -> bool:
     try:
         return one.child.ready()
     except Exception as error:
-        complaint = f"{one.child.name} cannot be asked whether it serves: {error!r}"
-        if complaint != one.complaint:
-            one.complaint = complaint
-            with contextlib.suppress(OSError):
-                print(complaint, file=sys.stderr, flush=True)
+        _complain(one, f"{one.child.name} cannot be asked whether it serves: {error!r}")
         return False
+
+
+def _complain(one: _Running, complaint: str) -> None:
+    """Tell something of a child, once in a row."""
+    if complaint != one.complaint:
+        one.complaint = complaint
+        with contextlib.suppress(OSError):
+            print(complaint, file=sys.stderr, flush=True)
 
 
 def status_of(folder: Path) -> dict[str, Any] | None:
     """What the supervisor of this folder says; None when none is running."""
     told = _read(folder)
-    return told if told is not None and _is_alive(told["pid"], told["birth"]) else None
+    return told if told is not None and is_alive(told["identity"]) else None
 
 
 def stop(folder: Path) -> bool:
-    """End the supervisor of this folder and all its children; False when nothing was running."""
+    """End the supervisor of this folder and all its children; False when nothing was running.
+
+    Raises SupervisionError with the processes that could not be ended.
+    """
     told = _read(folder)
     if told is None:
         return False
-    if _is_alive(told["pid"], told["birth"]):
-        os.kill(told["pid"], signal.SIGTERM)
-        try:
-            psutil.Process(told["pid"]).wait(STOP_SECONDS * (len(told["children"]) + 1))
-        except psutil.TimeoutExpired:
-            os.kill(told["pid"], signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            pass
+    patience = STOP_SECONDS * (len(told["children"]) + 1)
+    for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, STOP_SECONDS)):
+        if is_alive(told["identity"]):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(told["pid"], number)
+            _await_end([told["identity"]], seconds)
+    if is_alive(told["identity"]):
+        raise SupervisionError(_not_ended(folder, [told["pid"]]))
     clear_leftovers(folder)
     return True
 
 
 def clear_leftovers(folder: Path) -> None:
-    """End what a supervisor that was killed has left running. Raises if one is still at work."""
+    """End what a supervisor that was killed has left running.
+
+    Raises SupervisionError if one is still at work, or something could not be ended.
+    """
     told = _read(folder)
     if told is None:
         return
-    if _is_alive(told["pid"], told["birth"]) and told["pid"] != os.getpid():
+    if is_alive(told["identity"]) and told["pid"] != os.getpid():
         raise SupervisionError(f"{folder} is already running (process {told['pid']})")
-    for child in told["children"].values():
-        for group, birth in child["groups"]:
-            _end_group(group, birth)
+    groups = [group for child in told["children"].values() for group in child["groups"]]
+    if left := [pid for group in groups for pid in _end_group(group)]:
+        raise SupervisionError(_not_ended(folder, left))
     (folder / STATUS).unlink(missing_ok=True)
 
 
@@ -294,40 +326,55 @@ def start_detached(command: Sequence[str], folder: Path, settled: Callable[[], b
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
+    """The status file; None where there is none, or one that a broken disk left unreadable.
+
+    Raises SupervisionError for one that may not be read.
+    """
     try:
         found: dict[str, Any] = json.loads((folder / STATUS).read_text())
-    except FileNotFoundError:
+        groups = [group for child in found["children"].values() for group in child["groups"]]
+        numbers = [number_of(identity) for identity in (found["identity"], *groups)]
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):
         return None
-    return found
+    except OSError as error:
+        raise SupervisionError(f"{folder / STATUS} cannot be read: {error.strerror}") from None
+    return found if found.get("pid") == numbers[0] else None
 
 
-def _birth(pid: int) -> float:
-    """When a process began: its number alone may belong to another one by now."""
-    try:
-        return psutil.Process(pid).create_time()
-    except psutil.NoSuchProcess:
-        return 0.0
+def _not_ended(folder: Path, left: Sequence[int]) -> str:
+    numbers = ", ".join(map(str, left))
+    return f"{folder}: these processes cannot be ended: {numbers}; see to them, then stop it again"
 
 
-def _is_alive(pid: int, birth: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() == birth
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _end_group(group: int, birth: float) -> None:
-    """End a process group: politely if its leader lives, then for good.
+def _end_group(identity: str) -> list[int]:
+    """End a process group, politely and then for good; returns the numbers of those that still live.
 
     Without its leader the group is ended only if no later process took the leader's number.
     """
-    if _birth(group) not in (0.0, birth):
-        return
-    _signal_group(group, signal.SIGTERM)
-    members = [p for p in psutil.process_iter() if _group_of(p.pid) == group]
-    psutil.wait_procs(members, STOP_SECONDS / 2)
-    _signal_group(group, signal.SIGKILL)
+    group = number_of(identity)
+    if process_identity(group) not in ("", identity):
+        return []
+    left: list[str] = []
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        _signal_group(group, number)
+        members = [process_identity(pid) for pid in psutil.pids() if _group_of(pid) == group]
+        left = _await_end(filter(None, members), STOP_SECONDS / 2)
+    return [number_of(one) for one in left]
+
+
+def _await_end(identities: Iterable[str], seconds: float) -> list[str]:
+    """Wait until these processes have gone; returns those that have not."""
+    left, until = list(identities), time.monotonic() + seconds
+    while (left := [one for one in left if is_alive(one)]) and time.monotonic() < until:
+        time.sleep(LOOK_SECONDS)
+    return left
 
 
 def _group_of(pid: int) -> int | None:

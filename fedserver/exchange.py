@@ -196,7 +196,11 @@ class Exchange:
                 look_at = now + NEWCOMERS_SECONDS
                 if stops():
                     raise Abandoned
-                self._leave(leaves(), waiting)
+                gone = leaves()
+                self._leave(gone, waiting)
+                if kind == QUERY:
+                    # One that was only cut off is met as a newcomer when it is back.
+                    self._known.difference_update(gone)
             self._send_again(waiting)
             if newcomers is not None:
                 self._look_for_newcomers(newcomers.query)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fedhost.process_identity import is_alive, process_identity
 from fedserver import events
 
 EVENTS, LIVE = "events.jsonl", "live.json"
@@ -139,23 +140,6 @@ class LiveLog:
         draft.replace(target)
 
 
-def process_identity(pid: int) -> str:
-    """A process id with its start, so that a later process of the same id is another; "" if gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else f"{pid}@{fields[19]}"
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return ""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass
-    return str(pid)
-
-
 def state_of(live: dict[str, Any]) -> str:
     """running, paused, held, or how it ended; interrupted where the process has gone; "" if unknown."""
     state = str(live.get("state") or "")
@@ -172,8 +156,7 @@ def is_running(live: dict[str, Any]) -> bool:
     process = live.get("process")
     if live.get("host") != socket.gethostname() or not isinstance(process, str):
         return True
-    pid = process.partition("@")[0]
-    return pid.isdigit() and process_identity(int(pid)) == process
+    return is_alive(process)
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -100,23 +100,30 @@ def gather_roster(
     *,
     enrolled: Mapping[str, str] | None = None,
     known: Mapping[str, str] | None = None,
-    revoked: Collection[str] = (),
+    revoked: Callable[[], Collection[str]] = frozenset,
 ) -> Roster:
     """Wait for the nodes, ask what they can do, and keep those that share one base model.
 
     ``enrolled``: public keys by node; where it is given and signatures are required, others stay out.
     ``known``: the keys that nodes signed with so far. A node that either names keeps its key.
-    ``revoked``: nodes that it does not wait for.
+    ``revoked``: names of the nodes that are shut out now; they are not waited for.
     """
-    wanted = configuration.answering() - sum(configuration.names(name) for name in revoked)
-    minimum = configuration.minimum_updates(without=revoked)
+    shut_out = before = frozenset(revoked())
     waited = 0.0
     members: dict[str, Member] = {}
     failures: list[str] = []
     uninvited: set[int] = set()
     asked: set[int] = set()
+    heard: set[int] = set()
+    connected: set[int] = set()
 
-    def register(node_id: int, capabilities: bytes) -> str:
+    def register(node_id: int, capabilities: bytes) -> None:
+        """Take a node in, or note why it cannot be."""
+        heard.add(node_id)
+        if problem := refusal(node_id, capabilities):
+            failures.append(problem)
+
+    def refusal(node_id: int, capabilities: bytes) -> str:
         """Take a node in; returns why it cannot be, "" if it is."""
         member, problem = read_member(node_id, capabilities)
         if member is None:
@@ -133,27 +140,41 @@ def gather_roster(
                 members[name] = found
         return problem
 
-    goal = wanted
+    def wanted() -> int:
+        return configuration.answering() - sum(configuration.names(name) for name in shut_out)
+
+    def minimum() -> int:
+        return configuration.minimum_updates(without=shut_out)
+
+    def able() -> set[int]:
+        return connected if configuration.newcomers else connected - uninvited
 
     def complete() -> bool:
-        return len(members) >= goal
+        goal = max(wanted(), len(able())) if configuration.newcomers else wanted()
+        return sum(name not in shut_out for name in members) >= goal
+
+    def leaves() -> set[int]:
+        """Who is away and was not heard, once somebody unheard was shut out: that may be it."""
+        nonlocal shut_out
+        shut_out = frozenset(revoked())
+        unheard = shut_out - before - members.keys()
+        return connected - heard - set(exchange.nodes()) if unheard else set()
 
     query = query_of(configuration)
     while True:
         # Who is not in the scenario takes no missing node's place.
-        while len(set(exchange.nodes()) - uninvited) < wanted and waited < CONNECT_SECONDS:
+        while len(set(exchange.nodes()) - uninvited) < wanted() and waited < CONNECT_SECONDS:
             exchange.wait(CONNECT_POLL_SECONDS)
             waited += CONNECT_POLL_SECONDS
+            shut_out = frozenset(revoked())
         connected = set(exchange.nodes())
-        able = connected if configuration.newcomers else connected - uninvited
         # How many are behind an edge, it says itself.
-        if len(able) < (1 if configuration.edges else minimum):
+        if len(able()) < (1 if configuration.edges else minimum()):
             raise ConfigurationError(
-                f"{len(able)} of {wanted} nodes connected in {CONNECT_SECONDS:.0f} s; a round"
-                f" needs {minimum}: start the missing nodes or lower 'quorum'" + _told(failures)
+                f"{len(able())} of {wanted()} nodes connected in {CONNECT_SECONDS:.0f} s; a round"
+                f" needs {minimum()}: start the missing nodes or lower 'quorum'" + _told(failures)
             )
         found = sorted(connected - asked)
-        goal = max(wanted, len(able)) if configuration.newcomers else wanted
         strangers = len(uninvited)
         replies = exchange.ask(
             dict.fromkeys(found, query),
@@ -165,34 +186,35 @@ def gather_roster(
             enough=complete,
             grace=0.0,
             newcomers=_Arriving(query, register),
+            leaves=leaves,
         )
         for reply in replies:
-            problem = reply.error
             if reply.payload is not None:
-                problem = register(reply.node_id, reply.payload)
-            if problem:
-                failures.append(problem)
-        asked |= connected
+                register(reply.node_id, reply.payload)
+            elif reply.error:
+                failures.append(reply.error)
+        asked |= connected | heard
         if len(uninvited) == strangers or waited >= CONNECT_SECONDS:
             break
     exchange.forget(before_round=1)
+    members = {name: member for name, member in members.items() if name not in shut_out}
     if not members:
-        raise ConfigurationError("no node can take part:\n  " + "\n  ".join(sorted(set(failures))))
+        raise ConfigurationError("no node can take part" + _told(failures))
     for problem, count in sorted(Counter(failures).items()):
         who = "a node" if count == 1 else f"{count} nodes"
         notify(Notice("warning", f"{who} cannot take part: {problem}"))
     roster = agree(members, configuration.base_model, notify)
     taking_part = sum(len(member.names) for member in roster.members)
-    if taking_part < minimum:
+    if taking_part < minimum():
         raise ConfigurationError(
             f"{taking_part} of {len(configuration.nodes)} nodes can take part, a round needs"
-            f" {minimum}: mend the others or lower 'quorum'" + _told(failures)
+            f" {minimum()}: mend the others or lower 'quorum'" + _told(failures)
         )
     return roster
 
 
-def _told(failures: Iterable[str]) -> str:
-    return "".join(f"\n  {problem}" for problem in sorted(set(failures)))
+def _told(failures: Collection[str]) -> str:
+    return ": " + "; ".join(sorted(set(failures))) if failures else ""
 
 
 def taken(member: Member, others: Iterable[Member]) -> str:
@@ -276,12 +298,12 @@ def no_key(node: str) -> str:
 class _Arriving:
     """Nodes that connect while the others are being asked."""
 
-    def __init__(self, query: bytes, register: Callable[[int, bytes], str]) -> None:
+    def __init__(self, query: bytes, register: Callable[[int, bytes], None]) -> None:
         self.query = query
         self._register = register
 
     def joined(self, node_id: int, capabilities: bytes) -> int | None:
-        """Take it in; it replaces none that has answered."""
+        """Hear what it says; it replaces none that has answered."""
         self._register(node_id, capabilities)
         return None
 

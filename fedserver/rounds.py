@@ -107,7 +107,7 @@ class Coordinator:
                 self._emit,
                 enrolled=self._enrolled,
                 known=known,
-                revoked=self._revoked(),
+                revoked=self._revoked,
             )
             self._configuration, self._choices = with_choices(self._configuration, roster.layout)
             targets = check_targets(self._configuration, roster.layout)

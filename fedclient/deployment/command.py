@@ -139,6 +139,8 @@ def leave_server(folder: Folder = FOLDER) -> None:
     opened = open_folder(folder)
     joined = opened.read()
     stop(opened.path)
-    leave(opened)
+    left = leave(opened)
     remove(joined.name)
     print(f"{joined.name} has left {joined.server}")
+    if left:
+        print(f"{opened.path} stays, for it holds what is not the program's: {', '.join(left)}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import secrets
-import shutil
 import ssl
 import time
 from collections.abc import Mapping
@@ -56,7 +55,9 @@ Answer = TypeVar("Answer", JoinAnswer, NodeAnswer)
 def join(url: str, token_text: str, folder: NodeFolder, own: Mapping[str, Any]) -> NodeFile:
     """Enrol this device and write its configuration. ``own``: settings of the node for Flower.
 
-    May be repeated with the same token if it was cut off. Raises EnrolmentRefused or NodeFolderError.
+    May be repeated with the same token if it was cut off; a folder that holds anything else is refused:
+    it is closed to others, and the program will keep its own files there. Raises EnrolmentRefused or
+    NodeFolderError.
     """
     # Torch comes with it, and the processes that only ask how a node stands must stay small.
     from fedclient.keys import load_or_create, public_hex, sign
@@ -66,6 +67,11 @@ def join(url: str, token_text: str, folder: NodeFolder, own: Mapping[str, Any]) 
     if folder.file.exists():
         raise NodeFolderError(
             f"{folder.path} has joined {folder.read().server} already: leave it, or use --folder"
+        )
+    if foreign := folder.foreign():
+        held = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+        raise NodeFolderError(
+            f"{folder.path} holds what is not a device's ({held}): name a new folder with --folder"
         )
     authority = _fetch_authority(server, token)
     make_private_folder(folder.path)
@@ -98,8 +104,9 @@ def inquire(folder: NodeFolder, clock: ServerClock | None = None) -> NodeAnswer:
     return _read(_signed(folder, "GET", NODE_ROUTE, clock or ServerClock()), NodeAnswer)
 
 
-def leave(folder: NodeFolder) -> None:
-    """Tell the server that this node is gone and remove its folder, keys included.
+def leave(folder: NodeFolder) -> list[str]:
+    """Tell the server that this node is gone and delete what the program made in its folder, keys
+    included; returns the names of what else lies there, which stays.
 
     A server that has shut the node out already does not stand in the way; one that cannot be reached
     does, for it would wait for this node. Raises EnrolmentRefused (unreachable).
@@ -109,7 +116,7 @@ def leave(folder: NodeFolder) -> None:
     except EnrolmentRefused as refusal:
         if refusal.kind not in ("revoked", "unknown-node"):
             raise
-    shutil.rmtree(folder.path)
+    return folder.delete()
 
 
 def address_of(url: str) -> str:

@@ -11,7 +11,9 @@ logs/, status.json     of the supervised processes
 
 from __future__ import annotations
 
+import shutil
 import tomllib
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,26 @@ from fedhost.private_files import make_private_folder, write_private
 
 # The SuperNode's exit code that says: the server has shut this node out, and starting again is no use.
 SHUT_OUT = 77
+
+# All that the program makes in the folder, as patterns; what is not named here is somebody's own.
+# The settings come last: a deletion that is cut off can be asked for again.
+MADE_BY_RUNNING = (
+    "worker",
+    "flower",
+    "bin/flwr-clientapp",
+    "bin/flwr-clientapp.*.part",
+    "logs/*.log",
+    "logs/*.log.1",
+    "status.json",
+)
+MADE_BY_JOINING = (
+    "keys/transport",
+    "keys/update.pem*.part",
+    "keys/update.pem",
+    "superexec.secret",
+    "authority.crt",
+    "node.toml",
+)
 
 
 class NodeFolderError(Exception):
@@ -81,6 +103,41 @@ class NodeFolder:
     def flower(self) -> Path:
         """Flower's home of this node."""
         return self.path / "flower"
+
+    def foreign(self) -> list[str]:
+        """Names of what lies in the folder and is not of a join that was cut off, sorted."""
+        keys = self.path / "keys"
+        made = {keys, *self._found(MADE_BY_JOINING)}
+        return self._names(
+            one
+            for folder in (self.path, keys)
+            if folder.is_dir()
+            for one in folder.iterdir()
+            if one not in made
+        )
+
+    def delete(self) -> list[str]:
+        """Delete what the program made, and the folder if it is empty then; what was left, sorted."""
+        for one in list(self._found([*MADE_BY_RUNNING, *MADE_BY_JOINING])):
+            if one.is_dir() and not one.is_symlink():
+                shutil.rmtree(one)
+            else:
+                one.unlink(missing_ok=True)
+        for name in ("bin", "logs", "keys", "."):
+            folder = self.path / name
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                folder.rmdir()
+        return self._names(self.path.iterdir()) if self.path.exists() else []
+
+    def _found(self, patterns: Iterable[str]) -> Iterator[Path]:
+        """What matches, and the drafts of it that killed writers left."""
+        for pattern in patterns:
+            parent, _, name = pattern.rpartition("/")
+            yield from (self.path / parent).glob(name)
+            yield from (self.path / parent).glob(f".{name}.[0-9]*")
+
+    def _names(self, paths: Iterable[Path]) -> list[str]:
+        return sorted(str(path.relative_to(self.path)) for path in paths)
 
     def resident(self) -> ResidentSettings:
         """The resident worker of this device. Raises NodeFolderError for settings that it has not."""

@@ -204,16 +204,19 @@ class ServerFolder:
     def ports(self) -> Ports:
         """The ports of the last start. Raises FolderError if there was none."""
         try:
-            return Ports(**json.loads((self.path / "ports.json").read_text()))
+            ports = Ports(**json.loads((self.path / "ports.json").read_text()))
         except FileNotFoundError:
             raise FolderError(
                 f"the server has never run: 'fedbraid server up {self.path}'"
             ) from None
-        except TypeError:  # Another version has other ports.
+        except (TypeError, ValueError):  # Another version has other ports, a broken disk none.
+            ports = None
+        if ports is None or not all(isinstance(port, int) for port in asdict(ports).values()):
             raise FolderError(
-                "the server was last started by another version: 'fedbraid server down"
-                f" {self.path}', then 'server up {self.path}' again"
-            ) from None
+                f"{self.path / 'ports.json'} is damaged or another version's: 'fedbraid server down"
+                f" {self.path}', then 'server up {self.path}' writes it anew"
+            )
+        return ports
 
     def _connect_flower(self, ports: Ports) -> None:
         """Let Flower's own command work here: FLWR_HOME=DIR/flower flwr list."""

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedhost.process_identity import is_alive, number_of
 from fedhost.supervision import status_of
 from fedserver import events
 from fedserver.configuration import RunConfiguration, load
@@ -31,7 +32,7 @@ from fedserver.deployment.flower_control import (
 )
 from fedserver.deployment.folder import ServerFolder
 from fedserver.deployment.registry import Registry
-from fedserver.live_log import EVENTS, LIVE, is_running, process_identity
+from fedserver.live_log import EVENTS, LIVE, is_running
 
 POLL_SECONDS = 1.0
 # Flower is asked this often which nodes are there; a terminal is told this often whom a run waits for.
@@ -104,7 +105,6 @@ class Awaited:
         return text
 
     def _text(self) -> str:
-        online = self._control.online()
         registry = Registry(self._registry)
         try:
             nodes, invited = registry.nodes(), registry.open_invitations(time.time())
@@ -112,18 +112,24 @@ class Awaited:
             registry.close()
         joined = {node.name for node in nodes if node.revoked is None}
         revoked = {node.name for node in nodes} - joined
+        # Flower takes a while to miss a node that was shut out.
+        online = self._control.online() - revoked
+        awaited = [name for name in self._names if name not in revoked]
         missing = []
-        for name in self._names:
-            if name in online or name in revoked:
-                continue
-            how = "invited, has not joined" if name in invited else "not invited yet"
-            missing.append(f"{name} ({'not connected' if name in joined else how})")
+        for name in awaited:
+            if name not in online:
+                how = "invited, has not joined" if name in invited else "not invited yet"
+                missing.append(f"{name} ({'not connected' if name in joined else how})")
         strangers = sorted(online - set(self._names))
-        text = f"{len(online & set(self._names))} of {len(self._names)} nodes are connected"
+        there = len(online & set(awaited))
+        text = f"{there} of {len(awaited)} nodes are connected"
         if missing:
             text = f"waits for {', '.join(missing)}; {text}"
-        elif not strangers:
+        elif there and not strangers:
             text += "; they load their model"
+        for name in self._names:
+            if name in revoked:
+                text += f"; {name} is revoked"
         if strangers:
             text += f"; not in the scenario: {', '.join(strangers)}"
         return text
@@ -189,12 +195,11 @@ def stop(folder: ServerFolder, control: FlowerControl, live: LiveRun) -> None:
 def _end_process(folder: Path) -> None:
     """See to it that the process that writes a run's folder has gone."""
     identity = str(told(folder).get("process") or "")
-    pid = identity.partition("@")[0]
     until = time.monotonic() + STOP_SECONDS / 3
-    while pid.isdigit() and process_identity(int(pid)) == identity:
+    while is_alive(identity):
         if time.monotonic() >= until:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(number_of(identity), signal.SIGKILL)
         time.sleep(POLL_SECONDS / 4)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from fedhost import supervision
 from fedhost.supervision import SupervisionError, clear_leftovers, status_of, stop
 
 PATIENCE_SECONDS = 60.0
@@ -133,6 +134,67 @@ def test_what_a_killed_supervisor_left_is_ended_by_the_next(tmp_path: Path, star
     start([{"name": "one", "code": [WAIT]}])
     assert until(ready(tmp_path))["pid"] != orphan
     assert not _alive(orphan)
+
+
+def test_a_clock_that_is_set_hides_no_process(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor = start([{"name": "one", "code": [WAIT]}])
+    child = until(ready(tmp_path))["pid"]
+    # The time of day of a start is reckoned from the machine's, which moves with the clock.
+    began = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: began(process) + 100.0)
+    assert status_of(tmp_path) is not None
+    assert stop(tmp_path)
+    supervisor.wait()
+    assert not _alive(child)
+
+
+def test_what_cannot_be_ended_is_named_and_stays_on_record(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = start([{"name": "one", "code": [WAIT]}])
+    orphan = until(ready(tmp_path))["pid"]
+    killed.kill()
+    killed.wait()
+    with monkeypatch.context() as powerless:
+        powerless.setattr(supervision, "STOP_SECONDS", 0.1)
+        powerless.setattr(supervision, "_signal_group", lambda group, number: None)
+        with pytest.raises(SupervisionError, match=str(orphan)):
+            stop(tmp_path)
+    assert _alive(orphan)
+    assert stop(tmp_path)
+    assert not _alive(orphan)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"", b'{"pid": 4', b"\xff\xfe", b"[1]", b'{"pid": 1}', b'{"pid": 1, "identity": "x"}'],
+)
+def test_a_damaged_status_file_is_that_of_no_supervisor(
+    damaged: bytes, tmp_path: Path, start: Start
+) -> None:
+    (tmp_path / "status.json").write_bytes(damaged)
+    assert status_of(tmp_path) is None
+    assert not stop(tmp_path)
+    clear_leftovers(tmp_path)
+
+
+def test_a_child_that_cannot_be_started_is_tried_again_and_the_others_run_on(
+    tmp_path: Path, start: Start
+) -> None:
+    log = tmp_path / "logs" / "one.log"
+    log.mkdir(parents=True)  # no file is opened there
+    driver = start([{"name": "before", "code": [WAIT]}, {"name": "one", "code": [WAIT]}])
+    until(lambda: (told := status_of(tmp_path)) and told["children"]["one"]["restarts"] >= 1)
+    before = until(ready(tmp_path, "before"))
+    log.rmdir()
+    until(ready(tmp_path, restarts=1))
+    assert until(ready(tmp_path, "before"))["pid"] == before["pid"]
+    driver.terminate()
+    _, text = driver.communicate(timeout=PATIENCE_SECONDS)
+    assert driver.returncode == 0
+    assert text.count("cannot be started") == 1
 
 
 def test_two_supervisors_do_not_share_a_folder(tmp_path: Path, start: Start) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,14 @@ LAYOUT = Layout({"model.layers.0.self_attn.q_proj.weight": (16, 8)})
 
 
 class Device:
-    """Answers without a model. ``silent_in``: a round whose plan it never answers."""
+    """Answers without a model. ``silent_in``: a round whose plan it never answers, or 0 for the query.
+    ``until``: when, in seconds, it goes away.
+    """
 
-    def __init__(self, name: str, silent_in: int = 0, **has: Any) -> None:
-        self.name, self.silent_in, self.has = name, silent_in, has
+    def __init__(
+        self, name: str, silent_in: int | None = None, until: float = math.inf, **has: Any
+    ) -> None:
+        self.name, self.silent_in, self.until, self.has = name, silent_in, until, has
         self.plans: list[Plan] = []
 
     def node(self) -> Answer:
@@ -41,9 +46,7 @@ class Device:
 
         def deliver(message: Message, context: Context) -> list[Delivery]:
             found = answer(message, context)
-            return (
-                [] if self.silent_in and message.metadata.group_id == str(self.silent_in) else found
-            )
+            return [] if message.metadata.group_id == str(self.silent_in) else found
 
         return deliver
 
@@ -78,10 +81,12 @@ class Connecting(LocalGrid):
 
     def __init__(self, devices: list[Device], at: list[float], clock: SimulatedClock) -> None:
         super().__init__({n: one.node() for n, one in enumerate(devices)}, clock)
-        self._at, self._time = at, clock
+        self._stays = [(begin, one.until) for begin, one in zip(at, devices, strict=True)]
+        self._time = clock
 
     def get_node_ids(self) -> Iterable[int]:
-        return [FIRST_NODE + n for n, at in enumerate(self._at) if at <= self._time.now()]
+        now = self._time.now()
+        return [FIRST_NODE + n for n, (begin, end) in enumerate(self._stays) if begin <= now < end]
 
 
 class Run:
@@ -209,6 +214,48 @@ def test_a_node_that_was_revoked_before_is_not_waited_for_either(tmp_path: Path)
     assert run.over(Device("a"), revoked=lambda: frozenset({"b"})) == [{"a": "accepted"}]
     assert run.clock.now() < CONNECT_SECONDS
     assert any("b is missing: it has been revoked" in text for text in run.notices)
+
+
+def test_a_node_that_is_revoked_while_nodes_are_awaited_is_awaited_no_longer(
+    tmp_path: Path,
+) -> None:
+    run = Run(tmp_path, "a", "b", quorum=None)
+    found = run.over(Device("a"), revoked=lambda: frozenset({"b"} if run.clock.now() >= 30 else ()))
+    assert found == [{"a": "accepted"}]
+    assert 30 <= run.clock.now() < 40
+    assert any("b is missing: it has been revoked" in text for text in run.notices)
+
+
+@pytest.mark.parametrize("newcomers", [False, True])
+def test_a_node_that_is_revoked_while_it_loads_its_model_is_awaited_no_longer(
+    newcomers: bool, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, "a", "b", quorum=None, newcomers=newcomers)
+    loading = Device("b", silent_in=0, until=90.0)
+    found = run.over(
+        Device("a"), loading, revoked=lambda: frozenset({"b"} if run.clock.now() >= 30 else ())
+    )
+    assert found == [{"a": "accepted"}]
+    # Among newcomers nobody knows whose silence it is before it has gone.
+    assert run.clock.now() < (100 if newcomers else 40)
+
+
+def test_what_speaks_against_a_node_that_comes_during_the_query_is_told(tmp_path: Path) -> None:
+    run = Run(tmp_path, "a", "b", "c", quorum=1)
+    run.over(
+        Device("a", part=0), Device("b", silent_in=0), Device("c", part=0),
+        at=[0.0, 0.0, CONNECT_SECONDS + 10],
+    )  # fmt: skip
+    assert sum("'c' plays the owner of part 0" in text for text in run.notices) == 1
+
+
+def test_what_speaks_against_nodes_is_one_line_of_an_error(tmp_path: Path) -> None:
+    devices = [Device(name, part=0) for name in ("a", "b", "c")]
+    with pytest.raises(ConfigurationError) as error:
+        Run(tmp_path, "a", "b", "c", quorum=3).over(*devices)
+    assert "lower 'quorum': " in str(error.value)
+    assert "; " in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_that_is_stopped_at_once_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fedhost.process_identity import process_identity
 from fedserver import events
 from fedserver.dashboard.activity import Activity
 from fedserver.dashboard.standings import counts
-from fedserver.live_log import EVENTS, LIVE, LiveLog, process_identity, state_of
+from fedserver.live_log import EVENTS, LIVE, LiveLog, state_of
 
 STARTED = events.RunStarted(
     "tiny", "braid", 2, 1, (events.NodeInfo("a", "rank 2", 3, 1), events.NodeInfo("b", "", 3, 1)),

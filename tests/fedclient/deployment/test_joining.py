@@ -1,4 +1,6 @@
-"""What a device is told when the server's certificate does not hold by the device's own clock."""
+"""A device's folder as it joins and leaves, and what it is told when the server's certificate does not
+hold by its own clock.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from fedclient.deployment.joining import inquire
-from fedclient.deployment.settings import NodeFile, NodeFolder
-from fedhost.enrolment import EnrolmentRefused
+from fedclient.deployment.joining import inquire, join
+from fedclient.deployment.settings import NodeFile, NodeFolder, NodeFolderError
+from fedclient.keys import load_or_create
+from fedclient.resident.flower import node_environment
+from fedhost.enrolment import EnrolmentRefused, Token
 from fedhost.ports import LOOPBACK
+from fedhost.private_files import write_private
 from fedserver.deployment import certificates
 from fedserver.deployment.certificates import Identity, make_authority, make_server_certificate
 from simulations.command import main
@@ -85,3 +90,56 @@ def test_a_device_says_what_it_trains_on(
     assert "--data" in told
     assert "--partition" in told
     assert not folder.exists()
+
+
+def joined(path: Path) -> NodeFolder:
+    """A folder as join and run leave it."""
+    folder = NodeFolder(path)
+    folder.transport_key()
+    load_or_create(folder.update_key_file)
+    for file in (folder.authority, folder.superexec_secret, path / "status.json"):
+        write_private(file, "")
+    folder.write(NodeFile(f"{LOOPBACK}:1", "clinic", "0" * 64, {}))
+    node_environment(path)
+    for name in ("logs", "worker"):
+        (path / name).mkdir()
+    for name in ("logs/worker.log", "logs/worker.log.1", "worker/worker.lock", "keys/.transport.7"):
+        (path / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "own", ["notes.jsonl", "logs/diary.txt", "keys/other", "bin/tool", "photos/one.jpg"]
+)
+def test_leaving_deletes_what_the_program_made_and_nothing_else(own: str, tmp_path: Path) -> None:
+    folder = joined(tmp_path / "node")
+    mine = folder.path / own
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    assert folder.delete() == [Path(own).parts[0]]
+    assert [one for one in folder.path.rglob("*") if one.is_file()] == [mine]
+    mine.unlink()
+    assert joined(tmp_path / "other").delete() == []
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_join_takes_a_new_folder_or_that_of_a_join_that_was_cut_off(tmp_path: Path) -> None:
+    token = str(Token(bytes(24), bytes(32)))
+    url = f"https://{LOOPBACK}:1"  # nobody listens there
+    cut_off = NodeFolder(tmp_path / "cut")
+    cut_off.transport_key()
+    load_or_create(cut_off.update_key_file)
+    write_private(cut_off.authority, "")
+    for folder in (NodeFolder(tmp_path / "new"), cut_off):
+        with pytest.raises(EnrolmentRefused) as refusal:
+            join(url, token, folder, {})
+        assert refusal.value.kind == "unreachable"
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    (home / "notes.jsonl").touch()
+    with pytest.raises(NodeFolderError, match=r"notes\.jsonl"):
+        join(url, token, NodeFolder(home), {})
+    assert home.stat().st_mode & 0o777 == 0o755
+    (cut_off.path / "keys" / "other").touch()
+    with pytest.raises(NodeFolderError, match="keys/other"):
+        join(url, token, cut_off, {})

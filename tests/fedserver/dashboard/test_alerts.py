@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from fedhost.process_identity import process_identity
 from fedserver.dashboard.alerts import Watchdog
 from fedserver.dashboard.library import Library
-from fedserver.live_log import process_identity
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from fedhost.process_identity import process_identity
 from fedserver.dashboard.accounts import Accounts
 from fedserver.dashboard.application import make_application
-from fedserver.live_log import process_identity
 
 BOARD = Path(__file__).resolve().parents[3] / "docs" / "grafana-dashboard.json"
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedhost.enrolment import JoinRequest, Token
 from fedserver import events
-from fedserver.deployment.runs import LogTail
+from fedserver.configuration import parse
+from fedserver.deployment.flower_control import FlowerControl
+from fedserver.deployment.registry import Registry
+from fedserver.deployment.runs import Awaited, LogTail
 from fedserver.live_log import EVENTS, LiveLog
 
 RUN = events.RunStarted("run", "braid", 9, 1, (), "model", "folder")
@@ -35,3 +41,44 @@ def test_a_log_is_read_once_however_it_grows(
     assert heard == told
     # Whoever begins to look now hears nothing of what was.
     assert list(LogTail(folder).read()) == []
+
+
+class Connected(FlowerControl):
+    """Whom a SuperLink would call connected."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(0, Path())
+        self.names = set(names)
+
+    def online(self) -> set[str]:
+        return self.names
+
+
+def test_a_revoked_node_is_said_to_be_that(tmp_path: Path) -> None:
+    names = ("clinic", "phone")
+    file = tmp_path / "enrolment.db"
+    registry = Registry(file)
+    for name in names:
+        token = Token.new(bytes(32))
+        registry.invite(name, token, 2e12)
+        secret = token.secret.hex()
+        request = JoinRequest(
+            secret=secret, transport_key=name, update_key=name.encode().hex().ljust(64, "0"),
+            transport_signature="0" * 64, update_signature="0" * 128,
+        )  # fmt: skip
+        registry.redeem(request, 1e9)
+    configuration = parse(
+        {"preset": "fedkseed", "rounds": 1, "quorum": 1, "nodes": [{"name": n} for n in names]}
+    )
+
+    def news(*online: str) -> str | None:
+        return Awaited(configuration, file, Connected(*online)).news(0.0, remind=False)
+
+    assert news(*names) == "2 of 2 nodes are connected; they load their model"
+    registry.revoke("phone", 1e9)
+    registry.close()
+    # The SuperLink has not missed it yet.
+    assert news(*names) == "1 of 1 nodes are connected; they load their model; phone is revoked"
+    assert news("phone") == (
+        "waits for clinic (not connected); 0 of 1 nodes are connected; phone is revoked"
+    )
