@@ -101,6 +101,9 @@ class RunProgress:
         match event:
             case events.RunStarted():
                 self.run = event
+                # A run that goes on has done nothing yet of what is left to it.
+                self.current, self.evaluating = 0, False
+                self._pace, self._completed = None, 0
                 self._reset()
             case events.RoundStarted():
                 self._start_round(event.round, now)

@@ -49,18 +49,15 @@ def add_run_commands(server: typer.Typer, make_view: MakeView) -> None:
         Ctrl-C leaves it running: 'server follow' shows it again, 'server stop' ends it.
         """
         from fedserver.configuration import load
-        from fedserver.deployment.flower_control import ControlError, LiveRun
+        from fedserver.deployment.flower_control import LiveRun
+        from fedserver.deployment.runs import refuse_another
         from fedserver.run_folder import check_startable
 
         folder, control = _server(directory)
         configuration = load(scenario, override or ())
         target = (output or folder.runs / configuration.name).expanduser().resolve()
-        for other in control.live_runs():
-            if other.folder == target:
-                raise ControlError(
-                    f"{target} is the folder of a run that is under way: 'fedbraid server follow"
-                    f" {directory} {other.name}' shows it, 'server stop' ends it"
-                )
+        # Before its ledger is looked at, which has another answer.
+        refuse_another(folder, control, target)
         check_startable(target, configuration, resume=resume)
         file = Path(scenario).expanduser()
         settings: dict[str, str | bool] = {
@@ -167,9 +164,10 @@ def _until_its_end(
     from fedserver.deployment.flower_control import ControlError
 
     awaited = runs.Awaited(load(live.scenario, live.overrides), folder.registry, control)
-    for _ in range(1 + RESUMPTIONS):
+    for number in range(1 + RESUMPTIONS):
         if not live.run_id:
-            live = replace(live, run_id=control.start_run(bundle(), live.settings))
+            # Whoever else shows the run starts it anew as well: one of them does.
+            live = runs.start(folder, control, live, bundle(), join=number > 0)
             print(f"run {live.name} {_beginning(live)}: {live.folder}", flush=True)
         try:
             status = runs.follow(

@@ -7,6 +7,7 @@ it may leave.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import getpass
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,43 @@ class Awaited:
         if strangers:
             text += f"; not in the scenario: {', '.join(strangers)}"
         return text
+
+
+def start(
+    folder: ServerFolder,
+    control: FlowerControl,
+    live: LiveRun,
+    bundle: bytes,
+    *,
+    join: bool = False,
+) -> LiveRun:
+    """Start a run, with Flower's id then; of commands that start it at once, one does.
+
+    ``join``: another that was started in its folder is taken instead; else raises ControlError for it.
+    """
+    # The folder itself is locked: a full disk has no room for a file.
+    lock = os.open(folder.path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if join and (other := _under_way(control, live.folder)):
+            return other
+        refuse_another(folder, control, live.folder)
+        return replace(live, run_id=control.start_run(bundle, live.settings))
+    finally:
+        os.close(lock)
+
+
+def refuse_another(folder: ServerFolder, control: FlowerControl, target: Path) -> None:
+    """Raise ControlError if a run is under way in this run folder."""
+    if other := _under_way(control, target):
+        raise ControlError(
+            f"{target} is the folder of a run that is under way: 'fedbraid server follow"
+            f" {short(folder.path)} {other.name}' shows it, 'server stop' ends it"
+        )
+
+
+def _under_way(control: FlowerControl, target: Path) -> LiveRun | None:
+    return next((one for one in control.live_runs() if one.folder == target), None)
 
 
 def follow(

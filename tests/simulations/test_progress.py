@@ -39,6 +39,30 @@ def test_remaining_time_is_exact_at_a_constant_pace(
     assert progress.share() == pytest.approx(1.0)
 
 
+@given(done=st.integers(1, 3), steps=st.integers(1, 7), pace=st.floats(0.01, 100))
+def test_remaining_time_is_that_of_what_is_left_after_a_resumption(
+    fake_events: MakeEvents, done: int, steps: int, pace: float
+) -> None:
+    def told(first_round: int) -> Timed:
+        return fake_events(
+            rounds=4, steps=steps, seconds_per_step=pace, evaluate=False, first_round=first_round
+        )
+
+    progress = RunProgress()
+    for now, event in told(1):
+        if isinstance(event, events.RoundStarted) and event.round > done:
+            break
+        progress.apply(event, now)
+    resumed, idle = told(done + 1), 1000.0
+    end = resumed[-1][0]
+    for time, event in resumed:
+        progress.apply(event, idle + time)
+        remaining = progress.remaining(idle + time)
+        if remaining is not None:
+            assert remaining == pytest.approx(end - time, rel=1e-6, abs=1e-6 * (idle + end))
+    assert progress.share() == pytest.approx(1.0)
+
+
 @given(st.integers(0, 10**6))
 def test_progress_never_goes_back(fake_events: MakeEvents, seed: int) -> None:
     dice = random.Random(seed)

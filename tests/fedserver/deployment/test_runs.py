@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,9 +15,10 @@ from hypothesis import strategies as st
 from fedhost.enrolment import JoinRequest, Token
 from fedserver import events
 from fedserver.configuration import parse
-from fedserver.deployment.flower_control import FlowerControl
+from fedserver.deployment.flower_control import ControlError, FlowerControl, LiveRun
+from fedserver.deployment.folder import ServerFolder
 from fedserver.deployment.registry import Registry
-from fedserver.deployment.runs import Awaited, LogTail
+from fedserver.deployment.runs import Awaited, LogTail, start
 from fedserver.live_log import EVENTS, LiveLog
 
 RUN = events.RunStarted("run", "braid", 9, 1, (), "model", "folder")
@@ -82,3 +87,37 @@ def test_a_revoked_node_is_said_to_be_that(tmp_path: Path) -> None:
     assert news("phone") == (
         "waits for clinic (not connected); 0 of 1 nodes are connected; phone is revoked"
     )
+
+
+class Starting(FlowerControl):
+    """Runs that are started, where two commands look at once what is under way if nothing keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__(0, Path())
+        self.started: list[LiveRun] = []
+        self.both = threading.Barrier(2, timeout=0.2)
+
+    def live_runs(self) -> list[LiveRun]:
+        found = list(self.started)
+        with suppress(threading.BrokenBarrierError):
+            self.both.wait()
+        return found
+
+    def start_run(self, bundle: bytes, settings: Mapping[str, str | bool]) -> int:
+        self.started.append(LiveRun(len(self.started) + 1, settings))
+        return len(self.started)
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_of_two_commands_that_start_a_run_at_once_one_does(join: bool, tmp_path: Path) -> None:
+    control, folder = Starting(), ServerFolder(tmp_path)
+    live = LiveRun(0, {"output": str(tmp_path / "runs" / "tiny")})
+    with ThreadPoolExecutor() as pool:
+        tries = [pool.submit(start, folder, control, live, b"", join=join) for _ in range(2)]
+    errors = [error for one in tries if (error := one.exception())]
+    assert len(control.started) == 1
+    assert [one.result().run_id for one in tries if not one.exception()] == [1] * (1 + join)
+    assert len(errors) == (not join)
+    for error in errors:
+        assert isinstance(error, ControlError)
+        assert "server follow" in str(error)
