@@ -261,8 +261,8 @@ class Accounts:
             )
         return token
 
-    def session(self, cookie: str) -> Session | None:
-        """Who holds this cookie.
+    def session(self, cookie: str, *, used: bool = True) -> Session | None:
+        """Who holds this cookie. ``used``: this is a use of it; an open page alone is none.
 
         None where it is unknown, old, unused for long, or of an account that was changed or removed.
         """
@@ -275,7 +275,8 @@ class Accounts:
             if replaced or (found.invited and known):
                 del self._sessions[_digest(cookie)]
                 return None
-            found.seen = self._now()
+            if used:
+                found.seen = self._now()
             return found
 
     def bearer(self, token: str) -> Session | None:

@@ -253,7 +253,7 @@ class Site(Answers):
         def alive() -> bool:
             if bearer:
                 return self.accounts.bearer(token) is not None
-            return self.accounts.session(cookie) is not None
+            return self.accounts.session(cookie, used=False) is not None
 
         return StreamingResponse(
             messages(alive),

@@ -93,7 +93,8 @@ def runs(library: Library, question: Question) -> Page:
 
 def compare(library: Library, question: Question) -> Page:
     """Chosen runs over each other. Runs that differ in nothing but the seed are one group."""
-    chosen = [r for r in map(library.reader, question.runs[:MOST_COMPARED]) if r is not None]
+    asked = question.runs[:MOST_COMPARED]
+    chosen = [r for r in map(library.reader, asked) if r is not None]
     flat = {run.identity: flatten(run.configuration()) for run in chosen}
     groups: dict[str, list[RunReader]] = {}
     for run in chosen:
@@ -135,7 +136,7 @@ def compare(library: Library, question: Question) -> Page:
     recent = [{"run": row["run"], "name": row["name"]} for row in library.rows()[:100]]
     data = {
         "chosen": [run.identity for run in chosen],
-        "unknown": [n for n in question.runs if n not in {run.identity for run in chosen}],
+        "unknown": [n for n in asked if n not in {run.identity for run in chosen}],
         "groups": bands,
         "choices": recent,
     }

@@ -175,7 +175,11 @@ def test_an_account_is_locked_after_failures_and_an_unknown_name_tells_nothing(
     now[0] += 16 * 60
     cookie = accounts.sign_in("olga", PASSWORD)
     assert accounts.session(cookie) is not None
-    now[0] += 3 * 3600
+    now[0] += 1.5 * 3600
+    assert accounts.session(cookie, used=False) is not None
+    # A page that was left open is no use of the session.
+    now[0] += 1.5 * 3600
+    assert accounts.session(cookie, used=False) is None
     assert accounts.session(cookie) is None
 
 
