@@ -16,10 +16,10 @@ import math
 import os
 import shutil
 import threading
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from itertools import pairwise
 
 from fedserver.dashboard.home import home_of
@@ -143,7 +143,7 @@ class Watchdog:
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
                 return True
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, HTTPException) as error:
             logger.warning("the alert %s could not be sent: %s", alert.key, error)
             return False
 

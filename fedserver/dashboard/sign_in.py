@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from anyio import CapacityLimiter, to_thread
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
@@ -28,6 +27,7 @@ class SignIn:
         self.accounts = accounts
         self.provider = provider
         self._waiting = CapacityLimiter(PROVIDER_THREADS)
+        self._hashing = CapacityLimiter(1)
 
     def routes(self) -> list[Route]:
         """Their addresses."""
@@ -58,8 +58,12 @@ class SignIn:
             self.accounts.sign_out(request.scope["cookie"])
             request.scope["session"] = None
             form = await form_of(request)
-            cookie = await run_in_threadpool(
-                self.accounts.sign_in, form.get("name", ""), form.get("password", "")
+            # Passwords are hashed one at a time; who tries many must not keep pages waiting.
+            cookie = await to_thread.run_sync(
+                self.accounts.sign_in,
+                form.get("name", ""),
+                form.get("password", ""),
+                limiter=self._hashing,
             )
         except AccountError as error:
             name = form.get("name", "")
