@@ -163,13 +163,11 @@ class RunReader:
 
     def entries(self) -> list[Row]:
         """Height, kind, round, hash, previous hash and size of all entries, newest first."""
-        stamp = (file_stamp(self.folder / LEDGER), file_stamp(self.folder / f"{LEDGER}-wal"))
-        return self._cached("entries", stamp, self._read_entries)
+        return self._cached("entries", self.head(), self._read_entries)
 
     def operator_entries(self) -> list[Row]:
         """Recorded actions of operators, oldest first."""
-        stamp = (file_stamp(self.folder / LEDGER), file_stamp(self.folder / f"{LEDGER}-wal"))
-        return self._cached("operator", stamp, self._read_operator)
+        return self._cached("operator", self.head(), self._read_operator)
 
     def sealing_key(self) -> str | None:
         """The public key that the checkpoint names as its maker's; verifying checks that it is so."""
@@ -180,14 +178,21 @@ class RunReader:
             return None
 
     def head(self) -> str | None:
-        """Hash of the chain's last entry; None of no ledger."""
-        stamp = (file_stamp(self.folder / LEDGER), file_stamp(self.folder / f"{LEDGER}-wal"))
-        return self._cached("head", stamp, self._read_head)
+        """Hash of the chain's last entry; None of no ledger.
+
+        Asked for every time, and what is kept of the ledger is kept by it, not by the files' stamps: a
+        write-ahead log is used again and again, so that an entry which was looked for while it was
+        written may leave its size and its time as they were.
+        """
+        with self._ledger() as database:
+            row = database.execute(
+                "SELECT hash FROM entries ORDER BY height DESC LIMIT 1"
+            ).fetchone()
+        return None if row is None else str(row[0])
 
     def evaluations(self) -> list[Row]:
         """Bytes and seconds of the messages that evaluate the model at the end, by ledger entry."""
-        stamp = (file_stamp(self.folder / LEDGER), file_stamp(self.folder / f"{LEDGER}-wal"))
-        return self._cached("evaluations", stamp, self._read_evaluations)
+        return self._cached("evaluations", self.head(), self._read_evaluations)
 
     def reported(self) -> bool:
         """Whether there is a report of the run as it stands, not of an earlier stop."""
@@ -285,13 +290,6 @@ class RunReader:
             sums = {key: sum(node[key] for node in nodes) for key in ("bytes_up", "bytes_down")}
             found.append(sums | {"seconds": entry["wall"].get("seconds") or 0.0})
         return found
-
-    def _read_head(self) -> str | None:
-        with self._ledger() as database:
-            row = database.execute(
-                "SELECT hash FROM entries ORDER BY height DESC LIMIT 1"
-            ).fetchone()
-        return None if row is None else str(row[0])
 
     def _read_genesis(self) -> Row:
         with self._ledger() as database:

@@ -150,6 +150,11 @@ def visit(served: str) -> Iterator[Visit]:
         context.close()
 
 
+@pytest.fixture(autouse=True)
+def _what_goes_wrong_is_its_tests_own(visit: Visit) -> None:
+    visit.wrong.clear()
+
+
 def test_a_page_follows_the_run_and_every_action_reaches_the_ledger(
     visit: Visit, live_run: LiveRun
 ) -> None:
