@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import socket
 import sys
 import webbrowser
@@ -14,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from fedserver.dashboard import memory
 from fedserver.dashboard.accounts import LOOPBACK, ROLES, VIEWER, AccountError, Accounts
 from fedserver.dashboard.oidc import Provider, read_settings
 
@@ -201,8 +201,8 @@ def serve(
     address = f"{'https' if tls else 'http'}://{shown}:{listening.getsockname()[1]}/"
     if not accounts.names() and provider is None:
         address += f"login?invitation={accounts.invite()}"
-    # A round of ten thousand nodes is as many small objects, and none of them is garbage.
-    gc.set_threshold(50_000, 20, 100)
+    memory.give_back_large_blocks()
+    memory.collect_seldom()
     print(f"dashboard of {folder}: {address}", flush=True)
     if show:
         webbrowser.open(address)
@@ -215,7 +215,12 @@ def serve(
         # Streams of viewers do not end by themselves.
         timeout_graceful_shutdown=1,
     )
-    asyncio.run(uvicorn.Server(configuration).serve(sockets=[listening]))
+
+    async def answer() -> None:
+        memory.limit_threads()
+        await uvicorn.Server(configuration).serve(sockets=[listening])
+
+    asyncio.run(answer())
 
 
 def _listen(host: str, port: int) -> socket.socket:

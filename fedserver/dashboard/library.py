@@ -28,7 +28,8 @@ from fedserver.live_log import LIVE, state_of
 
 DEPTH = 2
 """``compare`` writes its runs into a folder of their own, one level further down."""
-OPEN_READERS = 64
+OPEN_READERS = 16
+"""Of so many runs, those last looked at, what was read is kept: each may have thousands of nodes."""
 SCAN_SECONDS = 2.0
 LOOK_SECONDS = 0.25
 """Within this time nobody looks at the files again, however many ask."""

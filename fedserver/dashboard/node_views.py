@@ -144,7 +144,7 @@ def fleet(run: RunReader, question: Question) -> Page:
 def plan(run: RunReader, question: Question) -> Page:
     """What each node was asked in the last round, and which line of the scenario decided it."""
     rounds = run.rounds()
-    entry = run.round_entry(rounds[-1]["round"]) if rounds else None
+    shown = rounds[-1]["round"] if rounds else None
     configuration = run.configuration()
     configured = {node["name"]: node for node in configuration.get("nodes", ())}
 
@@ -166,16 +166,16 @@ def plan(run: RunReader, question: Question) -> Page:
         }
 
     # A late answer stands in the round in which it came, with the plan of its own.
-    nodes = entry["content"].get("nodes", ()) if entry else ()
-    asked_now = [node for node in nodes if entry and node["round"] == entry["round"]]
-    data = {**header(run), "shown": entry["round"] if entry else None}
+    nodes = run.round_nodes(shown) if shown is not None else ()
+    asked_now = [place for place, node in enumerate(nodes) if node["round"] == shown]
+    data = {**header(run), "shown": shown}
     return page_of(
         data,
         make_table(
             "plan",
             "Plans",
             PLAN,
-            LazyRows(asked_now, row),
+            LazyRows(asked_now, lambda place: row(nodes[place])),
             question.choice,
             empty="No round was planned and committed.",
         ),

@@ -205,8 +205,7 @@ def one_round(run: RunReader, question: Question) -> Page:
     entry = run.round_entry(question.round)
     if entry is None:
         raise NotThere(f"round {question.round} was not committed")
-    content, wall = entry["content"], entry["wall"]
-    nodes = content.get("nodes", ())
+    content, wall, nodes = entry["content"], entry["wall"], run.round_nodes(question.round)
     sums = family_sums((family_of(node), node.get("share")) for node in nodes)
     rows = LazyRows(nodes, lambda node: node_row(node, entry, sums))
     row = next((row for row in run.rounds() if row["round"] == question.round), {})

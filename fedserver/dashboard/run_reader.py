@@ -11,13 +11,14 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedserver.dashboard.activity import Activity
+from fedserver.dashboard.packed_rows import PackedRows
 from fedserver.live_log import ALIVE, EVENTS, LIVE, state_of
 
 LEDGER, METRICS, SUMMARY, CONTROL = "ledger.db", "metrics.jsonl", "summary.json", "control.db"
@@ -30,6 +31,10 @@ STARTED = (
     "CASE WHEN json_valid(wall) THEN"
     " coalesce(json_extract(wall, '$.started'), json_extract(wall, '$.applied')) END"
 )
+WITHOUT_NODES = (
+    "CASE WHEN json_valid(content) THEN json_remove(content, '$.nodes') ELSE content END"
+)
+PAGES_KEPT_KILOBYTES = 256
 ROUNDS_OF_NODES = 8
 """Of this many of the last rounds a node's part is remembered, however long the run."""
 
@@ -130,15 +135,20 @@ class RunReader:
         return None if row is None else _entry(row)
 
     def round_entry(self, number: int) -> Row | None:
-        """The entry of a round; the one that was asked for last is kept, for it never changes."""
-        with self._lock:
-            held = self._cache.get("round")
-            if held is None or held[0] != number:
-                held = (number, self.entry("round", number))
-            if held[1] is not None:
-                self._cache["round"] = held
-            found: Row | None = held[1]
-            return found
+        """The newest entry of a round, without the rows of its nodes."""
+        with self._ledger() as database:
+            row = database.execute(
+                f"SELECT {COLUMNS.replace('content', WITHOUT_NODES)} FROM entries"
+                " WHERE kind = 'round' AND round = ? ORDER BY height DESC LIMIT 1",
+                (number,),
+            ).fetchone()
+        return None if row is None else _entry(row)
+
+    def round_nodes(self, number: int) -> Sequence[Row]:
+        """The rows of a round's nodes as its entry has them; those that were asked for last are kept,
+        for as long as the ledger stays as it is."""
+        key = (number, self.head())
+        return self._cached("round_nodes", key, lambda: self._read_round_nodes(number))
 
     def signed_updates(self, number: int) -> tuple[int, int]:
         """How many updates of a round are signed, and how many there are; without parsing it."""
@@ -186,7 +196,9 @@ class RunReader:
         """
         with self._ledger() as database:
             row = database.execute(
-                "SELECT hash FROM entries ORDER BY height DESC LIMIT 1"
+                # The sign makes SQLite search the hashes' index: in the table an entry's hash stands
+                # behind its content, which may be of megabytes.
+                "SELECT hash FROM entries ORDER BY +height DESC LIMIT 1"
             ).fetchone()
         return None if row is None else str(row[0])
 
@@ -240,6 +252,17 @@ class RunReader:
                 return found, True
             found.append(value)
         return found, (file_stamp(path) or (0, 0, 0))[1] > span
+
+    def _read_round_nodes(self, number: int) -> Sequence[Row]:
+        # SQLite cuts them apart, so that the whole round is never held as dictionaries.
+        with self._ledger() as database:
+            rows = database.execute(
+                "SELECT value FROM (SELECT content FROM entries WHERE kind = 'round' AND round = ?"
+                " AND json_valid(content) ORDER BY height DESC LIMIT 1),"
+                " json_each(content, '$.nodes')",
+                (number,),
+            )
+            return PackedRows([text.encode() for (text,) in rows])
 
     def _read_rounds(self) -> list[Row]:
         found: dict[int, Row] = {}
@@ -326,6 +349,8 @@ class RunReader:
             address += "&immutable=1"
         with closing(sqlite3.connect(address, uri=address != ":memory:", timeout=10)) as database:
             try:
+                # Entries are read once, from end to end: what SQLite would keep of them is never used.
+                database.execute(f"PRAGMA cache_size = -{PAGES_KEPT_KILOBYTES}")
                 # A ledger of an earlier version has no seals, until it is migrated.
                 if not database.execute(
                     "SELECT 1 FROM pragma_table_info('entries') WHERE name = 'seal'"
