@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from aggregators import Verdict
 from fedserver import events, metrics
@@ -35,22 +36,14 @@ def evaluate_last(
     """Ask every node for the loss of the model that the last round produced, unless it is recorded."""
     if any(entry.round == configuration.rounds for entry in ledger.entries("evaluation")):
         return
-    number = configuration.rounds + 1
-    started = time.time()
     emit(events.Notice("info", "final evaluation of the global model on every node"))
-    outcomes = ask(number, model)
+    outcomes, wall = _answers(ask, configuration.rounds + 1, model)
     accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
     entering = sum_evaluations(accepted)
     content = {
         "entering": entering,
         "entering_by_format": evaluations_by_format(accepted),
         "nodes": [row(outcome) for outcome in outcomes],
-    }
-    wall = {
-        "started": started,
-        "seconds": time.time() - started,
-        "nodes": seconds_by_node(outcomes),
-        "memory": memory_by_node(outcomes),
     }
     ledger.append("evaluation", configuration.rounds, content, wall, signatures(outcomes))
     evaluated = metrics.evaluation_done(configuration.rounds, entering)
@@ -75,10 +68,8 @@ def measure_contributions(
             continue
         words = family.replace("_", " ")
         emit(events.Notice("info", f"evaluation of the model without {words} updates"))
-        started = time.time()
         model = without(ledger, configuration, family)
-        number = configuration.rounds + 2 + place
-        outcomes = ask(number, model)
+        outcomes, wall = _answers(ask, configuration.rounds + 2 + place, model)
         accepted = [o for o in outcomes if o.verdict is Verdict.ACCEPTED]
         entering = sum_evaluations(accepted)
         content = {
@@ -86,10 +77,16 @@ def measure_contributions(
             "entering": entering,
             "nodes": [row(outcome) for outcome in outcomes],
         }
-        wall = {
-            "started": started,
-            "seconds": time.time() - started,
-            "nodes": seconds_by_node(outcomes),
-            "memory": memory_by_node(outcomes),
-        }
         ledger.append(metrics.ABLATION, configuration.rounds, content, wall, signatures(outcomes))
+
+
+def _answers(ask: Asking, number: int, model: GlobalModel) -> tuple[list[Outcome], dict[str, Any]]:
+    """What the nodes say of a model, and the clocks and memory of it."""
+    started = time.time()
+    outcomes = ask(number, model)
+    return outcomes, {
+        "started": started,
+        "seconds": time.time() - started,
+        "nodes": seconds_by_node(outcomes),
+        "memory": memory_by_node(outcomes),
+    }
