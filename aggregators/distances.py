@@ -68,8 +68,8 @@ def distances(
     have says nothing of it. Lengths and products are those of the change for "low_rank" and "dense",
     and of the coordinates for "sketch". For updates along probes ("seed_scalars", "factor_scalars",
     "projected_gradient") they are the expected ones over the choice of the seeds, as in
-    ``expected_squared_norm``: probes of unlike seeds are orthogonal in the mean, and making them would
-    cost as much as a replay.
+    ``expected_squared_norm``: probes are orthogonal on average, and making them would cost as much as a
+    replay. So updates along unlike probes have the cosine 0.
 
     Raises ValueError for several families, for updates that do not add (another layout, pool, basis or
     number of coordinates), for a pair or a cohort, and for weights that are not positive.
@@ -138,12 +138,13 @@ def _compare(found: _Vectors, weights: Sequence[float], sums: Sequence[_Sums]) -
         vector = found.of(place)
         square = _product(vector, vector)
         one.own += square
-        if len(weights) == 1:
+        rest = whole - weight
+        if rest <= 0:
             continue
         away = vector - mean
         one.away += _product(away, away)
         # The mean of the others, without a second sum: mean + w / (W - w) (mean - vector).
-        away *= weight / (whole - weight)
+        away *= weight / rest
         one.scale += mean_square + _product(away, away)
         others = mean - away
         one.compared += square
@@ -160,14 +161,35 @@ def _vectors_of(updates: Sequence[Any], key: str, weights: Sequence[float]) -> _
     if isinstance(updates[0], LowRank):
         return _of_factors([update.factors[key] for update in updates], shares)
     found = [_coordinates(update, key) for update in updates]
+    size, places = _places(updates, found)
+
+    def vector(member: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float64).index_copy_(0, places[member], found[member])
+
+    mean = torch.zeros(size, dtype=torch.float64)
+    for share, own, values in zip(shares, places, found, strict=True):
+        mean.index_add_(0, own, share * values)
+    return _Vectors(mean, vector)
+
+
+def _places(updates: Sequence[Any], found: Sequence[Tensor]) -> tuple[int, list[Tensor]]:
+    """How many axes there are, and on which of them the coordinates of each update are."""
     if isinstance(updates[0], SeedScalars | FactorScalars):
-        found = _placed([_scalars(update).indices for update in updates], found)
-    if len({vector.shape for vector in found}) > 1:
-        raise ValueError(f"layer {tensor_of(key)!r}: unlike numbers of coordinates do not add")
-    mean = torch.zeros_like(found[0])
-    for share, vector in zip(shares, found, strict=True):
-        mean += share * vector
-    return _Vectors(mean, found.__getitem__)
+        own = [u.scalars.indices if isinstance(u, FactorScalars) else u.indices for u in updates]
+        used = torch.unique(torch.cat(own))
+        return len(used), [torch.searchsorted(used, indices) for indices in own]
+    # Nodes may have probes of their own: each pool has its axes then.
+    starts: dict[Any, int] = {}
+    lengths: dict[Any, int] = {}
+    for update, values in zip(updates, found, strict=True):
+        pool = _pool(update)
+        starts.setdefault(pool, sum(lengths.values()))
+        if lengths.setdefault(pool, len(values)) != len(values):
+            raise ValueError(
+                f"{len(values)} coordinates along a tensor's probes do not add to {lengths[pool]}"
+            )
+    ranges = {pool: torch.arange(start, start + lengths[pool]) for pool, start in starts.items()}
+    return sum(lengths.values()), [ranges[_pool(update)] for update in updates]
 
 
 def _of_factors(stack: Sequence[Factors], shares: Sequence[float]) -> _Vectors:
@@ -186,17 +208,6 @@ def _triangle(stack: Tensor) -> Tensor:
     """R of a QR decomposition, whose columns have the inner products of the stack's; or the stack."""
     rows, columns = stack.shape
     return torch.linalg.qr(stack, mode="r").R if columns < rows else stack
-
-
-def _placed(indices: Sequence[Tensor], scalars: Sequence[Tensor]) -> list[Tensor]:
-    """Vectors over all the probes that any update used, of scalars along its own."""
-    used = torch.unique(torch.cat(list(indices)))
-    found = []
-    for own, values in zip(indices, scalars, strict=True):
-        vector = torch.zeros(len(used), dtype=torch.float64)
-        vector[torch.searchsorted(used, own)] = values
-        found.append(vector)
-    return found
 
 
 def _coordinates(update: Any, key: str) -> Tensor:
@@ -234,15 +245,14 @@ def _space(update: Any) -> tuple[Any, ...]:
     family: str = update.family
     if isinstance(update, SeedScalars | FactorScalars):
         return family, update.pool
-    if isinstance(update, ProjectedGradient):
-        return family, update.master_seed, update.probe
     if isinstance(update, Sketch):
         return family, update.basis_digest
-    if isinstance(update, LowRank | Dense):
+    if isinstance(update, LowRank | Dense | ProjectedGradient):
         return (family,)
     raise ValueError(f"an update of the family {family!r} is of no single family")
 
 
-def _scalars(update: Any) -> SeedScalars:
-    found: SeedScalars = update.scalars if isinstance(update, FactorScalars) else update
-    return found
+def _pool(update: Any) -> tuple[int, str] | None:
+    if isinstance(update, ProjectedGradient):
+        return update.master_seed, update.probe
+    return None

@@ -22,13 +22,20 @@ Row = tuple[int, int, str, str, str, str, str, str, str]
 
 
 def walk(
-    folder: Path, rows: Iterable[tuple[Any, ...]], blobs: Blobs, *, state: bool, key: str | None
+    folder: Path,
+    rows: Iterable[tuple[Any, ...]],
+    blobs: Blobs,
+    *,
+    state: bool,
+    key: str | None,
+    only: int | None = None,
 ) -> list[str]:
     """The problems of a ledger's rows: height, round, and as bytes kind, content, previous, hash,
     wall, signatures and seal.
 
     ``key``: the server's public key as the caller knows it; otherwise that of the key file in the
     folder, and without one that of the first seal, which then proves only that one key made all.
+    ``only``: the round whose updates and their nodes' signatures are checked; None: all.
     """
     problems: list[str] = []
     found: list[tuple[str, str]] = []
@@ -72,6 +79,8 @@ def walk(
             named = [*updates, *filter(None, [told.get("layout_blob")])]
         except (ValueError, KeyError, TypeError, AttributeError):
             problems.append(f"entry {height}: its content cannot be read")
+            continue
+        if only is not None and updates and number != only:
             continue
         problems += [f"entry {height}: {p}" for p in _bad_blobs(blobs, named, signed)]
     if not found:

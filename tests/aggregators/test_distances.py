@@ -68,6 +68,11 @@ def projected(seed, size, kept):
     return ProjectedGradient(LAYOUT, 7, {name: normal(seed, 3) for name in chosen})
 
 
+def own_probes(seed, size, kept):
+    chosen = [name for name, keep in zip(NAMES, kept, strict=True) if keep]
+    return ProjectedGradient(LAYOUT, seed % 3, {name: normal(seed, 2) for name in chosen})
+
+
 def along_seeds(layout, seed, size, reach=Reach()):  # noqa: B008
     chosen = torch.randperm(POOL, generator=torch.Generator().manual_seed(seed))[:size]
     indices = chosen.sort().values
@@ -87,7 +92,7 @@ def factors(seed, size, kept):
     return FactorScalars(LAYOUT, MATRICES, 2, 1.5, 3, along_seeds(own, seed, size))
 
 
-MAKERS = [low_rank, dense, sketch, projected, scalars, sparse, factors]
+MAKERS = [low_rank, dense, sketch, projected, own_probes, scalars, sparse, factors]
 COHORTS = st.lists(
     st.tuples(
         st.integers(100, 2**32),
@@ -105,12 +110,13 @@ COHORTS = st.lists(
 def plainly(update):
     """By tensor, the change: along probes, each on an axis of its own of its mean length."""
     if isinstance(update, ProjectedGradient):
-        return {
-            name: torch.stack(
-                [value / len(values) * math.sqrt(math.prod(LAYOUT.shape(name))) for value in values]
-            )
-            for name, values in update.coordinates.items()
-        }
+        found = {}
+        for name, values in update.coordinates.items():
+            axes = found[name] = torch.zeros(POOL, 3, dtype=torch.float64)
+            for k, value in enumerate(values):
+                length = math.sqrt(math.prod(LAYOUT.shape(name)))
+                axes[update.master_seed % POOL, k] = value / len(values) * length
+        return {name: axes.flatten() for name, axes in found.items()}
     if isinstance(update, FactorScalars):
         return {key: v * update.scale / math.sqrt(3) for key, v in plainly(update.scalars).items()}
     if isinstance(update, SeedScalars):
@@ -179,9 +185,9 @@ def test_an_edges_mean_stands_for_its_members(maker, cohort):
     if not behind:
         assert (whole.distance, whole.cosine) == (0.0, None)
         return
-    (total,) = joined(Total.of(*one) for one in behind)
-    edge = Member(total.mean(), total.weight, total.held)
-    found = distances([Member(*alone), edge], LAYOUT)[0]
+    totals = joined(Total.of(*one) for one in behind)
+    edge = [Member(total.mean(), total.weight, total.held) for total in totals]
+    found = distances([Member(*alone), *edge], LAYOUT)[0]
     assert found.norm == pytest.approx(whole.norm, rel=1e-9)
     assert found.distance == pytest.approx(whole.distance, rel=1e-6, abs=1e-6 * whole.norm)
     if whole.cosine is not None and found.cosine is not None:
