@@ -12,7 +12,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedserver.ledger import Ledger, LedgerError
 
@@ -134,17 +134,22 @@ def distances(
             print(json.dumps({"round": entry.round, "entry": entry.hash, **vars(one)}))
         return
     table = Table(
-        "node", "family", "share", "norm", "distance", "over median", "cosine", box=box.SIMPLE_HEAD
+        Column("node", overflow="fold"),
+        *("family", "share", "norm", "distance", "÷ median", "cosine"),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for one in found:
         ratio = "" if one.over_median is None else f"{one.over_median:.2f}"
         cosine = "" if one.cosine is None else f"{one.cosine:+.3f}"
         node = f"{one.node} (sum of its devices)" if one.edge else one.node
         lengths = (f"{one.norm:.4g}", f"{one.distance:.4g}")
-        table.add_row(escape(node), one.family, f"{one.share:.3f}", *lengths, ratio, cosine)
+        table.add_row(
+            escape(node), one.family.replace("_", " "), f"{one.share:.3f}", *lengths, ratio, cosine
+        )
     table.caption = (
-        f"round {entry.round}: share of the family's mean, distance from it, that over the median of the"
-        " family, cosine to the mean of the others"
+        f"round {entry.round}: share of the family's mean, distance from it, that over the median of"
+        " the family's distances, cosine to the mean of the others"
     )
     console.print(table)
 
