@@ -29,7 +29,7 @@ from aggregators.sketch import Sketch
 from aggregators.totals import SCALARS, tensor_of
 from aggregators.update import Update, require_layout
 
-# A length below this share of what it was subtracted from is what float64 rounded.
+# A length below this share of what it was subtracted from is what float64 rounded, and so is a cosine.
 ROUNDING = 1e-12
 
 
@@ -120,6 +120,7 @@ class _Sums:
         if self.compared > 0 and math.sqrt(self.others) > ROUNDING * math.sqrt(self.scale):
             lengths = math.sqrt(self.compared) * math.sqrt(self.others)
             cosine = min(max(self.product / lengths, -1.0), 1.0)
+            cosine = cosine if abs(cosine) > ROUNDING else 0.0
         return Distance(norm, distance if distance > ROUNDING * norm else 0.0, cosine)
 
 
