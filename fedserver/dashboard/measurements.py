@@ -1,8 +1,8 @@
 """Distances between a round's updates, measured when an operator asks, in a process with torch.
 
 They are no part of a ledger and change nothing; what was measured is known by run and by the hash of the
-round's entry as long as the job's output is kept. A measurement costs a processor for a while, so only operators
-start one, and one at a time for a run.
+round's entry as long as the job's output is kept. A measurement costs a processor for a while, so only
+operators start one, and one at a time for a run.
 """
 
 from __future__ import annotations
