@@ -138,7 +138,7 @@ class Measurements:
         table = make_table(
             "distances",
             f"Distances in round {question.round}",
-            DISTANCES,
+            DISTANCES if any(row["edge"] for row in rows) else DISTANCES[:-1],
             rows,
             question.choice,
             empty="Nothing was measured.",
