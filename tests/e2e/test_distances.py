@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from aggregators import SeedScalars
 from fedserver import events
 from fedserver.configuration import parse
+from fedserver.control import OPERATOR, ControlQueue
 from fedserver.distances import COMPARED, READ, measure
 from fedserver.ledger import Ledger
 from fedserver.replay import accepted_updates
@@ -35,7 +37,7 @@ def run(
 ) -> Any:
     monkeypatch.setenv("FEDBRAID_CACHE", str(tmp_path / "cache"))
 
-    def make(**changes: Any) -> Path:
+    def make(emit: events.Listener = _silent, **changes: Any) -> Path:
         values: dict[str, Any] = {
             "base_model": str(tiny_model_folder),
             "preset": "mixed",
@@ -53,7 +55,7 @@ def run(
             "projected": {"learning_rate": 1e-3},
             "nodes": NODES,
         }
-        simulate(parse(values | changes), tmp_path / "run", _silent, samples=0)
+        simulate(parse(values | changes), tmp_path / "run", emit, samples=0)
         return tmp_path / "run"
 
     return make
@@ -133,6 +135,35 @@ def test_what_cannot_be_measured_is_said_in_one_line(
     line = refusal("--round", "1")
     assert "lora-0" in line
     assert "not kept" in line
+    blobs[2].write_bytes(data)
+    assert command(["ledger", "distances", str(folder)]) == 0
+    database = sqlite3.connect(folder / "ledger.db")
+    database.execute(
+        "UPDATE entries SET content = replace(content, 'lora-0', 'lora-1') WHERE kind = 'round'"
+    )
+    database.commit()
+    database.close()
+    assert "is not sound" in refusal()
+
+
+def test_after_a_roll_back_sketches_are_of_the_basis_that_came_back(
+    run: Any, tmp_path: Path
+) -> None:
+    """The gate takes no sketch of another one; whether the state was kept or is made again."""
+
+    def emit(event: events.Event) -> None:
+        if event == events.RoundStarted(3):
+            ControlQueue(tmp_path / "run").ask(
+                "rollback", {"round": 1}, who="eve", role="operator", reason="a test"
+            )
+
+    folder = run(emit, nodes=[n for n in NODES if n.get("strand") == "projected"], rounds=4)
+    ledger = Ledger(folder)
+    assert [entry.content["action"] for entry in ledger.entries(OPERATOR)] == ["rollback"]
+    for number in range(1, 5):
+        entry, found = measure(ledger, recorded_configuration(ledger), number)
+        assert (entry.round, len(found)) == (number, 4)
+    ledger.close()
 
 
 def test_of_an_edge_its_sum_is_measured_and_said_to_be_one(run: Any) -> None:
