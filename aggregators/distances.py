@@ -81,8 +81,8 @@ def distances(
     updates = [member.update for member in members]
     if len({_space(update) for update in updates}) > 1:
         raise ValueError("updates of unlike families, pools or bases have no common mean")
-    parts = [_keys(update) for update in updates]
-    keys = list(dict.fromkeys(key for found in parts for key in found))
+    parts = [frozenset(_keys(update)) for update in updates]
+    keys = list(dict.fromkeys(key for update in updates for key in _keys(update)))
     sums = [_Sums() for _ in members]
     for done, key in enumerate(keys):
         tell(done, len(keys))
@@ -158,7 +158,8 @@ def _product(one: Tensor, two: Tensor) -> float:
 
 
 def _vectors_of(updates: Sequence[Any], key: str, weights: Sequence[float]) -> _Vectors:
-    shares = [weight / math.fsum(weights) for weight in weights]
+    whole = math.fsum(weights)
+    shares = [weight / whole for weight in weights]
     if isinstance(updates[0], LowRank):
         return _of_factors([update.factors[key] for update in updates], shares)
     found = [_coordinates(update, key) for update in updates]
@@ -180,17 +181,18 @@ def _places(updates: Sequence[Any], found: Sequence[Tensor]) -> tuple[int, list[
         used = torch.unique(torch.cat(own))
         return len(used), [torch.searchsorted(used, indices) for indices in own]
     # Nodes may have probes of their own: each pool has its axes then.
-    starts: dict[Any, int] = {}
-    lengths: dict[Any, int] = {}
+    size, axes, places = 0, dict[Any, Tensor](), []
     for update, values in zip(updates, found, strict=True):
         pool = _pool(update)
-        starts.setdefault(pool, sum(lengths.values()))
-        if lengths.setdefault(pool, len(values)) != len(values):
+        if pool not in axes:
+            axes[pool] = torch.arange(size, size + len(values))
+            size += len(values)
+        if len(axes[pool]) != len(values):
             raise ValueError(
-                f"{len(values)} coordinates along a tensor's probes do not add to {lengths[pool]}"
+                f"{len(values)} coordinates along a tensor's probes do not add to {len(axes[pool])}"
             )
-    ranges = {pool: torch.arange(start, start + lengths[pool]) for pool, start in starts.items()}
-    return sum(lengths.values()), [ranges[_pool(update)] for update in updates]
+        places.append(axes[pool])
+    return size, places
 
 
 def _of_factors(stack: Sequence[Factors], shares: Sequence[float]) -> _Vectors:

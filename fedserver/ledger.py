@@ -236,11 +236,18 @@ class Ledger:
             f"CAST({name} AS BLOB)"
             for name in ("kind", "content", "previous", "hash", "wall", "signatures", "seal")
         )
+        query = f"SELECT height, round, {columns} FROM entries ORDER BY height"
         try:
-            rows = self._read(f"SELECT height, round, {columns} FROM entries ORDER BY height")
+            return walk(
+                self.folder,
+                lambda: self._read(query),
+                self.blobs,
+                state=state,
+                key=key,
+                only=only,
+            )
         except LedgerError as error:
             return [str(error)]
-        return walk(self.folder, rows, self.blobs, state=state, key=key, only=only)
 
     def backup(self, target: Path) -> None:
         """A copy of the database as it is now, while others write. Raises sqlite3.Error."""
