@@ -106,8 +106,7 @@ class Measurements:
         if number is None or held is None or not held.job.log.is_file():
             return found
         # The folder may hold another run of that name by now.
-        entry = run.entry("round", number)
-        if entry is None or entry["hash"] != held.entry:
+        if _hash_of(run, number) != held.entry:
             return found
         found |= {"entry": held.entry, "state": _state(held.job)}
         if found["state"] == "finished":
@@ -202,11 +201,16 @@ class MeasurementPages(Answers):
 
 
 def _entry_of(run: RunReader, number: int) -> str:
-    # Not the one that is kept: the folder may hold another run of that name by now.
-    entry = run.entry("round", number)
-    if entry is None:
+    found = _hash_of(run, number)
+    if found is None:
         raise NotThere(f"round {number} was not committed")
-    return str(entry["hash"])
+    return found
+
+
+def _hash_of(run: RunReader, number: int) -> str | None:
+    """Of a round's entry, without reading what it holds: there may be thousands of nodes."""
+    entries = (one for one in run.entries() if (one["kind"], one["round"]) == ("round", number))
+    return next((str(one["hash"]) for one in entries), None)
 
 
 def _state(job: Job) -> str:
