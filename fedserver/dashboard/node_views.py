@@ -286,7 +286,8 @@ def robustness(run: RunReader, question: Question) -> Page:
     told = question.measured or {"state": "not asked", "round": None, "rows": ()}
     for one in told["rows"]:
         row, family = row_of(one["node"]), words(one["family"])
-        if row.setdefault("family", family) != family or "distance" in row:
+        row["family"] = row.get("family") or family
+        if row["family"] != family or "distance" in row:
             # Of a node that trains in two ways, and of an edge, there are several.
             row = {"node": one["node"], "family": family}
             parts.append(row)
