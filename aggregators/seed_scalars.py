@@ -169,10 +169,14 @@ class SeedScalars:
 
         Independent probes of unit variance are orthogonal on average.
         """
-        elements = torch.zeros(self.reach.blocks, dtype=torch.float64)
+        return float((self.scalars.square() * self.elements()).sum())
+
+    def elements(self) -> Tensor:
+        """How many elements the probe of each scalar moves, of a sparse one on average: float64 [n]."""
+        found = torch.zeros(self.reach.blocks, dtype=torch.float64)
         for spec in self._scope:
-            elements[self._block[spec.name]] += math.prod(spec.shape) * self.reach.density
-        return float((self.scalars.square() * elements[self.indices % self.reach.blocks]).sum())
+            found[self._block[spec.name]] += math.prod(spec.shape) * self.reach.density
+        return found[self.indices % self.reach.blocks]
 
     def inner(self, other: Any) -> float:
         """Inner product with an update of any family, tensor by tensor."""

@@ -117,6 +117,11 @@ class Ledger:
         """The newest entry of a kind."""
         return next(self._entries("WHERE kind = ? ORDER BY height DESC LIMIT 1", kind), None)
 
+    def round(self, number: int) -> Entry | None:
+        """The entry of a round."""
+        which = "WHERE kind = 'round' AND round = ? ORDER BY height DESC LIMIT 1"
+        return next(self._entries(which, number), None)
+
     def append(
         self,
         kind: str,
@@ -216,11 +221,14 @@ class Ledger:
             self.blobs.forget(digest)
         self.blobs.clean()
 
-    def verify(self, *, state: bool = True, key: str | None = None) -> list[str]:
+    def verify(
+        self, *, state: bool = True, key: str | None = None, only: int | None = None
+    ) -> list[str]:
         """Problems of chain, seals, checkpoint, signatures and blobs; empty when all is sound.
 
         ``key``: the server's public key, where it is known from elsewhere. Of the states only the last
-        is needed, and it can be made again (``state`` False: ignore it).
+        is needed, and it can be made again (``state`` False: ignore it). ``only``: the round whose
+        updates are read; those of the others are left alone.
         """
         from fedserver.verification import walk
 
@@ -228,11 +236,18 @@ class Ledger:
             f"CAST({name} AS BLOB)"
             for name in ("kind", "content", "previous", "hash", "wall", "signatures", "seal")
         )
+        query = f"SELECT height, round, {columns} FROM entries ORDER BY height"
         try:
-            rows = self._read(f"SELECT height, round, {columns} FROM entries ORDER BY height")
+            return walk(
+                self.folder,
+                lambda: self._read(query),
+                self.blobs,
+                state=state,
+                key=key,
+                only=only,
+            )
         except LedgerError as error:
             return [str(error)]
-        return walk(self.folder, rows, self.blobs, state=state, key=key)
 
     def backup(self, target: Path) -> None:
         """A copy of the database as it is now, while others write. Raises sqlite3.Error."""

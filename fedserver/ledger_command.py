@@ -1,9 +1,10 @@
-"""``fedbraid ledger``: show, verify, replay, likeness, prove, check, migrate."""
+"""``fedbraid ledger``: show, verify, replay, likeness, distances, prove, check, migrate."""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedserver.ledger import Ledger, LedgerError
 
@@ -95,6 +96,62 @@ def likeness(
         table.add_row(node, family, f"{length:.4g}", *(f"{cosine:+.2f}" for cosine in row))
     table.caption = f"cosines, each within about {2 * found.error:.2f}"
     Console().print(table)
+
+
+@ledger_app.command()
+def distances(
+    folder: Folder,
+    round_number: Annotated[
+        int | None, typer.Option("--round", min=1, help="Which round; default: the newest.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How far each node's update of a round lies from its family's mean, and how like the others'."""
+    from rich.progress import Progress
+
+    from fedserver.distances import measure
+    from fedserver.run_folder import recorded_configuration
+
+    ledger = Ledger(folder)
+    console = Console()
+    errors = Console(stderr=True)
+    hidden = as_json or not errors.is_terminal
+    with Progress(console=errors, transient=True, disable=hidden) as progress:
+        task, told = progress.add_task(""), ("", 0)
+
+        def tell(what: str, done: int, of: int) -> None:
+            nonlocal told
+            progress.update(task, description=what, completed=done, total=of)
+            if as_json and told != (what, 20 * done // of):
+                told = (what, 20 * done // of)
+                line = {"event": "progress", "what": what, "done": done, "of": of}
+                print(json.dumps(line), file=sys.stderr, flush=True)
+
+        entry, found = measure(ledger, recorded_configuration(ledger), round_number, tell)
+    ledger.close()
+    if as_json:
+        for one in found:
+            print(json.dumps({"round": entry.round, "entry": entry.hash, **vars(one)}))
+        return
+    table = Table(
+        Column("node", overflow="fold"),
+        *("family", "share", "norm", "distance", "÷ median", "cosine"),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for one in found:
+        ratio = "" if one.over_median is None else f"{one.over_median:.2f}"
+        cosine = "" if one.cosine is None else f"{one.cosine:+.3f}"
+        node = f"{one.node} (sum of its devices)" if one.edge else one.node
+        lengths = (f"{one.norm:.4g}", f"{one.distance:.4g}")
+        table.add_row(
+            escape(node), one.family.replace("_", " "), f"{one.share:.3f}", *lengths, ratio, cosine
+        )
+    table.caption = (
+        f"round {entry.round}: share of the family's mean, distance from it, that over the median of"
+        " the family's distances, cosine to the mean of the others"
+    )
+    console.print(table)
 
 
 @ledger_app.command()

@@ -15,15 +15,10 @@ from torch import Tensor
 from aggregators import Basis, Sketch, Update, coordinates
 from aggregators.cohort import Cohort
 from aggregators.coordinates import Change, vector
-from aggregators.gate import GateContext, admit
-from aggregators.messages import Plan
-from aggregators.methods import SketchMethod
 from aggregators.pair import parts_of
 from fedserver.configuration import RunConfiguration
-from fedserver.entry import Entry
-from fedserver.global_model import first_basis
 from fedserver.ledger import Ledger, LedgerError
-from fedserver.replay import states
+from fedserver.replay import accepted_updates, admit_again, basis_of
 from fedserver.run_folder import read_layout
 
 PROBES = 1024
@@ -50,23 +45,17 @@ def likeness(
 
     Raises LedgerError where the round is not in the ledger, or accepted nothing.
     """
-    entry = next((e for e in ledger.entries("round") if e.round == number), None)
+    entry = ledger.round(number)
     if entry is None:
         raise LedgerError(f"{ledger.folder}: round {number} is not in the ledger")
-    rows = [
-        (row, Plan.model_validate(row["plan"]))
-        for row in entry.content["nodes"]
-        if row["verdict"] == "accepted" and row["plan"]["action"] == "train"
-    ]
+    rows = accepted_updates(entry)
     if not rows:
         raise LedgerError(f"{ledger.folder}: round {number} accepted no update")
     layout = read_layout(ledger)
-    sketched = any(isinstance(plan.method, SketchMethod) for _, plan in rows)
-    basis = _basis_of(ledger, configuration, entry) if sketched else None
+    basis = basis_of(ledger, configuration, entry)
     vectors = []
-    for row, plan in rows:
-        context = GateContext(layout, plan, max_bytes=configuration.max_update_bytes, basis=basis)
-        update = admit(ledger.get(row["update"]), context).update
+    for row in rows:
+        update = admit_again(ledger, configuration, entry, row, layout, basis).update
         assert update is not None
         if isinstance(update, Cohort):
             raise LedgerError(
@@ -80,8 +69,8 @@ def likeness(
     lengths = products.diagonal().sqrt()
     safe = lengths.clamp_min(torch.finfo(torch.float64).tiny)
     return Likeness(
-        tuple(row["node"] for row, _ in rows),
-        tuple(row["family"] for row, _ in rows),
+        tuple(row["node"] for row in rows),
+        tuple(row["family"] for row in rows),
         lengths,
         products / safe / safe[:, None],
         probes**-0.5,
@@ -104,13 +93,3 @@ def _vector(update: Update, basis: Basis | None, within: bool, seed: int, probes
         if found := coordinates(change, seed, probes):
             total += vector(found)
     return total
-
-
-def _basis_of(ledger: Ledger, configuration: RunConfiguration, entry: Entry) -> Basis | None:
-    """What the round's sketches were seen through: that of the model that it began with."""
-    known = None
-    for replayed, model in states(ledger, configuration):
-        if replayed.round == entry.round and replayed.rolled_back_to is None:
-            break
-        known = model.basis
-    return known or first_basis(configuration, read_layout(ledger))

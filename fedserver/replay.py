@@ -5,14 +5,16 @@ A state is a checkpoint: it follows from the updates before it, so one that was 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from aggregators import Update, UpdateRejected
+from aggregators import Basis, Layout, Sketch, Update, UpdateRejected
 from aggregators.cohort import Cohort
-from aggregators.gate import GateContext, admit
+from aggregators.gate import Admitted, GateContext, admit
 from aggregators.messages import Plan
 from fedserver.configuration import RunConfiguration
 from fedserver.control import OPERATOR
@@ -67,14 +69,75 @@ def restore(ledger: Ledger, configuration: RunConfiguration) -> tuple[GlobalMode
     return made, last.round
 
 
-def last_state(ledger: Ledger) -> str:
-    """Digest of the state that the next round starts from; "" before the first round."""
-    last = ledger.last("round")
-    state = "" if last is None else str(last.content["state"])
-    for entry in ledger.entries(OPERATOR):
-        if last is not None and entry.height > last.height and _target(entry) is not None:
+def last_state(ledger: Ledger, before: Entry | None = None) -> str:
+    """Digest of the state that the next round starts from, or that the round of ``before`` started from;
+    "" before the first round."""
+    last = ledger.last("round") if before is None else ledger.round(before.round - 1)
+    if last is None:
+        return ""
+    state, end = str(last.content["state"]), math.inf if before is None else before.height
+    for entry in ledger.entries(OPERATOR, last.height):
+        if entry.height < end and _target(entry) is not None:
             state = str(entry.content["state"])
     return state
+
+
+def basis_of(ledger: Ledger, configuration: RunConfiguration, entry: Entry) -> Basis | None:
+    """What a round's sketches were seen through: that of the state that it began with; None without any.
+
+    States are kept of the last rounds alone; an earlier one is made again from the updates.
+    """
+    if not any(_sketches(row["plan"]["method"]) for row in accepted_updates(entry)):
+        return None
+    layout = read_layout(ledger)
+    model, state = GlobalModel.empty(layout), last_state(ledger, entry)
+    if state:
+        try:
+            model = GlobalModel.from_bytes(ledger.get(state), layout)
+        except LedgerError:
+            for replayed, following in states(ledger, configuration):
+                if replayed.round == entry.round and replayed.rolled_back_to is None:
+                    break
+                model = following
+    return model.basis or first_basis(configuration, layout)
+
+
+def accepted_updates(entry: Entry) -> list[dict[str, Any]]:
+    """The rows of a round's nodes whose updates are in it."""
+    return [
+        row
+        for row in entry.content["nodes"]
+        if row["verdict"] == "accepted" and row["plan"]["action"] == "train"
+    ]
+
+
+def admit_again(
+    ledger: Ledger,
+    configuration: RunConfiguration,
+    entry: Entry,
+    row: dict[str, Any],
+    layout: Layout,
+    basis: Basis | None,
+) -> Admitted:
+    """The recorded reply of a node's row, through the gate again.
+
+    Raises LedgerError: its blob is lost or was changed, or the gate refuses it.
+    """
+    context = GateContext(
+        layout=layout,
+        plan=Plan.model_validate(row["plan"]),
+        seen_nonces=frozenset(),
+        max_bytes=configuration.max_update_bytes,
+        max_examples=configuration.max_examples,
+        basis=basis,
+    )
+    try:
+        return admit(ledger.get(row["update"]), context)
+    except UpdateRejected as rejection:
+        raise LedgerError(
+            f"round {entry.round}: the recorded update of {row['node']!r} no longer passes the"
+            f" gate: {rejection}"
+        ) from None
 
 
 def model_after(ledger: Ledger, configuration: RunConfiguration, number: int) -> GlobalModel:
@@ -140,25 +203,11 @@ def states(
         if entry.kind != "round":
             continue
         updates: list[tuple[Update | Cohort, int]] = []
-        for node in entry.content["nodes"]:
-            trained = node["verdict"] == "accepted" and node["plan"]["action"] == "train"
-            if not trained or node["plan"]["method"]["family"] == skipped:
+        basis = model.basis or first_basis(configuration, layout)
+        for node in accepted_updates(entry):
+            if node["plan"]["method"]["family"] == skipped:
                 continue
-            context = GateContext(
-                layout=layout,
-                plan=Plan.model_validate(node["plan"]),
-                seen_nonces=frozenset(),
-                max_bytes=configuration.max_update_bytes,
-                max_examples=configuration.max_examples,
-                basis=model.basis or first_basis(configuration, layout),
-            )
-            try:
-                admitted = admit(ledger.get(node["update"]), context)
-            except UpdateRejected as rejection:
-                raise LedgerError(
-                    f"round {entry.round}: the recorded update of {node['node']!r} no longer"
-                    f" passes the gate: {rejection}"
-                ) from None
+            admitted = admit_again(ledger, configuration, entry, node, layout, basis)
             update = admitted.update
             if isinstance(update, Cohort) and skipped is not None:
                 update = update.without(skipped)
@@ -170,6 +219,12 @@ def states(
         if entry.round in targets:
             kept[entry.round] = model
         yield Replayed(entry.round, len(updates), entry.content["state"], model.digest()), model
+
+
+def _sketches(method: dict[str, Any]) -> bool:
+    """Whether a plan's method, or one of those of an edge's devices, asks for sketches."""
+    groups = method.get("groups", ())
+    return method["family"] == Sketch.family or any(_sketches(one["method"]) for one in groups)
 
 
 def _target(entry: Entry) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,29 @@ Row = tuple[int, int, str, str, str, str, str, str, str]
 
 
 def walk(
-    folder: Path, rows: Iterable[tuple[Any, ...]], blobs: Blobs, *, state: bool, key: str | None
+    folder: Path,
+    read: Callable[[], Iterable[tuple[Any, ...]]],
+    blobs: Blobs,
+    *,
+    state: bool,
+    key: str | None,
+    only: int | None = None,
 ) -> list[str]:
-    """The problems of a ledger's rows: height, round, and as bytes kind, content, previous, hash,
-    wall, signatures and seal.
+    """The problems of a ledger's rows, which ``read`` reads: height, round, and as bytes kind, content,
+    previous, hash, wall, signatures and seal.
 
     ``key``: the server's public key as the caller knows it; otherwise that of the key file in the
     folder, and without one that of the first seal, which then proves only that one key made all.
+    ``only``: the round whose updates and their nodes' signatures are checked; None: all.
     """
     problems: list[str] = []
     found: list[tuple[str, str]] = []
     newest: tuple[int, str] | None = None
     previous, last_seal = GENESIS_PREVIOUS, ""
     tree = GrowingTree()
-    for expected, raw in enumerate(rows):
+    # A run may go on meanwhile: what names the ledger's end is read before the entries, not after.
+    checkpoint, named_head = read_checkpoint(folder), _summarised_head(folder)
+    for expected, raw in enumerate(read()):
         row = _decoded(raw)
         if row is None:
             problems.append(f"entry {expected}: it cannot be read")
@@ -73,15 +82,16 @@ def walk(
         except (ValueError, KeyError, TypeError, AttributeError):
             problems.append(f"entry {height}: its content cannot be read")
             continue
+        if only is not None and updates and number != only:
+            continue
         problems += [f"entry {height}: {p}" for p in _bad_blobs(blobs, named, signed)]
     if not found:
         problems.append("the ledger is empty")
     if state and newest is not None:
         remedy = "; --resume or export makes this state again from the updates"
         problems += [f"entry {newest[0]}: {p}{remedy}" for p in _bad_blobs(blobs, [newest[1]], {})]
-    if key and (problem := checkpoint_problem(read_checkpoint(folder), found, key)):
+    if key and (problem := checkpoint_problem(checkpoint, found, key)):
         problems.append(problem)
-    named_head = _summarised_head(folder)
     if named_head and named_head not in {digest for digest, _ in found}:
         problems.append(
             f"summary.json names the head {named_head[:16]}, which is not in the ledger: entries are"

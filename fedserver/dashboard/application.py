@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from fedserver.dashboard.guard import Guard
 from fedserver.dashboard.html import compile_templates, render
 from fedserver.dashboard.jobs import Jobs
 from fedserver.dashboard.library import Library
+from fedserver.dashboard.measurements import MEASURED, ROBUSTNESS, MeasurementPages, Measurements
 from fedserver.dashboard.oidc import Provider
 from fedserver.dashboard.page import NotThere, Page, Question, run_address
 from fedserver.dashboard.registry import BY_NAME, ROUND, VIEWS, View
@@ -93,6 +95,8 @@ class Site(Answers):
         self.replays = Replays(self.jobs)
         self.forms = Forms(Desk(library, self.jobs), accounts, self.replays)
         self.verifications = Verifications()
+        self.measurements = Measurements(self.jobs)
+        self.measurement_pages = MeasurementPages(library, self.jobs, self.measurements)
 
     def routes(self) -> list[Route | Mount]:
         """Every address."""
@@ -101,6 +105,7 @@ class Site(Answers):
             Mount("/static", StaticFiles(directory=STATIC), name="static"),
             *self.sign_in.routes(),
             *self.forms.routes(),
+            *self.measurement_pages.routes(),
             Route("/", self.runs),
             Route("/metrics", self.metrics),
             Route("/compare", self.compare),
@@ -202,10 +207,21 @@ class Site(Answers):
         run = await run_in_threadpool(self.reader, request)
         # Before the page is made: what changes meanwhile is a change to it.
         shown = version(await run_in_threadpool(run_stamp(run)))
-        page = await run_in_threadpool(view.make, run, question_of(request))
+        question = question_of(request)
+        if view.name == ROBUSTNESS:
+            measured = await run_in_threadpool(self.measurements.told, run)
+            question = replace(question, measured=measured)
+        page = await run_in_threadpool(view.make, run, question)
         kind = "?live=1" if view.name == "" else ""
         stream = f"{run_address(run.identity)}/stream{kind}"
-        return self.answer(request, page, view.template, view=view, stream=stream, shown=shown)
+        answer = self.answer(request, page, view.template, view=view, stream=stream, shown=shown)
+        if (
+            request.headers.get("hx-target") == MEASURED
+            and question.measured["state"] == "finished"
+        ):
+            # The page asked how far it was; now its table has more columns.
+            answer.headers["hx-trigger"] = "run-changed"
+        return answer
 
     async def verify(self, request: Request) -> Response:
         """Hash everything again."""

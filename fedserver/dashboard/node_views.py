@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedserver.dashboard.page import Page, Question, page_of
@@ -66,11 +67,19 @@ INFLUENCE = (
     Column("share", "Share of its family's mean", "bar"),
     Column("norm", "Norm of its update", "number"),
     Column("norm_ratio", "Norm against its family's median", "number"),
-    Column("distance", "Distance", "number"),
     Column("accepted", "Accepted", "count"),
     Column("refused", "Refused", "count"),
     Column("reason", "Last reason"),
 )
+
+MEASURED = (
+    Column("distance", "Distance", "number"),
+    Column("over_median", "Distance against its family's median", "number"),
+    Column("cosine", "Cosine to the others", "number"),
+)
+"""What a measurement adds to them, with the round that it is of."""
+MOST_OFFERED = 500
+"""So many of the last rounds are offered to be measured."""
 
 
 def fleet(run: RunReader, question: Question) -> Page:
@@ -255,11 +264,13 @@ def robustness(run: RunReader, question: Question) -> Page:
     last = recent.get(max(recent), []) if recent else []
     middle, sums = _family_medians(last), _sums(last)
     rows: dict[str, Row] = {}
+
+    def row_of(name: str) -> Row:
+        return rows.setdefault(name, {"node": name, "accepted": 0, "refused": 0, "reason": None})
+
     for number in sorted(recent):
         for node in recent[number]:
-            row = rows.setdefault(
-                node["node"], {"node": node["node"], "accepted": 0, "refused": 0, "reason": None}
-            )
+            row = row_of(node["node"])
             if node["verdict"] == "accepted" or not _late(node):
                 row["accepted" if node["verdict"] == "accepted" else "refused"] += 1
             row["reason"] = node["reason"] or row["reason"]
@@ -270,26 +281,44 @@ def robustness(run: RunReader, question: Question) -> Page:
             "share": family_share(node.get("family", ""), node.get("weight"), sums),
             "norm": norm,
             "norm_ratio": norm / median if norm is not None and median else None,
-            "distance": node.get("distance"),
         }
-    for name, row in rows.items():
-        row["standing"] = standing.get(name, "member")
+    parts: list[Row] = []
+    told = question.measured or {"state": "not asked", "round": None, "rows": ()}
+    for one in told["rows"]:
+        row, family = row_of(one["node"]), words(one["family"])
+        row["family"] = row.get("family") or family
+        if row["family"] != family or "distance" in row:
+            # Of a node that trains in two ways, and of an edge, there are several.
+            row = {"node": one["node"], "family": family}
+            parts.append(row)
+        row |= {column.key: one[column.key] for column in MEASURED}
+    shown = [*rows.values(), *parts]
+    for row in shown:
+        row["standing"] = standing.get(row["node"], "member")
     data = {
         **header(run),
         "rule": rule,
         "quarantined": sorted(n for n, word in standing.items() if word == "quarantined"),
-        "measured": any(row.get("distance") is not None for row in rows.values()),
+        "measurement": {key: value for key, value in told.items() if key != "rows"},
+        "rounds_recorded": [e["round"] for e in run.entries() if e["kind"] == "round"][
+            :MOST_OFFERED
+        ],
         "rounds_counted": len(recent),
         "last_round": max(recent) if recent else None,
     }
-    shown = [c for c in INFLUENCE if c.key != "distance" or data["measured"]]
+    columns = list(INFLUENCE)
+    if told["state"] == "finished":
+        place = columns.index(next(c for c in INFLUENCE if c.key == "accepted"))
+        columns[place:place] = [
+            replace(c, title=f"{c.title}, round {told['round']}") for c in MEASURED
+        ]
     return page_of(
         data,
         make_table(
             "influence",
             "Influence, by family",
-            shown,
-            sorted(rows.values(), key=lambda row: (row.get("family") or "\uffff", row["node"])),
+            columns,
+            sorted(shown, key=lambda row: (row.get("family") or "\uffff", row["node"])),
             question.choice,
         ),
     )

@@ -68,6 +68,14 @@ def document(views: Sequence[View], one_round: View) -> dict[str, Any]:
         paths[f"/access/{name}.csv"] = _get("A table of it as CSV; for operators.", [], csv=True)
     replay = "The replay of a round, as far as it is: recorded and replayed digest."
     paths["/runs/{run}/rounds/{round}/replay"] = _get(replay, [RUN, ROUND_NUMBER])
+    measured = "/runs/{run}/rounds/{round}/distances"
+    paths[measured] = _get(
+        "Distances between a round's updates, as far as they were measured.",
+        [RUN, ROUND_NUMBER, *TABLE],
+    )
+    paths[f"{measured}/distances.csv"] = _get(
+        "The same as CSV, whole.", [RUN, ROUND_NUMBER, *TABLE[1:]], csv=True
+    )
     addresses = [(f"/runs/{{run}}/{view.name or 'live'}", view, [RUN]) for view in views]
     addresses.append(("/runs/{run}/rounds/{round}", one_round, [RUN, ROUND_NUMBER]))
     for address, view, parameters in addresses:

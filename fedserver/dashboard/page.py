@@ -13,12 +13,17 @@ from fedserver.dashboard.tables import Choice, Table
 
 @dataclass(frozen=True)
 class Question:
-    """A reader's parameters: the table's choice, the values of the address, the round of the path."""
+    """A reader's parameters: the table's choice, the values of the address, the round of the path.
+
+    ``measured``: the distances between updates that somebody had measured, as ``Measurements.told`` has
+    them; nothing of other views.
+    """
 
     choice: Choice = field(default_factory=Choice)
     values: Mapping[str, str] = field(default_factory=dict)
     runs: tuple[str, ...] = ()
     round: int = 0
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

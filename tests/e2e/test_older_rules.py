@@ -60,7 +60,7 @@ def test_views_open_and_states_are_not_made_again(
         model_after(then, recorded, 1)
     now.close()
     then.close()
-    for words in (["show"], ["verify"], ["likeness", "--round", "1"]):
+    for words in (["show"], ["verify"], ["likeness", "--round", "1"], ["distances"]):
         assert command(["ledger", words[0], str(folder), *words[1:]]) == 0
     assert RunReader(folder, "then").configuration()["preset"] == configuration.preset
     capsys.readouterr()

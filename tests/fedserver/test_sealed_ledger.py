@@ -98,6 +98,25 @@ def test_a_checkpoint_may_be_one_entry_behind_and_catches_up(tmp_path: Path) -> 
         Ledger(folder, write=True)
 
 
+def test_a_run_that_goes_on_while_it_is_verified_lacks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    fill(folder, 3)
+    running, reading = Ledger(folder, write=True), Ledger(folder)
+    read = reading.blobs.get
+
+    def get(digest: str) -> bytes:
+        running.append("note", 4, {"nodes": []}, {})
+        return read(digest)
+
+    monkeypatch.setattr(reading.blobs, "get", get)
+    assert reading.verify() == []
+    assert running.height > 3
+    running.close()
+    reading.close()
+
+
 def test_a_history_sealed_by_another_key_needs_the_key_to_be_known(
     sealed: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -256,6 +256,7 @@ def test_every_view_opens_clean_and_accessible(visit: Visit, width: int, scheme:
     source = tools.axe()
     paths = ["/", "/server", "/start", "/compare?run=mixed&run=live", "/runs/mixed/rounds/2"]
     paths += ["/devices", "/access", "/runs/mixed/rounds/2/replay", "/runs/mixed/ledger/verify"]
+    paths += ["/runs/mixed/rounds/3/distances"]
     paths += [f"/runs/mixed/{view.name}".rstrip("/") for view in VIEWS]
     for path in paths:
         visit.open(path)
@@ -296,6 +297,10 @@ def test_search_sort_verify_and_downloads_work_by_keyboard_and_click(visit: Visi
     visit.open("/runs/mixed/rounds/2")
     recorded = page.locator("dt:has-text('State after it') + dd").inner_text()
     assert shown == [recorded, recorded]
+    visit.open("/runs/mixed/robustness")
+    page.get_by_role("button", name="Measure distances").click()
+    page.wait_for_selector("#measured >> text=Distances were measured of round 3")
+    page.get_by_role("link", name="Distance, round 3").wait_for()
     visit.open("/runs/mixed/rounds")
     page.get_by_role("link", name="Evaluation loss", exact=True).click()
     page.wait_for_selector("th[aria-sort=ascending]")
