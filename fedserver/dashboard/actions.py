@@ -123,13 +123,26 @@ class Desk:
         deployment = deployment_of(self.library.root)
         return None if deployment is None else deployment.sealing_key
 
+    def no_start(self) -> str:
+        """Why no run can be started here; "" where one can."""
+        if self.library.alone() is None:
+            return ""
+        root = self.library.root
+        return (
+            f"{root} is one run, and no place for others: fedbraid dashboard {root.parent} serves all"
+            " runs beside it, and starts new ones there"
+        )
+
     def start(self, form: Mapping[str, str], who: Session) -> str:
         """Start a simulation of a scenario below the served folder; returns the run's name.
 
         Raises:
-            ControlError: a name that is taken or no name, or changes that the scenario does not take.
+            ControlError: no folder of runs, a name that is taken or no name, changes that the scenario
+                does not take, or a base model that is not here.
             JobError: too much is at work.
         """
+        if why := self.no_start():
+            raise ControlError(why)
         scenario, name = form.get("scenario", "").strip(), form.get("name", "").strip()
         if not RUN_NAME.fullmatch(name):
             raise ControlError("a run's name is letters, digits and . _ -")

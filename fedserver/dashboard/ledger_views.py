@@ -22,14 +22,18 @@ ENTRIES = (
     Column("hash", "Hash", "hash"),
     Column("previous", "Follows", "hash"),
 )
-OPERATOR = (
-    Column("height", "Height", "count"),
-    Column("round", "Before round", "count"),
+ACTED = (
     Column("action", "Action"),
     Column("arguments", "With"),
     Column("who", "Who"),
     Column("role", "Role"),
     Column("reason", "Reason"),
+)
+"""Who did what, and why: an operator's entry in words, as of ``action_row``."""
+OPERATOR = (
+    Column("height", "Height", "count"),
+    Column("round", "Before round", "count"),
+    *ACTED,
     Column("outcome", "Outcome", "state"),
     Column("note", "Note"),
     Column("time", "Applied", "time"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,22 @@ def test_other_forms_are_shown_again_too(
     answer = client.post("/login", data={"name": "olga", "password": "wrong"})
     assert answer.status_code == 401
     assert 'value="olga"' in answer.text
+
+
+def test_every_token_can_be_revoked_whatever_page_is_shown(
+    client: TestClient, sign_in: Sign, accounts: Accounts
+) -> None:
+    csrf = sign_in("olga")
+    for number in range(51):
+        accounts.issue_token(f"robot {number}", "viewer")
+    told = {token.id for token in accounts.tokens()}
+    for address in ("/access", "/access?page=2", "/access?page=2&sort=name"):
+        page = client.get(address).text
+        assert set(re.findall(r'<option value="(\w+)"', page)) == told
+    last = client.get("/api/v1/access?page=2").json()["tables"]["tokens"]["rows"][0]["id"]
+    form = {"csrf": csrf, "token": last, "reason": "it leaked"}
+    assert client.post("/access/revoke", data=form).status_code == 303
+    assert {token.id for token in accounts.tokens()} == told - {last}
 
 
 def test_a_start_that_fails_is_told_and_leaves_the_name_free(
