@@ -29,6 +29,7 @@ from fedserver.dashboard import errands
 from fedserver.dashboard.accounts import Session
 from fedserver.dashboard.home import deployment_of
 from fedserver.dashboard.jobs import JobError, Jobs, refusal_of
+from fedserver.dashboard.ledger_views import words_of
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
@@ -197,7 +198,7 @@ def control(run: RunReader, question: Question) -> Page:
         {
             "asked": request.asked,
             "action": request.action.replace("_", " "),
-            "with": ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in request.arguments.items()),
+            "with": words_of(request.arguments),
             "who": f"{request.who} ({request.role})",
             "reason": request.reason,
             "state": request.state,

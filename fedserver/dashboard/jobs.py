@@ -17,6 +17,7 @@ from typing import Any
 
 from fedserver.dashboard.home import home_of
 from fedserver.dashboard.page import run_address
+from fedserver.dashboard.sentences import sentence, spoken
 from fedserver.dashboard.tables import Choice, Column, Table, make_table
 
 COMMAND = "simulations.command"
@@ -144,22 +145,19 @@ def in_words(line: str) -> str:
         return line[:MOST_SAID]
     if not isinstance(value, dict):
         return line[:MOST_SAID]
+    if text := sentence(value):
+        about = [f"round {value['round']}" if value.get("round") else "", value.get("node")]
+        return ": ".join(filter(None, [", ".join(filter(None, about)), text]))[:MOST_SAID]
     event = str(value.pop("event", "")).replace("_", " ")
     if text := value.get("text") or value.get("error"):
         parts = [str(text)]
     else:
         parts = [
-            f"{key.replace('_', ' ')} {_shown(one)}"
+            f"{key.replace('_', ' ')} {spoken(one)}"
             for key, one in value.items()
             if key != "time" and not isinstance(one, (dict, list)) and one not in (None, "")
         ]
     return ": ".join(filter(None, [event, ", ".join(parts)]))[:MOST_SAID]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def refusal_of(arguments: Sequence[str], where: Path) -> str:
