@@ -117,6 +117,10 @@ class Ledger:
         """The newest entry of a kind."""
         return next(self._entries("WHERE kind = ? ORDER BY height DESC LIMIT 1", kind), None)
 
+    def round(self, number: int) -> Entry | None:
+        """The entry of that round, None if it is not committed."""
+        return next(self._entries("WHERE kind = 'round' AND round = ?", number), None)
+
     def append(
         self,
         kind: str,

@@ -78,6 +78,9 @@ Overrides = Annotated[
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder.")]
 Folder = Annotated[Path, typer.Argument(help="A run folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
+Round = Annotated[
+    int | None, typer.Option("--round", min=1, help="The model after this round, not the newest.")
+]
 Exact = Annotated[bool, typer.Option("--exact", help="The whole carry, not the view's rank.")]
 
 DISK_ERRORS = {
@@ -192,11 +195,12 @@ def export_peft(
     folder: Folder,
     target: Annotated[Path, typer.Option("--to", help="Folder to write.")] = Path("adapter"),
     exact: Exact = False,
+    number: Round = None,
 ) -> None:
     """A LoRA adapter with a model card that plain peft loads."""
     from fedserver.export import export_peft as write
 
-    print(write(folder, target, _base_of(folder), exact=exact))
+    print(write(folder, target, _base_of(folder), exact=exact, number=number))
 
 
 @export_app.command("merged")
@@ -204,11 +208,12 @@ def export_merged(
     folder: Folder,
     target: Annotated[Path, typer.Option("--to", help="Folder to write.")] = Path("merged"),
     exact: Exact = False,
+    number: Round = None,
 ) -> None:
     """The base with the change added once: a model folder that plain transformers loads."""
     from fedserver.export import export_merged as write
 
-    print(write(folder, target, _base_of(folder), exact=exact))
+    print(write(folder, target, _base_of(folder), exact=exact, number=number))
 
 
 @export_app.command("report")

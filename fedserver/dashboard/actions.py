@@ -91,13 +91,15 @@ class Desk:
             kind, number = form.get("kind", "peft"), header(run)["round"]
             if why := exports(run).get(kind):
                 raise ControlError(why)
-            arguments = {"kind": kind, "to": f"exports/{kind}-round-{number}"}
+            to = f"exports/{kind}-round-{number}"
+            arguments = {"kind": kind, "round": number, "to": to}
         asked = queue.ask(
             action, arguments, who=who.name, role=who.role, reason=form.get("reason", "")
         )
         if action == "export":
             target = str(run.folder / arguments["to"])
-            command = ["export", kind, str(run.folder), "--to", target]
+            # The run may have committed another one before the process looks.
+            command = ["export", kind, str(run.folder), "--round", str(number), "--to", target]
             self._errand(f"export {kind} after round {number}", run, asked, command, number)
             return f"exporting to {target}"
         if action == "continue":

@@ -16,7 +16,7 @@ from fedserver import events
 from fedserver.dashboard.jobs import in_words
 from fedserver.dashboard.sentences import level, sentence
 
-FLOATS = st.floats(allow_nan=True, allow_infinity=True)
+FLOATS = st.floats(-1e9, 1e9) | st.sampled_from([math.nan, math.inf, -math.inf])
 TEXT = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=8)
 LOGGED = (
     events.RunStarted, events.RoundStarted, events.PhaseStarted, events.PlansSent,
