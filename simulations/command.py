@@ -159,11 +159,23 @@ def compare(
 
 
 @app.command()
-def validate(scenario: Scenario, override: Overrides = None, as_json: Json = False) -> None:
+def validate(
+    scenario: Scenario,
+    override: Overrides = None,
+    here: Annotated[
+        bool,
+        typer.Option("--here", help="Also that this machine has the base model to simulate it."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Check a scenario without running it."""
     from fedserver.configuration import load, to_toml
 
     configuration = load(scenario, override or ())
+    if here:
+        from fedclient.base_model import require_here
+
+        require_here(configuration.base_model)
     if as_json:
         print(configuration.model_dump_json())
         return

@@ -165,7 +165,7 @@ class Desk:
         if not reason.strip():
             raise ControlError("say why: the reason stands in the ledger")
         settings = [word for line in [*overrides, f"name={name}"] for word in ("--set", line)]
-        if why := refusal_of(["validate", scenario, *settings], self.library.root):
+        if why := refusal_of(["validate", "--here", scenario, *settings], self.library.root):
             raise ControlError(why)
         arguments = {"scenario": scenario, "overrides": overrides}
         command = ["simulate", scenario, *settings, "--output", str(folder), "--json"]

@@ -420,7 +420,8 @@ def test_a_run_is_started_stopped_rolled_back_exported_and_continued(
     visit.open("/start")
     page.get_by_label("Name of the run").fill("from-the-page")
     page.get_by_label("Scenario").select_option("quickstart")
-    page.get_by_label("Changes").fill('base_model="/nowhere"')
+    changes = f'base_model="{asked.base_model}"\ndata.source="/no/such/data.jsonl"'
+    page.get_by_label("Changes").fill(changes)
     page.get_by_label("Reason").fill("a first one")
     page.get_by_role("button", name="Start").click()
     # Its process says why it refuses; nothing runs behind the test's back.
