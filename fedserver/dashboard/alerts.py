@@ -148,11 +148,12 @@ class Watchdog:
             return False
 
     def _work(self) -> None:
-        while not self._end.wait(LOOK_SECONDS):
+        while not self._end.is_set():
             try:
                 self.look()
             except Exception:
                 logger.exception("alerts could not be looked for")
+            self._end.wait(LOOK_SECONDS)
 
 
 def _streams(run: RunReader) -> dict[str, list[Change]]:
