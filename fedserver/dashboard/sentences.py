@@ -123,4 +123,5 @@ def _reply(reply: events.NodeReplied) -> str:
 
 
 def _ended(text: str, reason: str) -> str:
-    return f"{text}: {reason}" if reason else f"{text}."
+    told = f"{text}: {reason}" if reason else text
+    return told if told.endswith((".", "!", "?")) else f"{told}."

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from starlette.testclient import TestClient
 
 from fedhost.process_identity import process_identity
@@ -34,8 +35,10 @@ def under_way(folder: Path, **told: Any) -> None:
 
 
 def test_both_tables_of_the_server_are_csv_and_json(
-    client: TestClient, sign_in: Sign, runs: Path
+    client: TestClient, sign_in: Sign, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Who looks within one moment is shown what was seen before.
+    monkeypatch.setattr("fedserver.dashboard.library.LOOK_SECONDS", 0.0)
     under_way(runs / "mixed")
     sign_in("vera")
     jobs = client.app.state.site.jobs  # type: ignore[attr-defined]
