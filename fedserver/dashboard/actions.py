@@ -126,6 +126,12 @@ class Desk:
         deployment = deployment_of(self.library.root)
         return None if deployment is None else deployment.sealing_key
 
+    @property
+    def place(self) -> Path:
+        """Where new runs are made: of a deployment that is served itself among its runs."""
+        deployment = deployment_of(self.library.root)
+        return self.library.root if deployment is None else deployment.runs
+
     def no_start(self) -> str:
         """Why no run can be started here; "" where one can."""
         if self.library.alone() is None:
@@ -137,7 +143,7 @@ class Desk:
         )
 
     def start(self, form: Mapping[str, str], who: Session) -> str:
-        """Start a simulation of a scenario below the served folder; returns the run's name.
+        """Start a simulation of a scenario among the served runs; returns the run's name.
 
         Raises:
             ControlError: no folder of runs, a name that is taken or no name, changes that the scenario
@@ -156,8 +162,9 @@ class Desk:
         ]
         if wrong := [line for line in overrides if not OVERRIDE.fullmatch(line)]:
             raise ControlError(f"{wrong[0]!r} is no KEY=VALUE")
-        folder = self.library.root / name
-        self._free(folder, name)
+        folder = self.place / name
+        run = name if self.place == self.library.root else f"{self.place.name}:{name}"
+        self._free(folder, run)
         taken = ControlError(f"there is a run {name} already; choose another name")
         if folder.exists():
             raise taken
@@ -169,25 +176,23 @@ class Desk:
             raise ControlError(why)
         arguments = {"scenario": scenario, "overrides": overrides}
         command = ["simulate", scenario, *settings, "--output", str(folder), "--json"]
-        free = partial(self._free, folder, name)
+        free = partial(self._free, folder, run)
         with self._names:
             if folder.exists():
                 raise taken
             folder.mkdir()
             ControlQueue(folder).ask("start", arguments, who=who.name, role=who.role, reason=reason)
             try:
-                self.jobs.start(
-                    f"simulate {scenario}", name, command, self.library.root, ended=free
-                )
+                self.jobs.start(f"simulate {scenario}", run, command, self.library.root, ended=free)
             except JobError:
                 shutil.rmtree(folder)
                 raise
         return name
 
-    def _free(self, folder: Path, name: str) -> None:
+    def _free(self, folder: Path, run: str) -> None:
         """Give the name of a run back that was asked for here and never began."""
         with self._names:
-            if self.jobs.working(name) or not folder.is_dir():
+            if self.jobs.working(run) or not folder.is_dir():
                 return
             if all(path.name.startswith(CONTROL) for path in folder.iterdir()):
                 shutil.rmtree(folder)

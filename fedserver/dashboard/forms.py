@@ -90,7 +90,7 @@ class Forms(Answers):
             "start.html.jinja",
             session=request.scope["session"],
             path="/start",
-            root=str(self.library.root),
+            root=str(self.desk.place),
             nowhere=await run_in_threadpool(self.desk.no_start),
             scenarios=scenario_names(),
             problem=sent.problem if sent else "",
