@@ -78,16 +78,23 @@ def resolve(reference: str, *, cache: Path | None = None, progress: Progress | N
     folder = cache or cache_folder()
     if reference.lower() == DEFAULT_MODEL:
         return _embedded(folder, tell)
-    path = Path(reference).expanduser()
-    if path.is_dir():
-        return _checked_folder(path)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise BaseModelError(f"base_model {reference}: there is no such file")
-        return _convert_cached(path, folder, tell)
-    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
-        raise BaseModelError(f"base_model {reference}: there is no such folder or .gguf file")
-    return _from_hub(reference)
+    path = _local(reference)
+    if path is None:
+        return _from_hub(reference)
+    return path if path.is_dir() else _convert_cached(path, folder, tell)
+
+
+def require_here(reference: str, *, cache: Path | None = None) -> None:
+    """Refuse a base model that ``resolve`` would refuse, or have to fetch. Raises BaseModelError."""
+    if reference.lower() == DEFAULT_MODEL:
+        here = _is_complete((cache or cache_folder()) / DEFAULT_MODEL)
+    else:
+        here = _local(reference) is not None or _in_hub_cache(reference)
+    if not here:
+        raise BaseModelError(
+            f"base_model {reference!r} is not on this machine: 'python -m fedclient.base_model fetch"
+            f" {reference}' fetches it, or set base_model to a local folder"
+        )
 
 
 def load(reference: str, dtype: str = "float32", cache: Path | None = None) -> LoadedModel:
@@ -284,6 +291,34 @@ def _convert(gguf: Path, target: Path, tell: Progress) -> None:
 def _is_complete(target: Path) -> bool:
     """A converted folder is moved into place whole, so it can be read without the lock."""
     return (target / "config.json").is_file()
+
+
+def _local(reference: str) -> Path | None:
+    """The folder or GGUF file that a reference names; None for a name on the hub."""
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return _checked_folder(path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BaseModelError(f"base_model {reference}: there is no such file")
+        return path
+    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
+        raise BaseModelError(
+            f"base_model {reference}: there is no such folder or .gguf file; set it to one, or to"
+            f" {DEFAULT_MODEL!r}"
+        )
+    return None
+
+
+def _in_hub_cache(reference: str) -> bool:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(reference, allow_patterns=SAFE_FILES, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return False
+    return _checked_folder(Path(found)).is_dir()
 
 
 def _from_hub(reference: str) -> Path:

@@ -35,7 +35,7 @@ ARGUMENTS: dict[str, frozenset[str]] = {
     "rollback": frozenset({"round"}),
     "start": frozenset({"scenario", "overrides"}),
     "continue": frozenset(),
-    "export": frozenset({"kind", "to"}),
+    "export": frozenset({"kind", "round", "to"}),
 }
 """Every action, with the arguments that it takes.
 

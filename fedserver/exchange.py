@@ -146,6 +146,17 @@ class Exchange:
         """Hear no more answers to questions of rounds before this one."""
         self._overdue = {i: s for i, s in self._overdue.items() if s.round >= before_round}
 
+    def meet(self, newcomers: Newcomers) -> None:
+        """Look for nodes that connect while nobody is asked anything, and hear who they are."""
+        self._look_for_newcomers(newcomers.query)
+        if not self._queries:
+            return
+        # What answers to questions of rounds stays for the round that collects it.
+        for message in list(self._grid.pull_messages(list(self._queries))):
+            node_id = self._queries.pop(message.metadata.reply_to_message_id, None)
+            if node_id is not None:
+                self._welcome(node_id, message, newcomers, {})
+
     def ask(
         self,
         payloads: Mapping[int, bytes],

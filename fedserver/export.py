@@ -16,14 +16,16 @@ from aggregators.view import View
 from fedserver import metrics, quantities
 from fedserver.configuration import RunConfiguration
 from fedserver.ledger import Ledger, LedgerError
-from fedserver.replay import restore
+from fedserver.replay import model_of_round, restore
 from fedserver.run_folder import recorded_configuration
 
 WEIGHT = ".weight"
 
 
-def final_change(folder: Path, *, exact: bool = False) -> tuple[RunConfiguration, View]:
-    """A run's configuration and its change of the base.
+def final_change(
+    folder: Path, *, exact: bool = False, number: int | None = None
+) -> tuple[RunConfiguration, View]:
+    """A run's configuration and its change of the base, after round ``number``, by default the newest.
 
     By default the view that was evaluated (rank up to ``view_rank``); ``exact`` gives the whole carry.
     """
@@ -32,7 +34,10 @@ def final_change(folder: Path, *, exact: bool = False) -> tuple[RunConfiguration
         if ledger.last("round") is None:
             raise LedgerError(f"{folder} has no finished round yet: there is nothing to export")
         configuration = recorded_configuration(ledger)
-        model, _ = restore(ledger, configuration)
+        if number is None:
+            model, _ = restore(ledger, configuration)
+        else:
+            model = model_of_round(ledger, configuration, number)
     finally:
         ledger.close()
     if exact:
@@ -42,9 +47,14 @@ def final_change(folder: Path, *, exact: bool = False) -> tuple[RunConfiguration
     return configuration, view
 
 
-def export_peft(folder: Path, target: Path, base_folder: Path, *, exact: bool = False) -> Path:
-    """Write a LoRA adapter that plain peft loads (``adapter_model.safetensors`` and its config)."""
-    configuration, found = final_change(folder, exact=exact)
+def export_peft(
+    folder: Path, target: Path, base_folder: Path, *, exact: bool = False, number: int | None = None
+) -> Path:
+    """Write a LoRA adapter that plain peft loads (``adapter_model.safetensors`` and its config).
+
+    ``number``: the model after that round, by default the newest.
+    """
+    configuration, found = final_change(folder, exact=exact, number=number)
     if found.full_rank:
         raise LedgerError(
             f"{folder}: the model's change is more than low-rank factors, so no adapter holds it; use"
@@ -83,13 +93,19 @@ def export_peft(folder: Path, target: Path, base_folder: Path, *, exact: bool = 
         "target_modules": modules,
     }
     metrics.write_json(settings, target / "adapter_config.json")
-    (target / "README.md").write_text(model_card(folder, configuration, rank), encoding="utf-8")
+    card = model_card(folder, configuration, rank, number)
+    (target / "README.md").write_text(card, encoding="utf-8")
     return target
 
 
-def export_merged(folder: Path, target: Path, base_folder: Path, *, exact: bool = False) -> Path:
-    """Write the base with the change added, rounded to its own type once, as a Hugging Face folder."""
-    configuration, change = final_change(folder, exact=exact)
+def export_merged(
+    folder: Path, target: Path, base_folder: Path, *, exact: bool = False, number: int | None = None
+) -> Path:
+    """Write the base with the change added, rounded to its own type once, as a Hugging Face folder.
+
+    ``number``: the model after that round, by default the newest.
+    """
+    configuration, change = final_change(folder, exact=exact, number=number)
     files = sorted(base_folder.glob("*.safetensors"))
     if not files:
         raise LedgerError(f"{base_folder} holds no safetensors weights to merge into")
@@ -112,29 +128,37 @@ def export_merged(folder: Path, target: Path, base_folder: Path, *, exact: bool 
     absent = sorted(touched - merged)
     if absent:
         raise LedgerError(f"{base_folder} stores no tensor named {absent[0]!r}; use export peft")
-    card = model_card(folder, configuration)
+    card = model_card(folder, configuration, number=number)
     (target / "README.md").write_text(card, encoding="utf-8")
     return target
 
 
-def model_card(folder: Path, configuration: RunConfiguration, rank: int | None = None) -> str:
+def model_card(
+    folder: Path,
+    configuration: RunConfiguration,
+    rank: int | None = None,
+    number: int | None = None,
+) -> str:
     """A model card in Markdown: where the model comes from and what was measured.
 
-    Base, rounds, families and head are the ledger's; the summary, which a finished run has, holds the
-    evaluation of base and model over the same nodes. rank: of an adapter; None for merged weights.
+    Base, rounds, families and head are the ledger's, up to round ``number`` where one is given; the
+    summary, which a finished run has, holds the evaluation of base and model over the same nodes.
+    rank: of an adapter; None for merged weights.
     """
-    summary = _read_summary(folder)
     ledger = Ledger(folder)
     try:
-        genesis, last = ledger.last("genesis"), ledger.last("round")
-        families, lines, head = (
-            metrics.families(ledger),
-            metrics.rows(ledger, configuration),
-            ledger.head,
-        )
+        genesis = ledger.last("genesis")
+        last = ledger.last("round") if number is None else ledger.round(number)
+        families, lines = metrics.families(ledger, number), metrics.rows(ledger, configuration)
+        head = ledger.head if number is None or last is None else last.hash
     finally:
         ledger.close()
     rounds = last.round if last is not None else 0
+    lines = [line for line in lines if line["round"] <= rounds]
+    summary = _read_summary(folder)
+    if summary.get("rounds") != rounds:
+        # It describes the model of another round.
+        summary = {}
     base_digest = str(genesis.content["base_digest"]) if genesis is not None else "unknown"
     text = [
         "---",
@@ -166,7 +190,7 @@ def model_card(folder: Path, configuration: RunConfiguration, rank: int | None =
         f"- families of updates: {_families(families)}",
         "- differential privacy: none was used, so no ε and no δ bound what the model may tell about"
         " the nodes' data",
-        f"- ledger head: `{head}`",
+        f"- ledger head{'' if number is None else f' after round {number}'}: `{head}`",
         "",
     ]
     return "\n".join(text)

@@ -118,7 +118,7 @@ class Ledger:
         return next(self._entries("WHERE kind = ? ORDER BY height DESC LIMIT 1", kind), None)
 
     def round(self, number: int) -> Entry | None:
-        """The entry of a round."""
+        """The newest entry of that round, None if it is not committed."""
         which = "WHERE kind = 'round' AND round = ? ORDER BY height DESC LIMIT 1"
         return next(self._entries(which, number), None)
 

@@ -132,9 +132,10 @@ def scores(sums: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def families(ledger: Ledger) -> dict[str, dict[str, Any]]:
+def families(ledger: Ledger, through: int | None = None) -> dict[str, dict[str, Any]]:
     """By family of updates: nodes, accepted updates, bytes, seconds of work, and what it adds.
 
+    ``through``: of the rounds up to this one, by default of all.
     ``weight``: what its mean was multiplied by, on average over rounds; None where nothing came in.
     ``contribution``: by how many nats a token the loss would be higher without the family's updates;
     None where that was not evaluated.
@@ -142,6 +143,8 @@ def families(ledger: Ledger) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     weights: dict[str, list[float]] = {}
     for entry in ledger.entries("round"):
+        if through is not None and entry.round > through:
+            break
         for family, weight in entry.content["mixing"].get("weights", {}).items():
             weights.setdefault(family, []).append(weight)
         for node in entry.content["nodes"]:
@@ -161,8 +164,9 @@ def families(ledger: Ledger) -> dict[str, dict[str, Any]]:
     whole = scores(last.content["entering"]) if last is not None else None
     for entry in ledger.entries(ABLATION):
         lost = scores(entry.content["entering"])
-        if whole and lost and last is not None and entry.round == last.round:
-            found[entry.content["without"]]["contribution"] = lost["loss"] - whole["loss"]
+        family = entry.content["without"]
+        if whole and lost and last is not None and entry.round == last.round and family in found:
+            found[family]["contribution"] = lost["loss"] - whole["loss"]
     return {
         family: one
         | {

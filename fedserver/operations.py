@@ -60,12 +60,18 @@ class Operations:
         # A stop was carried out when the run ended; who resumes it wants it to go on.
         self.stopped_by = ""
 
-    def before(self, number: int, model: GlobalModel, may_train: Callable[[], bool]) -> GlobalModel:
+    def before(
+        self,
+        number: int,
+        model: GlobalModel,
+        may_train: Callable[[], bool],
+        meet: Callable[[], None],
+    ) -> GlobalModel:
         """Apply what was asked, wait while paused or held; the model that round ``number`` starts from.
 
         ``may_train``: whether any node is left to ask; a run is held while operators keep all out, for
-        its rounds would pass with nothing in them. Afterwards ``stopped_by`` names who stopped the run,
-        "" where it goes on.
+        its rounds would pass with nothing in them. ``meet`` lets nodes in that join while it waits.
+        Afterwards ``stopped_by`` names who stopped the run, "" where it goes on.
         """
         told = ("", "")
         while True:
@@ -84,6 +90,7 @@ class Operations:
                     text = f"held before round {number}: {NOBODY}, in fedbraid dashboard"
                 self._emit(events.Notice("warning" if held else "info", text))
             self._wait(PAUSED_POLL_SECONDS)
+            meet()
 
     def stops_now(self) -> bool:
         """Whether to leave the round under way as it is; what has arrived stays for who resumes it."""

@@ -140,6 +140,20 @@ def admit_again(
         ) from None
 
 
+def model_of_round(ledger: Ledger, configuration: RunConfiguration, number: int) -> GlobalModel:
+    """The model after a committed round, whatever came later: its state where the ledger keeps it.
+
+    Raises LedgerError: the round was not committed.
+    """
+    entry = ledger.round(number)
+    if entry is None:
+        raise LedgerError(f"{ledger.folder}: round {number} is not in the ledger")
+    try:
+        return GlobalModel.from_bytes(ledger.get(entry.content["state"]), read_layout(ledger))
+    except LedgerError:
+        return model_after(ledger, configuration, number)
+
+
 def model_after(ledger: Ledger, configuration: RunConfiguration, number: int) -> GlobalModel:
     """The model as it was after round ``number``, from the recorded updates; 0: no change at all."""
     if number == 0:

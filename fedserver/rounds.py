@@ -141,7 +141,12 @@ class Coordinator:
         self._reopen(ledger, roster, collector)
         try:
             for number in range(done + 1, configuration.rounds + 1):
-                model = operations.before(number, model, lambda: self._may_train(churn))
+                model = operations.before(
+                    number,
+                    model,
+                    lambda: self._may_train(churn),
+                    lambda: self._exchange.meet(churn),
+                )
                 if operations.stopped_by:
                     break
                 model = self._round(number, model, ledger, churn, collector)

@@ -78,6 +78,9 @@ Overrides = Annotated[
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder.")]
 Folder = Annotated[Path, typer.Argument(help="A run folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
+Round = Annotated[
+    int | None, typer.Option("--round", min=1, help="The model after this round, not the newest.")
+]
 Exact = Annotated[bool, typer.Option("--exact", help="The whole carry, not the view's rank.")]
 
 DISK_ERRORS = {
@@ -156,11 +159,23 @@ def compare(
 
 
 @app.command()
-def validate(scenario: Scenario, override: Overrides = None, as_json: Json = False) -> None:
+def validate(
+    scenario: Scenario,
+    override: Overrides = None,
+    here: Annotated[
+        bool,
+        typer.Option("--here", help="Also that this machine has the base model to simulate it."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Check a scenario without running it."""
     from fedserver.configuration import load, to_toml
 
     configuration = load(scenario, override or ())
+    if here:
+        from fedclient.base_model import require_here
+
+        require_here(configuration.base_model)
     if as_json:
         print(configuration.model_dump_json())
         return
@@ -192,11 +207,12 @@ def export_peft(
     folder: Folder,
     target: Annotated[Path, typer.Option("--to", help="Folder to write.")] = Path("adapter"),
     exact: Exact = False,
+    number: Round = None,
 ) -> None:
     """A LoRA adapter with a model card that plain peft loads."""
     from fedserver.export import export_peft as write
 
-    print(write(folder, target, _base_of(folder), exact=exact))
+    print(write(folder, target, _base_of(folder), exact=exact, number=number))
 
 
 @export_app.command("merged")
@@ -204,11 +220,12 @@ def export_merged(
     folder: Folder,
     target: Annotated[Path, typer.Option("--to", help="Folder to write.")] = Path("merged"),
     exact: Exact = False,
+    number: Round = None,
 ) -> None:
     """The base with the change added once: a model folder that plain transformers loads."""
     from fedserver.export import export_merged as write
 
-    print(write(folder, target, _base_of(folder), exact=exact))
+    print(write(folder, target, _base_of(folder), exact=exact, number=number))
 
 
 @export_app.command("report")

@@ -28,7 +28,8 @@ def access(accounts: Accounts, question: Question) -> Page:
     tokens = [vars(token) for token in accounts.tokens()]
     record = [vars(line) for line in accounts.record()]
     return page_of(
-        {"token_ids": [token["id"] for token in tokens]},
+        # The tables are cut into pages; what may be revoked is not.
+        {"revocable": [{key: token[key] for key in ("id", "name")} for token in tokens]},
         make_table(
             "accounts", "Accounts", ACCOUNTS,
             [{"name": name, "role": role} for name, role in accounts.names()],

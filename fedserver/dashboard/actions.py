@@ -29,6 +29,7 @@ from fedserver.dashboard import errands
 from fedserver.dashboard.accounts import Session
 from fedserver.dashboard.home import deployment_of
 from fedserver.dashboard.jobs import JobError, Jobs, refusal_of
+from fedserver.dashboard.ledger_views import words_of
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
@@ -90,13 +91,15 @@ class Desk:
             kind, number = form.get("kind", "peft"), header(run)["round"]
             if why := exports(run).get(kind):
                 raise ControlError(why)
-            arguments = {"kind": kind, "to": f"exports/{kind}-round-{number}"}
+            to = f"exports/{kind}-round-{number}"
+            arguments = {"kind": kind, "round": number, "to": to}
         asked = queue.ask(
             action, arguments, who=who.name, role=who.role, reason=form.get("reason", "")
         )
         if action == "export":
             target = str(run.folder / arguments["to"])
-            command = ["export", kind, str(run.folder), "--to", target]
+            # The run may have committed another one before the process looks.
+            command = ["export", kind, str(run.folder), "--round", str(number), "--to", target]
             self._errand(f"export {kind} after round {number}", run, asked, command, number)
             return f"exporting to {target}"
         if action == "continue":
@@ -123,13 +126,32 @@ class Desk:
         deployment = deployment_of(self.library.root)
         return None if deployment is None else deployment.sealing_key
 
+    @property
+    def place(self) -> Path:
+        """Where new runs are made: of a deployment that is served itself among its runs."""
+        deployment = deployment_of(self.library.root)
+        return self.library.root if deployment is None else deployment.runs
+
+    def no_start(self) -> str:
+        """Why no run can be started here; "" where one can."""
+        if self.library.alone() is None:
+            return ""
+        root = self.library.root
+        return (
+            f"{root} is one run, and no place for others: fedbraid dashboard {root.parent} serves all"
+            " runs beside it, and starts new ones there"
+        )
+
     def start(self, form: Mapping[str, str], who: Session) -> str:
-        """Start a simulation of a scenario below the served folder; returns the run's name.
+        """Start a simulation of a scenario among the served runs; returns the run's name.
 
         Raises:
-            ControlError: a name that is taken or no name, or changes that the scenario does not take.
+            ControlError: no folder of runs, a name that is taken or no name, changes that the scenario
+                does not take, or a base model that is not here.
             JobError: too much is at work.
         """
+        if why := self.no_start():
+            raise ControlError(why)
         scenario, name = form.get("scenario", "").strip(), form.get("name", "").strip()
         if not RUN_NAME.fullmatch(name):
             raise ControlError("a run's name is letters, digits and . _ -")
@@ -140,8 +162,9 @@ class Desk:
         ]
         if wrong := [line for line in overrides if not OVERRIDE.fullmatch(line)]:
             raise ControlError(f"{wrong[0]!r} is no KEY=VALUE")
-        folder = self.library.root / name
-        self._free(folder, name)
+        folder = self.place / name
+        run = name if self.place == self.library.root else f"{self.place.name}:{name}"
+        self._free(folder, run)
         taken = ControlError(f"there is a run {name} already; choose another name")
         if folder.exists():
             raise taken
@@ -149,29 +172,27 @@ class Desk:
         if not reason.strip():
             raise ControlError("say why: the reason stands in the ledger")
         settings = [word for line in [*overrides, f"name={name}"] for word in ("--set", line)]
-        if why := refusal_of(["validate", scenario, *settings], self.library.root):
+        if why := refusal_of(["validate", "--here", scenario, *settings], self.library.root):
             raise ControlError(why)
         arguments = {"scenario": scenario, "overrides": overrides}
         command = ["simulate", scenario, *settings, "--output", str(folder), "--json"]
-        free = partial(self._free, folder, name)
+        free = partial(self._free, folder, run)
         with self._names:
             if folder.exists():
                 raise taken
             folder.mkdir()
             ControlQueue(folder).ask("start", arguments, who=who.name, role=who.role, reason=reason)
             try:
-                self.jobs.start(
-                    f"simulate {scenario}", name, command, self.library.root, ended=free
-                )
+                self.jobs.start(f"simulate {scenario}", run, command, self.library.root, ended=free)
             except JobError:
                 shutil.rmtree(folder)
                 raise
         return name
 
-    def _free(self, folder: Path, name: str) -> None:
+    def _free(self, folder: Path, run: str) -> None:
         """Give the name of a run back that was asked for here and never began."""
         with self._names:
-            if self.jobs.working(name) or not folder.is_dir():
+            if self.jobs.working(run) or not folder.is_dir():
                 return
             if all(path.name.startswith(CONTROL) for path in folder.iterdir()):
                 shutil.rmtree(folder)
@@ -184,7 +205,7 @@ def control(run: RunReader, question: Question) -> Page:
         {
             "asked": request.asked,
             "action": request.action.replace("_", " "),
-            "with": ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in request.arguments.items()),
+            "with": words_of(request.arguments),
             "who": f"{request.who} ({request.role})",
             "reason": request.reason,
             "state": request.state,

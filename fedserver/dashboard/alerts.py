@@ -148,11 +148,12 @@ class Watchdog:
             return False
 
     def _work(self) -> None:
-        while not self._end.wait(LOOK_SECONDS):
+        while not self._end.is_set():
             try:
                 self.look()
             except Exception:
                 logger.exception("alerts could not be looked for")
+            self._end.wait(LOOK_SECONDS)
 
 
 def _streams(run: RunReader) -> dict[str, list[Change]]:
@@ -191,38 +192,40 @@ def _of_quorum(name: str, rounds: list[Row]) -> list[Change]:
 
 
 def _of_loss(name: str, rounds: list[Row]) -> list[Change]:
-    found: list[Change] = []
+    found: list[Alert | None] = []
     best = math.inf
-    firing: Alert | None = None
     for row in rounds:
         loss = row.get("eval_loss")
-        if loss is None:
-            continue
-        best = min(best, loss)
-        if loss <= LOSS_FACTOR * best:
-            found += [(RESOLVED, firing)] if firing is not None else []
-            firing = None
-        elif firing is None:
+        if loss is not None:
+            best = min(best, loss)
             text = f"evaluation loss {loss:.3f} in round {row['round']}, the best was {best:.3f}"
-            firing = Alert(f"{name}:loss", "loss", name, text)
-            found.append((FIRING, firing))
-    return found
+            risen = Alert(f"{name}:loss", "loss", name, text)
+            found.append(None if loss <= LOSS_FACTOR * best else risen)
+    return _begun_and_over(found)
 
 
 def _of_training(name: str, rounds: list[Row]) -> list[Change]:
-    found: list[Change] = []
-    firing: Alert | None = None
+    found: list[Alert | None] = []
     for row in rounds:
         loss = row.get("loss")
-        if loss is None:
-            continue
-        if math.isfinite(loss):
+        if loss is not None:
+            text = f"the training loss of round {row['round']} is not finite"
+            wild = Alert(f"{name}:train", "loss", name, text)
+            found.append(None if math.isfinite(loss) else wild)
+    return _begun_and_over(found)
+
+
+def _begun_and_over(wrong: list[Alert | None]) -> list[Change]:
+    """What was wrong in each round, None for nothing: told when it begins, and when it is over."""
+    found: list[Change] = []
+    firing: Alert | None = None
+    for alert in wrong:
+        if alert is None:
             found += [(RESOLVED, firing)] if firing is not None else []
             firing = None
         elif firing is None:
-            text = f"the training loss of round {row['round']} is not finite"
-            firing = Alert(f"{name}:train", "loss", name, text)
-            found.append((FIRING, firing))
+            firing = alert
+            found.append((FIRING, alert))
     return found
 
 

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from fedserver.dashboard.html import render
-from fedserver.dashboard.jobs import Jobs
+from fedserver.dashboard.jobs import Jobs, jobs_table
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import NotThere, Page, Question
 from fedserver.dashboard.registry import VIEWS, View
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedserver.deployment.invitation import Invitation
 
 API = "/api/v1"
+WHOLE = Choice(whole=True)
 MOST_ROUNDS = 2**63 - 1
 """Of a round's number in an address, which a database's integer holds."""
 
@@ -91,7 +92,7 @@ class Answers:
             problem=problem,
             made=made,
             form=form or {},
-            jobs=self.jobs.json(run) if run else [],
+            jobs=jobs_table(self.jobs.json(run), WHOLE) if run else None,
             path=path,
             stream=stream,
             shown=shown,

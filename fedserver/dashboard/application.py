@@ -130,6 +130,7 @@ class Site(Answers):
             Route(f"{API}/access", self.access),
             Route(f"{API}/access/{{table}}.csv", self.access),
             Route(f"{API}/server", self.server),
+            Route(f"{API}/server/{{table}}.csv", self.server),
             Route(f"{API}{run}/ledger/verify", self.verify),
             Route(f"{API}{run}/rounds/{{round:int}}", self.one_round),
             Route(f"{API}{run}/rounds/{{round:int}}/replay", self.replay),
@@ -140,10 +141,10 @@ class Site(Answers):
 
     async def runs(self, request: Request) -> Response:
         """All runs."""
-        folders = await run_in_threadpool(self.library.folders)
-        alone = next((name for name, at in folders.items() if at == self.library.root), None)
-        if alone is not None and request.url.path == "/":
-            return RedirectResponse(run_address(alone), 303)
+        if request.url.path == "/":
+            alone = await run_in_threadpool(self.library.alone)
+            if alone is not None:
+                return RedirectResponse(run_address(alone), 303)
         question = question_of(request)
         shown = version(await run_in_threadpool(self._stamp))
         page = await run_in_threadpool(library_views.runs, self.library, question)
@@ -156,13 +157,15 @@ class Site(Answers):
         return self.answer(request, page, "compare.html.jinja")
 
     async def server(self, request: Request) -> Response:
-        """The machine."""
+        """The machine; of given runs the jobs."""
+        question = question_of(request)
         page = await run_in_threadpool(
             library_views.server,
             self.library,
             self.channels.viewers,
-            self.jobs.json(),
+            self.jobs.json(*question.runs),
             self.meters,
+            question,
         )
         return self.answer(request, page, "server.html.jinja")
 

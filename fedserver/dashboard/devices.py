@@ -18,7 +18,7 @@ from fedserver.control import OPERATOR, ControlError
 from fedserver.dashboard import recording
 from fedserver.dashboard.accounts import Session
 from fedserver.dashboard.home import deployment_of, home_of
-from fedserver.dashboard.ledger_views import action_row
+from fedserver.dashboard.ledger_views import ACTED, action_row
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.run_reader import Row
 from fedserver.dashboard.tables import Column, make_table
@@ -43,11 +43,7 @@ INVITED = (
 )
 INVITATIONS = (
     Column("height", "Entry", "count"),
-    Column("action", "Action"),
-    Column("arguments", "With"),
-    Column("who", "Who"),
-    Column("role", "Role"),
-    Column("reason", "Reason"),
+    *ACTED,
     Column("time", "When", "time"),
     Column("hash", "Hash", "hash"),
 )

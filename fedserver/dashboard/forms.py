@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlencode
 
 from starlette.concurrency import run_in_threadpool
@@ -18,10 +21,22 @@ from fedserver.dashboard.answers import Answers, wants_json
 from fedserver.dashboard.guard import StaleForm, operators_form
 from fedserver.dashboard.html import render
 from fedserver.dashboard.jobs import JobError
-from fedserver.dashboard.page import Question, run_address
-from fedserver.dashboard.registry import BY_NAME
+from fedserver.dashboard.page import Page, Question, run_address
+from fedserver.dashboard.registry import BY_NAME, View
 from fedserver.dashboard.replays import Replays
 from fedserver.ledger import LedgerError
+
+REFUSALS = (AccountError, ControlError, JobError, LedgerError, ValueError)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A form that somebody sent: what it made, or the ``problem`` for which it was refused."""
+
+    form: dict[str, str]
+    problem: str = ""
+    status: int = 200
+    made: Any = None
 
 
 class Forms(Answers):
@@ -47,139 +62,132 @@ class Forms(Answers):
         run = await run_in_threadpool(self.reader, request)
         action = request.path_params["action"]
         here = run_address(run.identity, "control")
-        if request.method != "POST":
+
+        def carry_out(form: dict[str, str]) -> str:
+            return self.desk.act(run, action, form, request.scope["session"])
+
+        sent = await self._sent(request, carry_out)
+        if sent is None:
             return RedirectResponse(here, 303)
-        done, problem, status = "", "", 202
-        form: dict[str, str] = {}
-        try:
-            form = await operators_form(request)
-            done = await run_in_threadpool(
-                self.desk.act, run, action, form, request.scope["session"]
-            )
-        except StaleForm as error:
-            problem, form, status = str(error), error.fields, 403
-        except (ControlError, JobError, LedgerError, ValueError) as error:
-            problem, status = str(error), 409
         if wants_json(request):
-            return JSONResponse({"error": problem} if problem else {"done": done}, status)
-        if not problem:
+            told = {"error": sent.problem} if sent.problem else {"done": sent.made}
+            return JSONResponse(told, sent.status if sent.problem else 202)
+        if not sent.problem:
             return RedirectResponse(here, 303)
-        confirming = {"revoke": form.get("node", "")} if action == "revoke" else {}
+        confirming = {"revoke": sent.form.get("node", "")} if action == "revoke" else {}
         page = await run_in_threadpool(actions.control, run, Question(values=confirming))
-        view = BY_NAME["control"]
-        html = self.page(
-            request,
-            page,
-            view.template,
-            view=view,
-            path=here,
-            problem=problem,
-            form=form | {"action": action},
-        )
-        return HTMLResponse(html, status)
+        shown = sent.form | {"action": action}
+        return self._again(request, sent, page, here, view=BY_NAME["control"], form=shown)
 
     async def start(self, request: Request) -> Response:
         """The form that starts a simulation, and what it sends."""
-        form: dict[str, str] = {}
-        problem, status = "", 200
-        if request.method == "POST":
-            try:
-                form = await operators_form(request)
-                session = request.scope["session"]
-                name = await run_in_threadpool(self.desk.start, form, session)
-                return RedirectResponse("/server?" + urlencode({"started": name}), 303)
-            except StaleForm as error:
-                problem, form, status = str(error), error.fields, 403
-            except (ControlError, JobError, ValueError) as error:
-                problem, status = str(error), 409
+        sent = await self._sent(
+            request, lambda form: self.desk.start(form, request.scope["session"])
+        )
+        if sent is not None and not sent.problem:
+            return RedirectResponse("/server?" + urlencode({"started": sent.made}), 303)
         html = render(
             "start.html.jinja",
             session=request.scope["session"],
             path="/start",
-            root=str(self.library.root),
+            root=str(self.desk.place),
+            nowhere=await run_in_threadpool(self.desk.no_start),
             scenarios=scenario_names(),
-            problem=problem,
-            form=form,
+            problem=sent.problem if sent else "",
+            form=sent.form if sent else {},
         )
-        return HTMLResponse(html, status)
+        return HTMLResponse(html, sent.status if sent else 200)
 
     async def invite(self, request: Request) -> Response:
         """An enrolment token for a device: the one answer that ever holds it."""
-        if request.method != "POST":
-            return RedirectResponse("/devices", 303)
-        made, problem, status = None, "", 201
-        form: dict[str, str] = {}
-        root = self.library.root
-        try:
-            form = await operators_form(request)
-            who = request.scope["session"]
-            made = await run_in_threadpool(devices.invite, root, form, who)
-        except StaleForm as error:
-            problem, form, status = str(error), error.fields, 403
-        except (ControlError, LedgerError, ValueError) as error:
-            problem, status = str(error), 409
-        if wants_json(request):
-            told = {"error": problem} if made is None else {**vars(made), "command": made.command}
-            return JSONResponse(told, status)
-        page = await run_in_threadpool(devices.devices, root, Question())
-        typed = form if problem else {}
-        html = self.page(
-            request,
-            page,
-            "devices.html.jinja",
-            path="/devices",
-            problem=problem,
-            made=made,
-            form=typed,
+        root, here = self.library.root, "/devices"
+        sent = await self._sent(
+            request, lambda form: devices.invite(root, form, request.scope["session"])
         )
-        return HTMLResponse(html, status)
+        if sent is None:
+            return RedirectResponse(here, 303)
+        if wants_json(request):
+            made = sent.made
+            told = (
+                {"error": sent.problem} if made is None else vars(made) | {"command": made.command}
+            )
+            return JSONResponse(told, sent.status if sent.problem else 201)
+        page = await run_in_threadpool(devices.devices, root, Question())
+        if sent.problem:
+            return self._again(request, sent, page, here, "devices.html.jinja")
+        html = self.page(request, page, "devices.html.jinja", path=here, made=sent.made)
+        return HTMLResponse(html, 201)
 
     async def revoke_token(self, request: Request) -> Response:
         """End a program's token."""
-        if request.method != "POST":
-            return RedirectResponse("/access", 303)
-        form: dict[str, str] = {}
-        try:
-            form = await operators_form(request)
+
+        def revoke(form: dict[str, str]) -> object:
             reason = form.get("reason", "").strip()[:500]
             if not reason:
                 raise ControlError("say why: the reason stands in the record")
             who = request.scope["session"].name
-            self.accounts.revoke_token(form.get("token", ""), who=who, reason=reason)
-        except StaleForm as error:
-            problem, form, status = str(error), error.fields, 403
-        except (AccountError, ControlError, ValueError) as error:
-            problem, status = str(error), 409
-        else:
+            return self.accounts.revoke_token(form.get("token", ""), who=who, reason=reason)
+
+        sent = await self._sent(request, revoke)
+        if sent is None or not sent.problem:
             return RedirectResponse("/access", 303)
         page = await run_in_threadpool(access, self.accounts, Question())
-        html = self.page(
-            request, page, "access.html.jinja", path="/access", problem=problem, form=form
-        )
-        return HTMLResponse(html, status)
+        return self._again(request, sent, page, "/access", "access.html.jinja")
 
     async def start_replay(self, request: Request) -> Response:
         """Replay a run to a round."""
         run = await run_in_threadpool(self.reader, request)
         here = run_address(run.identity, "ledger")
-        if request.method != "POST":
+
+        def start(form: dict[str, str]) -> int:
+            word = form.get("round", "")
+            if not word.isdecimal():
+                raise ControlError("give the number of a round")
+            self.replays.start(run, int(word))
+            return int(word)
+
+        sent = await self._sent(request, start)
+        if sent is None:
             return RedirectResponse(here, 303)
+        if not sent.problem:
+            return RedirectResponse(run_address(run.identity, "rounds", sent.made, "replay"), 303)
+        page = await run_in_threadpool(BY_NAME["ledger"].make, run, Question())
+        return self._again(request, sent, page, here, view=BY_NAME["ledger"])
+
+    async def _sent(
+        self, request: Request, carry_out: Callable[[dict[str, str]], Any]
+    ) -> Sent | None:
+        """A form carried out, in a thread of its own, or why it was refused; None: none was sent."""
+        if request.method != "POST":
+            return None
         form: dict[str, str] = {}
         try:
             form = await operators_form(request)
-            number = int(form.get("round", ""))
-            await run_in_threadpool(self.replays.start, run, number)
+            return Sent(form, made=await run_in_threadpool(carry_out, form))
         except StaleForm as error:
-            problem, form, status = str(error), error.fields, 403
-        except JobError as error:
-            problem, status = str(error), 409
-        except ValueError:
-            problem, status = "give the number of a round", 409
-        else:
-            return RedirectResponse(run_address(run.identity, "rounds", number, "replay"), 303)
-        view = BY_NAME["ledger"]
-        page = await run_in_threadpool(view.make, run, Question())
+            return Sent(error.fields, str(error), 403)
+        except REFUSALS as error:
+            return Sent(form, str(error), 409)
+
+    def _again(
+        self,
+        request: Request,
+        sent: Sent,
+        page: Page,
+        here: str,
+        template: str = "",
+        *,
+        view: View | None = None,
+        form: dict[str, str] | None = None,
+    ) -> Response:
+        """The page of a refused form, with what was typed and why."""
         html = self.page(
-            request, page, view.template, view=view, path=here, problem=problem, form=form
+            request,
+            page,
+            view.template if view is not None else template,
+            view=view,
+            path=here,
+            problem=sent.problem,
+            form=sent.form if form is None else form,
         )
-        return HTMLResponse(html, status)
+        return HTMLResponse(html, sent.status)

@@ -10,18 +10,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedserver.dashboard.home import home_of
+from fedserver.dashboard.page import run_address
+from fedserver.dashboard.sentences import sentence, spoken
+from fedserver.dashboard.tables import Choice, Column, Table, make_table
 
 COMMAND = "simulations.command"
 MOST_AT_ONCE = 4
 REMEMBERED = 50
 MOST_SAID = 300
 LAST_BYTES = 1 << 18
+JOBS = (
+    Column("title", "Job"),
+    Column("run", "Run", link="address"),
+    Column("state", "State", "state"),
+    Column("began", "Began", "time"),
+    Column("said", "Said last"),
+)
 
 
 class JobError(Exception):
@@ -104,10 +114,27 @@ class Jobs:
         with self._lock:
             return any(job.run == run and job.process.poll() is None for job in self._jobs)
 
-    def json(self, run: str | None = None) -> list[dict[str, Any]]:
-        """All jobs, or those of one run."""
+    def json(self, *runs: str) -> list[dict[str, Any]]:
+        """All jobs, or those of some runs."""
         with self._lock:
-            return [job.json() for job in self._jobs if run is None or job.run == run]
+            return [job.json() for job in self._jobs if not runs or job.run in runs]
+
+
+def jobs_table(
+    jobs: Sequence[Mapping[str, Any]], choice: Choice, runs: Collection[str] = ()
+) -> Table:
+    """Jobs as a table, the newest first; those of ``runs``, which are there, lead to their run."""
+    rows = [
+        {**job, "address": run_address(job["run"]) if job["run"] in runs else None} for job in jobs
+    ]
+    return make_table(
+        "jobs",
+        "Jobs of this dashboard",
+        JOBS,
+        rows,
+        choice,
+        empty="Nothing was started from here since this dashboard began.",
+    )
 
 
 def in_words(line: str) -> str:
@@ -118,22 +145,19 @@ def in_words(line: str) -> str:
         return line[:MOST_SAID]
     if not isinstance(value, dict):
         return line[:MOST_SAID]
+    if text := sentence(value):
+        about = [f"round {value['round']}" if value.get("round") else "", value.get("node")]
+        return ": ".join(filter(None, [", ".join(filter(None, about)), text]))[:MOST_SAID]
     event = str(value.pop("event", "")).replace("_", " ")
     if text := value.get("text") or value.get("error"):
         parts = [str(text)]
     else:
         parts = [
-            f"{key.replace('_', ' ')} {_shown(one)}"
+            f"{key.replace('_', ' ')} {spoken(one)}"
             for key, one in value.items()
             if key != "time" and not isinstance(one, (dict, list)) and one not in (None, "")
         ]
     return ": ".join(filter(None, [event, ", ".join(parts)]))[:MOST_SAID]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def refusal_of(arguments: Sequence[str], where: Path) -> str:

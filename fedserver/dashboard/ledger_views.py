@@ -10,6 +10,7 @@ from fedserver.control import APPLIED
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
 from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.sentences import level, sentence, spoken
 from fedserver.dashboard.tables import Column, LazyRows, make_table
 from fedserver.ledger import GENESIS_PREVIOUS
 
@@ -22,14 +23,18 @@ ENTRIES = (
     Column("hash", "Hash", "hash"),
     Column("previous", "Follows", "hash"),
 )
-OPERATOR = (
-    Column("height", "Height", "count"),
-    Column("round", "Before round", "count"),
+ACTED = (
     Column("action", "Action"),
     Column("arguments", "With"),
     Column("who", "Who"),
     Column("role", "Role"),
     Column("reason", "Reason"),
+)
+"""Who did what, and why: an operator's entry in words, as of ``action_row``."""
+OPERATOR = (
+    Column("height", "Height", "count"),
+    Column("round", "Before round", "count"),
+    *ACTED,
     Column("outcome", "Outcome", "state"),
     Column("note", "Note"),
     Column("time", "Applied", "time"),
@@ -121,7 +126,11 @@ def action_row(content: Row, wall: Row) -> Row:
 
 def words_of(values: Row) -> str:
     """ "node cafe, round 3"."""
-    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in values.items() if v is not None)
+    return ", ".join(
+        f"{k.replace('_', ' ')} {spoken(v) if isinstance(v, bool) else v}"
+        for k, v in values.items()
+        if v is not None
+    )
 
 
 def short(value: object) -> object:
@@ -130,21 +139,18 @@ def short(value: object) -> object:
 
 
 def _line(event: Row) -> Row:
-    """One event as a line: what it is, whom it is about, and the rest in words."""
-    level = event.get("level") or "info"
-    if event.get("event") == "node_replied":
-        level = "info" if event.get("verdict") == "accepted" else "warning"
-    text = event.get("text")
+    """One event as a line: what it is, whom it is about, and what it says."""
+    text = sentence(event)
     if text is None:
         rest = {
-            key: f"{value:.4g}" if isinstance(value, float) else short(value)
+            key: spoken(short(value))
             for key, value in event.items()
             if key not in QUIET and not isinstance(value, (list, dict)) and value not in (None, "")
         }
         text = words_of(rest)
     return {
         "time": event.get("time"),
-        "level": level,
+        "level": level(event),
         "event": str(event.get("event", "")).replace("_", " "),
         "round": event.get("round"),
         "node": event.get("node"),

@@ -67,6 +67,12 @@ class Library:
             row["state"] = state_of(row["live"]) or row["state"]
         return sorted(found, key=lambda row: (row["changed"], row["run"]), reverse=True)
 
+    def alone(self) -> str | None:
+        """The name of the run that ``root`` itself is; None for a folder of runs."""
+        with self._lock:
+            listing = self._listing(str(self.root))
+        return identity(self.root.name) if listing is not None and listing[1] is None else None
+
     def reader(self, name: str) -> RunReader | None:
         """The run of that name, None where there is none. Only folders that a scan found are opened."""
         with self._lock:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
 
+from fedhost.process_identity import is_alive, number_of
+from fedserver.dashboard.jobs import jobs_table
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Page, Question, page_of, run_address
 from fedserver.dashboard.round_views import MOVED, header, moved, totals
@@ -52,14 +55,16 @@ COMPARED = (
 )
 SETTINGS = (Column("key", "Setting"),)
 PROCESSES = (
-    Column("run", "Run"),
-    Column("pid", "Process", "text"),
+    Column("name", "Run", link="address"),
+    Column("run", "Folder"),
+    Column("host", "Host"),
+    Column("pid", "Process"),
     Column("cpu_share", "Processor", "share"),
     Column("memory_bytes", "Memory", "bytes"),
 )
 MOST_COMPARED = 24
 SHORTEST_LOOK = 0.5
-"""Processor seconds between two looks at the machine: of less no share can be made."""
+"""Processor seconds, or seconds of a process, between two looks: of less no share can be made."""
 STARTED = time.time()
 
 
@@ -157,7 +162,7 @@ class Meters:
     """Shares of processors since somebody looked last: the first look at a process has none."""
 
     def __init__(self) -> None:
-        self._processes: dict[int, psutil.Process] = {}
+        self._processes: dict[str, tuple[psutil.Process, float, float | None]] = {}
         self._before = _processor_seconds()
         self._share = 0.0
 
@@ -172,19 +177,22 @@ class Meters:
             self._before = busy, whole
         return self._share
 
-    def read(self, pid: int) -> dict[str, float | None]:
+    def read(self, identity: str) -> dict[str, float | None]:
         """Processor share and memory of a process; None where it has gone, or is looked at first."""
         try:
-            held = self._processes.get(pid)
-            if held is None or not held.is_running():
-                self._processes = {p: one for p, one in self._processes.items() if one.is_running()}
-                held = self._processes[pid] = psutil.Process(pid)
-                held.cpu_percent()
-                return {"cpu_share": None, "memory_bytes": held.memory_info().rss}
-            return {
-                "cpu_share": held.cpu_percent() / 100,
-                "memory_bytes": held.memory_info().rss,
-            }
+            now = time.monotonic()
+            process, looked, share = self._processes.get(identity, (None, now, None))
+            if not is_alive(identity):
+                self._processes.pop(identity, None)
+                return {"cpu_share": None, "memory_bytes": None}
+            if process is None:
+                self._processes = {one: of for one, of in self._processes.items() if is_alive(one)}
+                process = psutil.Process(number_of(identity))
+                process.cpu_percent()
+            elif now - looked >= SHORTEST_LOOK:
+                share, looked = process.cpu_percent() / 100, now
+            self._processes[identity] = process, looked, share
+            return {"cpu_share": share, "memory_bytes": process.memory_info().rss}
         except psutil.Error:
             return {"cpu_share": None, "memory_bytes": None}
 
@@ -198,20 +206,28 @@ def _processor_seconds() -> tuple[float, float]:
 
 
 def server(
-    library: Library, viewers: int, jobs: Sequence[Mapping[str, Any]], meters: Meters
+    library: Library,
+    viewers: int,
+    jobs: Sequence[Mapping[str, Any]],
+    meters: Meters,
+    question: Question,
 ) -> Page:
-    """This machine, this process, and the processes of the runs that are under way."""
+    """This machine, this process, the runs that are under way, and what was started from here."""
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(library.root)
     own = psutil.Process()
-    rows = []
-    for row in library.rows():
-        if row["state"] not in ALIVE:
-            continue
-        pid = str(row["live"].get("process", "")).partition("@")[0]
-        used = meters.read(int(pid)) if pid.isdigit() else {}
-        rows.append({"run": row["name"], "pid": pid, **used})
+    rows = [
+        {
+            "name": row["name"],
+            "run": row["run"],
+            "address": run_address(row["run"]),
+            **_process(row["live"], meters),
+        }
+        for row in library.rows()
+        if row["state"] in ALIVE
+    ]
     data = {
         "folder": str(library.root),
+        "host": socket.gethostname(),
         "cores": os.cpu_count(),
         "load": [round(value, 2) for value in os.getloadavg()],
         "cpu_share": meters.machine(),
@@ -223,18 +239,24 @@ def server(
         "dashboard_seconds": time.time() - STARTED,
         "viewers": viewers,
         "runs": len(library.folders()),
-        "jobs": [dict(job) for job in jobs],
     }
-    table = make_table(
-        "processes",
-        "Runs under way",
-        PROCESSES,
-        rows,
-        Question().choice,
-        searchable=False,
-        empty="No run is under way on this machine.",
-    )
-    return page_of(data, table)
+    return page_of(
+        data,
+        make_table(
+            "processes", "Runs under way", PROCESSES, rows, question.choice,
+            searchable=False, empty="No run is under way.",
+        ),
+        jobs_table(jobs, question.choice, library.folders()),
+    )  # fmt: skip
+
+
+def _process(live: Row, meters: Meters) -> Row:
+    """A run's process: what it takes can be seen on its own host alone."""
+    told = live.get("process")
+    process = told if isinstance(told, str) else ""
+    here = live.get("host") == socket.gethostname()
+    used = meters.read(process) if here and process else {}
+    return {"host": live.get("host"), "pid": process.partition("@")[0], **used}
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:

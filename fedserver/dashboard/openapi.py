@@ -48,6 +48,8 @@ SEVERAL_RUNS = {
     "schema": {"type": "array", "items": {"type": "string"}},
 }
 
+JOBS_OF = SEVERAL_RUNS | {"description": "a run whose jobs are asked for; by default all jobs"}
+
 
 def document(views: Sequence[View], one_round: View) -> dict[str, Any]:
     """OpenAPI 3.1."""
@@ -57,7 +59,7 @@ def document(views: Sequence[View], one_round: View) -> dict[str, Any]:
         "/compare": _get("Runs over each other.", [SEVERAL_RUNS]),
         "/devices": _get("The deployment's nodes and open invitations.", TABLE),
         "/access": _get("Accounts and tokens, without secrets; for operators.", []),
-        "/server": _get("This machine, this process, and the runs under way.", []),
+        "/server": _get("This machine, the runs under way, and jobs.", [JOBS_OF, *TABLE]),
         "/runs/{run}/ledger/verify": _get("Hash every entry and blob again.", [RUN]),
     }
     for name in ("compared", "settings"):
@@ -66,6 +68,10 @@ def document(views: Sequence[View], one_round: View) -> dict[str, Any]:
         paths[f"/devices/{name}.csv"] = _get("A table of the deployment as CSV.", [], csv=True)
     for name in ("accounts", "tokens", "record"):
         paths[f"/access/{name}.csv"] = _get("A table of it as CSV; for operators.", [], csv=True)
+    for name in ("processes", "jobs"):
+        paths[f"/server/{name}.csv"] = _get(
+            "A table of it as CSV, whole.", [JOBS_OF, *TABLE[1:]], csv=True
+        )
     replay = "The replay of a round, as far as it is: recorded and replayed digest."
     paths["/runs/{run}/rounds/{round}/replay"] = _get(replay, [RUN, ROUND_NUMBER])
     measured = "/runs/{run}/rounds/{round}/distances"

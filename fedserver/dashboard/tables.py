@@ -123,7 +123,7 @@ def make_table(
         title,
         columns,
         shown,
-        empty if not words else "No row holds these words.",
+        "No row holds these words." if words and searchable else empty,
         choice.sort,
         page,
         size,

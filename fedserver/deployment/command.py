@@ -49,6 +49,17 @@ def up(
             help="Where people with an account see the dashboard; '' for nowhere.",
         ),
     ] = None,
+    oidc: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="TOML file of an OpenID provider by which people sign in to it; '' for none.",
+        ),
+    ] = None,
+    alerts: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Where it posts alerts as JSON; '' for nowhere."),
+    ] = None,
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Stay, for systemd or a container.")
     ] = False,
@@ -61,7 +72,8 @@ def up(
     from fedserver.deployment.processes import check_startable, supervise
 
     changes: dict[str, Any] = {"listen": listen, "names": tuple(name) if name else None}
-    changes["dashboard"] = dashboard
+    changes |= {"dashboard": dashboard, "alerts": alerts}
+    changes["oidc"] = str(Path(oidc).expanduser().resolve()) if oidc else oidc
     given = {"certificate": certificate, "key": key, "authority": authority}
     changes |= {k: str(v.expanduser().resolve()) for k, v in given.items() if v is not None}
     folder = open_folder(directory)
@@ -76,7 +88,7 @@ def up(
         raise CertificateError(f"the server runs, but {REFUSED}: give another, or see to the clock")
     print(f"https://{settings.address} serves; folder {folder.path}")
     if settings.dashboard:
-        print(f"https://{settings.dashboard} shows the dashboard")
+        print(f"{settings.dashboard_address} shows the dashboard")
 
 
 @server_app.command()

@@ -19,6 +19,7 @@ import secrets
 import tomllib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import tomli_w
 
@@ -43,7 +44,8 @@ class Settings:
 
     ``certificate``, ``key``, ``authority``: given PEM files instead of a certificate of the server's own
     authority. ``body_megabytes``: the largest request that a node may send. ``dashboard``: where the
-    front door shows the dashboard of all runs, "" for nowhere.
+    front door shows the dashboard of all runs, "" for nowhere. ``oidc``: the file of the OpenID provider
+    that its people sign in by; ``alerts``: where it posts what goes wrong. "" for none.
     """
 
     listen: str = DEFAULT_LISTEN
@@ -53,6 +55,8 @@ class Settings:
     authority: str = ""
     body_megabytes: int = 256
     dashboard: str = ""
+    oidc: str = ""
+    alerts: str = ""
 
     @property
     def host(self) -> str:
@@ -67,8 +71,18 @@ class Settings:
     @property
     def address(self) -> str:
         """Where devices find the server: ``host:port``."""
+        return f"{self._name}:{self.port}"
+
+    @property
+    def dashboard_address(self) -> str:
+        """Where people find the dashboard, as browsers and OpenID providers write it."""
+        port = self.dashboard.rpartition(":")[2]
+        return f"https://{self._name}" + ("" if port == "443" else f":{port}")
+
+    @property
+    def _name(self) -> str:
         name = self.names[0] if self.names else LOOPBACK
-        return f"[{name}]:{self.port}" if ":" in name else f"{name}:{self.port}"
+        return f"[{name}]" if ":" in name else name
 
     def check(self) -> None:
         """Raise FolderError for what cannot work, or would not be safe."""
@@ -77,6 +91,9 @@ class Settings:
             loopback = _is_loopback("dashboard", self.dashboard) and loopback
             if self.dashboard.rpartition(":")[2] == str(self.port):
                 raise FolderError(f"dashboard {self.dashboard!r}: devices connect to that port")
+        receiver = urlsplit(self.alerts)
+        if self.alerts and (receiver.scheme not in ("http", "https") or not receiver.netloc):
+            raise FolderError(f"alerts {self.alerts!r}: write an http or https address")
         given = (self.certificate, self.key, self.authority)
         if any(given) and not all(given):
             raise FolderError("a given certificate needs its key and its authority as well")
@@ -171,6 +188,10 @@ class ServerFolder:
         exists = (self.path / "server.toml").exists()
         settings = replace(self.settings() if exists else Settings(), **changes)  # type: ignore[arg-type]
         settings.check()
+        if not settings.dashboard and (changes.get("oidc") or changes.get("alerts")):
+            raise FolderError(
+                "--oidc and --alerts are the dashboard's: give --dashboard ADDRESS:PORT"
+            )
         make_private_folder(self.path)
         for name in ("flower", "runs", "logs"):
             make_private_folder(self.path / name)

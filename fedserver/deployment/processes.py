@@ -18,7 +18,7 @@ from fedhost.ports import LOOPBACK, accepts, holder
 from fedhost.probes import answers_grpc, answers_http, answers_https
 from fedhost.supervision import Child, SupervisionError, Supervisor, status_of
 from fedserver.deployment.certificates import CertificateError, check_given
-from fedserver.deployment.dashboard import require_accounts
+from fedserver.deployment.dashboard import require_people
 from fedserver.deployment.folder import FolderError, Ports, ServerFolder, Settings, open_folder
 from fedserver.deployment.front_door import FrontDoor, FrontDoorError, is_healthy
 
@@ -89,7 +89,7 @@ def check_startable(folder: ServerFolder, settings: Settings) -> None:
         check_given(folder.identity(settings), datetime.now(UTC))
     _check_free(settings.listen, "--listen")
     if settings.dashboard:
-        require_accounts(folder)
+        require_people(folder, settings)
         _check_free(settings.dashboard, "--dashboard")
 
 

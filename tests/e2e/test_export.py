@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from aggregators.view import View
+from fedserver import events, metrics
 from fedserver.configuration import load
 from fedserver.export import export_merged, export_peft, final_change
 from fedserver.ledger import Ledger, LedgerError
@@ -143,3 +144,42 @@ def test_updates_that_do_not_give_the_state_are_a_clear_message(run: Path) -> No
     ledger.close()
     with pytest.raises(LedgerError, match="missing"):
         final_change(run)
+
+
+def test_a_round_is_exported_as_it_was_whatever_came_later(
+    tiny_scenario: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    """Also where the ledger no longer keeps that round's state."""
+    folder, card = tmp_path / "run", tmp_path / "adapter" / "README.md"
+    newest: dict[int, View] = {}
+
+    def look(event: events.Event) -> None:
+        if isinstance(event, events.RoundCommitted):
+            newest[event.round] = final_change(folder)[1]
+
+    simulate(load(str(tiny_scenario)), folder, look, samples=0)
+    assert sorted(newest) == [1, 2, 3]
+    ledger = Ledger(folder)
+    hashes = {entry.round: entry.hash for entry in ledger.entries("round")}
+    kept = {entry.round for entry in ledger.entries("round") if ledger.has(entry.content["state"])}
+    losses = {
+        round: scored["loss"] for round, scored in metrics.evaluations(ledger).items() if scored
+    }
+    ledger.close()
+    assert 3 in kept
+    assert 1 not in kept
+    for number, then in newest.items():
+        now = final_change(folder, number=number)[1]
+        assert then.adapter is not None
+        assert now.adapter is not None
+        difference = (now.adapter - then.adapter).squared_norm()
+        assert difference <= 1e-12 * then.adapter.squared_norm()
+        export_peft(folder, card.parent, tiny_model_folder, number=number)
+        told = card.read_text()
+        assert hashes[number] in told
+        assert ("rounds: 3\n" in told) == (number == 3)
+        assert (f"rounds: {number} of 3\n" in told) == (number < 3)
+        assert f"low rank ({2 * number} from 2 nodes)" in told
+        assert f"{losses[number]:.4f}" in told
+    with pytest.raises(LedgerError, match="round 4"):
+        export_peft(folder, card.parent, tiny_model_folder, number=4)

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from fedclient import base_model
-from fedclient.base_model import BaseModelError, extract_checked, load, resolve
+from fedclient.base_model import BaseModelError, extract_checked, load, require_here, resolve
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -67,6 +67,24 @@ def test_a_digest_notices_every_bit_and_name() -> None:
 def test_a_missing_folder(place: str) -> None:
     with pytest.raises(BaseModelError, match="no such folder"):
         resolve(place)
+
+
+def test_what_would_have_to_be_fetched_is_not_here(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said with the command that fetches it; nothing is fetched, and no folder is made."""
+    monkeypatch.setattr(base_model, "_download", lambda *_: pytest.fail("it was fetched"))
+    cache = tmp_path / "cache"
+    for name in (base_model.DEFAULT_MODEL, "some-lab/no-such-model"):
+        with pytest.raises(BaseModelError, match=rf"base_model fetch {name}"):
+            require_here(name, cache=cache)
+    for place in ("/nowhere/at/all", str(tmp_path / "model.gguf"), "a/b/c"):
+        with pytest.raises(BaseModelError, match="no such"):
+            require_here(place, cache=cache)
+    assert not cache.exists()
+    require_here(str(tiny_model_folder), cache=cache)
+    copied(tiny_model_folder, cache / base_model.DEFAULT_MODEL)
+    require_here(base_model.DEFAULT_MODEL, cache=cache)
 
 
 def test_a_missing_gguf_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -276,3 +277,32 @@ def test_a_run_that_is_stopped_at_once_goes_on_as_if_it_had_not_been(tmp_path: P
     stopped.hear = lambda event: None
     stopped.over(Device("a"), Device("b"), resume=True)
     assert ledger_head(stopped.folder) == ledger_head(whole.folder)
+
+
+@pytest.mark.parametrize("waits", ["held", "paused"])
+def test_who_joins_while_a_run_waits_takes_part_when_it_goes_on(waits: str, tmp_path: Path) -> None:
+    """Operators keep the only node out: the one that comes to take its place ends the hold."""
+    run = Run(tmp_path, "clinic", "phone", rounds=3)
+    queue = ControlQueue(run.folder)
+    late = threading.Timer(60.0, lambda: ask("stop"))
+
+    def ask(action: str, **arguments: str) -> None:
+        queue.ask(action, arguments, who="olga", role="operator", reason="a test")
+
+    def hear(event: events.Event) -> None:
+        if event == events.RoundStarted(1):
+            ask("drain", node="clinic")
+            if waits == "paused":
+                ask("pause")
+        elif isinstance(event, events.PhaseStarted) and event.phase == waits:
+            run.clock.wait(1000.0)
+            late.start()
+        elif waits == "paused" and "'phone' has joined" in getattr(event, "text", ""):
+            ask("resume")
+
+    run.hear = hear
+    try:
+        verdicts = run.over(Device("clinic"), Device("phone"), at=[0.0, 1000.0])
+    finally:
+        late.cancel()
+    assert verdicts == [{"clinic": "accepted"}, {"phone": "accepted"}, {"phone": "accepted"}]

@@ -103,7 +103,7 @@ function draw(box, data) {
     },
     axes: [{ ...axis, size: 30, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] },
       { ...axis, size: 64, values: (_, ticks) => ticks.map(kind === "bytes" ? bytesText : (v) => +v.toPrecision(6)) }],
-    series: [{ label: "round" }, ...spec.series],
+    series: [{ label: "round", value: (_, v) => v ?? "–" }, ...spec.series],
     bands: spec.bands,
     hooks: { draw: [(chart) => drawRollbacks(chart, spec.rollbacks)] },
     cursor: { drag: { x: false, y: false } },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from fedserver.configuration import RunConfiguration
 from fedserver.control import OPERATOR, ControlQueue
 from fedserver.dashboard.registry import VIEWS
 from fedserver.ledger import Entry, Ledger
+from fedserver.live_log import LiveLog
 from simulations.benchmarks.dashboard_process import dashboard_process
 from simulations.engines import run_local
 
@@ -128,8 +130,6 @@ def live_run(
 @pytest.fixture(scope="module")
 def served(live_run: LiveRun, finished_run: Path) -> Iterator[str]:
     """The link of a dashboard process over the live and the finished run."""
-    import shutil
-
     root = live_run.folder.parent
     shutil.copytree(finished_run, root / "mixed")
     with dashboard_process(root) as (link, process):
@@ -275,6 +275,37 @@ def test_every_view_opens_clean_and_accessible(visit: Visit, width: int, scheme:
     assert visit.wrong == []
 
 
+def test_links_stand_in_one_line_and_columns_within_the_page(
+    visit: Visit, live_run: LiveRun
+) -> None:
+    """On a phone the navigation; at a desk whatever nodes say of themselves, without scrolling."""
+    page, folder = visit.page, live_run.folder.parent / "wide"
+    folder.mkdir()
+    nodes = tuple(
+        events.NodeInfo(
+            f"node-{n}-" + "of-a-long-name" * 3, "sketch 4", 10**6, 10**5,
+            "a single-board computer behind the greenhouse", "NVIDIA GeForce RTX 4090 Laptop GPU",
+            16, 10**12, "python 3.11, " * 8,
+        )
+        for n in range(3)
+    )  # fmt: skip
+    log = LiveLog(folder, lambda event: None)
+    log(events.RunStarted("wide", "braid", 2, 1, nodes, "model", str(folder)))
+    log(events.RoundsEnded("finished"))
+    page.set_viewport_size({"width": 1440, "height": 900})
+    visit.open("/runs/wide/fleet")
+    box = page.locator("#rows-fleet .scroll")
+    assert box.evaluate("box => box.scrollWidth - box.clientWidth") == 0
+    for width in (390, 360):
+        page.set_viewport_size({"width": width, "height": 900})
+        visit.open("/access")
+        links = page.locator(".top nav a")
+        assert links.count() == 5
+        assert len({links.nth(n).bounding_box()["y"] for n in range(5)}) == 1
+    shutil.rmtree(folder)
+    assert visit.wrong == []
+
+
 def test_search_sort_verify_and_downloads_work_by_keyboard_and_click(visit: Visit) -> None:
     page = visit.page
     page.set_viewport_size({"width": 1440, "height": 900})
@@ -315,8 +346,6 @@ def test_one_signs_in_at_another_site_and_comes_back_signed_in(
     visit: Visit, finished_run: Path, openid_issuer: Any, tmp_path: Path
 ) -> None:
     """The session's cookie is strict, and the browser comes from the provider's site."""
-    import shutil
-
     shutil.copytree(finished_run, tmp_path / "runs" / "mixed")
     settings = tmp_path / "oidc.toml"
     settings.write_text(
@@ -425,7 +454,8 @@ def test_a_run_is_started_stopped_rolled_back_exported_and_continued(
     visit.open("/start")
     page.get_by_label("Name of the run").fill("from-the-page")
     page.get_by_label("Scenario").select_option("quickstart")
-    page.get_by_label("Changes").fill('base_model="/nowhere"')
+    changes = f'base_model="{asked.base_model}"\ndata.source="/no/such/data.jsonl"'
+    page.get_by_label("Changes").fill(changes)
     page.get_by_label("Reason").fill("a first one")
     page.get_by_role("button", name="Start").click()
     # Its process says why it refuses; nothing runs behind the test's back.

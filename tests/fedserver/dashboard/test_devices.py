@@ -256,3 +256,25 @@ def test_what_is_recorded_in_a_deployments_run_is_sealed_by_the_deployments_key(
     assert entries[-1].content["reason"] == WHY
     assert entries[-1].content["outcome"] == "failed"  # there is no model in that run
     assert len({open_seal(entry.seal).key for entry in entries}) == 1
+
+
+@pytest.mark.parametrize("root", [""], indirect=True)
+def test_a_run_that_is_started_here_is_made_among_the_runs(
+    visitor: Callable[[str], tuple[TestClient, str]],
+    deployment: ServerFolder,
+    tiny_model_folder: Path,
+) -> None:
+    """Its data are missing, so it ends at once, and its job is that of the run's name in the list."""
+    client, csrf = visitor(OPERATOR)
+    before = sorted(deployment.path.iterdir())
+    changes = f'base_model="{tiny_model_folder}"\ndata.source="/no/such/data.jsonl"'
+    form = {"csrf": csrf, "scenario": "quickstart", "name": "again", "reason": WHY}
+    html = client.get("/start", headers={"accept": "text/html"}).text
+    assert f"in <code>{deployment.runs}</code>" in html
+    answer = client.post("/start", data=form | {"overrides": changes}, follow_redirects=False)
+    assert answer.status_code == 303
+    (job,) = client.app.state.site.jobs._jobs  # type: ignore[attr-defined]
+    assert str(deployment.runs / "again") in job.process.args
+    assert job.run == "runs:again"
+    job.process.wait()
+    assert sorted(deployment.path.iterdir()) == before

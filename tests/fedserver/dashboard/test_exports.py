@@ -55,6 +55,31 @@ def test_only_what_is_possible_is_offered(client: TestClient, sign_in: Sign, run
     (runs / "mixed" / "metrics.jsonl").write_text(rows)
 
 
+def test_an_export_is_of_the_round_that_its_name_says(
+    client: TestClient, sign_in: Sign, runs: Path
+) -> None:
+    """The page was of round 2 when it was asked for; the run has committed another one since."""
+    folder = runs / "mixed"
+    csrf = sign_in("olga")
+    live = json.loads((folder / "live.json").read_text())
+    (folder / "live.json").write_text(json.dumps(live | {"committed": 2}))
+    rows = (folder / "metrics.jsonl").read_text().splitlines()[:2]
+    (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    assert export(client, csrf, "merged").status_code == 303
+    wait(client)
+    (entry,) = recorded(folder)
+    assert entry["outcome"] == "done", entry["note"]
+    assert entry["arguments"]["round"] == 2
+    assert entry["arguments"]["to"].endswith("round-2")
+    ledger = Ledger(folder)
+    third, second = sorted(ledger.entries("round"), key=lambda one: -one.round)[:2]
+    ledger.close()
+    card = (folder / entry["arguments"]["to"] / "README.md").read_text()
+    assert "rounds: 2 of 3" in card
+    assert second.hash in card
+    assert third.hash not in card
+
+
 @pytest.mark.parametrize("target", ["free", "taken"])
 def test_the_outcome_of_an_export_is_told_and_recorded(
     client: TestClient, sign_in: Sign, runs: Path, target: str

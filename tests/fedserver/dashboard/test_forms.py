@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,9 +89,31 @@ def test_other_forms_are_shown_again_too(
     assert 'value="olga"' in answer.text
 
 
-def test_a_start_that_fails_is_told_and_leaves_the_name_free(
-    client: TestClient, sign_in: Sign, runs: Path
+def test_every_token_can_be_revoked_whatever_page_is_shown(
+    client: TestClient, sign_in: Sign, accounts: Accounts
 ) -> None:
+    csrf = sign_in("olga")
+    for number in range(51):
+        accounts.issue_token(f"robot {number}", "viewer")
+    told = {token.id for token in accounts.tokens()}
+    for address in ("/access", "/access?page=2", "/access?page=2&sort=name"):
+        page = client.get(address).text
+        assert set(re.findall(r'<option value="(\w+)"', page)) == told
+    last = client.get("/api/v1/access?page=2").json()["tables"]["tokens"]["rows"][0]["id"]
+    form = {"csrf": csrf, "token": last, "reason": "it leaked"}
+    assert client.post("/access/revoke", data=form).status_code == 303
+    assert {token.id for token in accounts.tokens()} == told - {last}
+
+
+def test_a_start_that_fails_is_told_and_leaves_the_name_free(
+    client: TestClient,
+    sign_in: Sign,
+    runs: Path,
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FEDBRAID_CACHE", str(tmp_path / "cache"))
     csrf = sign_in("olga")
     form = {"csrf": csrf, "scenario": "quickstart", "name": "again", "reason": "to try it"}
     wrong = client.post("/start", data=form | {"overrides": "raunds=3"})
@@ -98,12 +121,18 @@ def test_a_start_that_fails_is_told_and_leaves_the_name_free(
     assert "rounds" in wrong.text  # the nearest name
     assert "raunds=3" in wrong.text
     assert not (runs / "again").exists()
+    for model in ("/nowhere/at/all", "smollm2-135m-instruct"):
+        absent = client.post("/start", data=form | {"overrides": f'base_model="{model}"'})
+        assert absent.status_code == 409, "it has not been fetched, or is not there"
+        assert model in absent.text.partition('role="alert"')[2].partition("</p>")[0]
+        assert not (runs / "again").exists()
     # What only the run itself finds out: its job fails, and the name can be taken again.
-    late = form | {"overrides": 'base_model="/nowhere/at/all"'}
+    changes = f'base_model="{tiny_model_folder}"\ndata.source="/no/such/data.jsonl"'
+    late = form | {"overrides": changes}
     jobs = client.app.state.site.jobs  # type: ignore[attr-defined]
     for _ in range(2):
         assert client.post("/start", data=late).status_code == 303
         for job in jobs._jobs:
             job.process.wait()
     assert [job["state"] for job in jobs.json()] == ["failed", "failed"]
-    assert "/nowhere/at/all" in jobs.json()[0]["said"]
+    assert "/no/such/data.jsonl" in jobs.json()[0]["said"]
