@@ -61,7 +61,7 @@ def test_one_that_hangs_is_ended_and_others_than_a_few_are_told_to_wait(
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setattr(recording, "LONGEST_SECONDS", 0.5)
     monkeypatch.setattr(verifications, "MOST_AT_ONCE", 1)
-    # Which of the two comes first is their threads' matter.
+    # Either may come first.
     hung, refused = sorted(ask(runs, ["mixed", "other"]), key=lambda answer: answer.status_code)
     assert "fedbraid ledger verify" in hung.json()["problems"][0]
     assert refused.status_code == 503
