@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlencode
 
 from starlette.concurrency import run_in_threadpool
@@ -15,31 +12,17 @@ from starlette.routing import Route
 from fedserver.control import ControlError
 from fedserver.dashboard import actions, devices
 from fedserver.dashboard.access_view import access
-from fedserver.dashboard.accounts import AccountError, Accounts
+from fedserver.dashboard.accounts import Accounts
 from fedserver.dashboard.actions import Desk, scenario_names
-from fedserver.dashboard.answers import Answers, wants_json
-from fedserver.dashboard.guard import StaleForm, operators_form
+from fedserver.dashboard.answers import wants_json
 from fedserver.dashboard.html import render
-from fedserver.dashboard.jobs import JobError
-from fedserver.dashboard.page import Page, Question, run_address
-from fedserver.dashboard.registry import BY_NAME, View
+from fedserver.dashboard.page import Question, run_address
+from fedserver.dashboard.registry import BY_NAME
 from fedserver.dashboard.replays import Replays
-from fedserver.ledger import LedgerError
-
-REFUSALS = (AccountError, ControlError, JobError, LedgerError, ValueError)
+from fedserver.dashboard.sent_forms import FormAnswers
 
 
-@dataclass(frozen=True)
-class Sent:
-    """A form that somebody sent: what it made, or the ``problem`` for which it was refused."""
-
-    form: dict[str, str]
-    problem: str = ""
-    status: int = 200
-    made: Any = None
-
-
-class Forms(Answers):
+class Forms(FormAnswers):
     """The handlers of forms. Where one is sent can be opened as well: it leads to the form's page."""
 
     def __init__(self, desk: Desk, accounts: Accounts, replays: Replays) -> None:
@@ -66,7 +49,7 @@ class Forms(Answers):
         def carry_out(form: dict[str, str]) -> str:
             return self.desk.act(run, action, form, request.scope["session"])
 
-        sent = await self._sent(request, carry_out)
+        sent = await self.sent(request, carry_out)
         if sent is None:
             return RedirectResponse(here, 303)
         if wants_json(request):
@@ -77,11 +60,11 @@ class Forms(Answers):
         confirming = {"revoke": sent.form.get("node", "")} if action == "revoke" else {}
         page = await run_in_threadpool(actions.control, run, Question(values=confirming))
         shown = sent.form | {"action": action}
-        return self._again(request, sent, page, here, view=BY_NAME["control"], form=shown)
+        return self.again(request, sent, page, here, view=BY_NAME["control"], form=shown)
 
     async def start(self, request: Request) -> Response:
         """The form that starts a simulation, and what it sends."""
-        sent = await self._sent(
+        sent = await self.sent(
             request, lambda form: self.desk.start(form, request.scope["session"])
         )
         if sent is not None and not sent.problem:
@@ -101,7 +84,7 @@ class Forms(Answers):
     async def invite(self, request: Request) -> Response:
         """An enrolment token for a device: the one answer that ever holds it."""
         root, here = self.library.root, "/devices"
-        sent = await self._sent(
+        sent = await self.sent(
             request, lambda form: devices.invite(root, form, request.scope["session"])
         )
         if sent is None:
@@ -114,7 +97,7 @@ class Forms(Answers):
             return JSONResponse(told, sent.status if sent.problem else 201)
         page = await run_in_threadpool(devices.devices, root, Question())
         if sent.problem:
-            return self._again(request, sent, page, here, "devices.html.jinja")
+            return self.again(request, sent, page, here, "devices.html.jinja")
         html = self.page(request, page, "devices.html.jinja", path=here, made=sent.made)
         return HTMLResponse(html, 201)
 
@@ -128,11 +111,11 @@ class Forms(Answers):
             who = request.scope["session"].name
             return self.accounts.revoke_token(form.get("token", ""), who=who, reason=reason)
 
-        sent = await self._sent(request, revoke)
+        sent = await self.sent(request, revoke)
         if sent is None or not sent.problem:
             return RedirectResponse("/access", 303)
         page = await run_in_threadpool(access, self.accounts, Question())
-        return self._again(request, sent, page, "/access", "access.html.jinja")
+        return self.again(request, sent, page, "/access", "access.html.jinja")
 
     async def start_replay(self, request: Request) -> Response:
         """Replay a run to a round."""
@@ -146,48 +129,10 @@ class Forms(Answers):
             self.replays.start(run, int(word))
             return int(word)
 
-        sent = await self._sent(request, start)
+        sent = await self.sent(request, start)
         if sent is None:
             return RedirectResponse(here, 303)
         if not sent.problem:
             return RedirectResponse(run_address(run.identity, "rounds", sent.made, "replay"), 303)
         page = await run_in_threadpool(BY_NAME["ledger"].make, run, Question())
-        return self._again(request, sent, page, here, view=BY_NAME["ledger"])
-
-    async def _sent(
-        self, request: Request, carry_out: Callable[[dict[str, str]], Any]
-    ) -> Sent | None:
-        """A form carried out, in a thread of its own, or why it was refused; None: none was sent."""
-        if request.method != "POST":
-            return None
-        form: dict[str, str] = {}
-        try:
-            form = await operators_form(request)
-            return Sent(form, made=await run_in_threadpool(carry_out, form))
-        except StaleForm as error:
-            return Sent(error.fields, str(error), 403)
-        except REFUSALS as error:
-            return Sent(form, str(error), 409)
-
-    def _again(
-        self,
-        request: Request,
-        sent: Sent,
-        page: Page,
-        here: str,
-        template: str = "",
-        *,
-        view: View | None = None,
-        form: dict[str, str] | None = None,
-    ) -> Response:
-        """The page of a refused form, with what was typed and why."""
-        html = self.page(
-            request,
-            page,
-            view.template if view is not None else template,
-            view=view,
-            path=here,
-            problem=sent.problem,
-            form=sent.form if form is None else form,
-        )
-        return HTMLResponse(html, sent.status)
+        return self.again(request, sent, page, here, view=BY_NAME["ledger"])

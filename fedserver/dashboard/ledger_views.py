@@ -97,9 +97,9 @@ def ledger(run: RunReader, question: Question) -> Page:
 def log(run: RunReader, question: Question) -> Page:
     """The run's events, the newest first; every word asked for must stand in a line."""
     limit = 100_000 if question.choice.whole else LOG_LINES
-    found, more = run.log(question.choice.words, limit)
     words = question.choice.words
-    # The words were looked for in the whole lines, of which the table shows a part.
+    # They may stand in what the table leaves out of an event, too.
+    found, more = run.log(words, limit, lambda event: str(_line(event)["text"]))
     table = make_table(
         "log",
         "Log",

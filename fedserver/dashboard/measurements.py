@@ -16,17 +16,18 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from fedserver.dashboard.answers import API, MOST_ROUNDS, Answers, question_of, wants_json
-from fedserver.dashboard.guard import StaleForm, operators_form
+from fedserver.control import ControlError
+from fedserver.dashboard.answers import API, MOST_ROUNDS, question_of, wants_json
 from fedserver.dashboard.jobs import Job, JobError, Jobs
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import NotThere, Page, Question, page_of, run_address
 from fedserver.dashboard.registry import BY_NAME, ROUND
 from fedserver.dashboard.round_views import header, words
 from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.sent_forms import FormAnswers
 from fedserver.dashboard.tables import Column, make_table
 
 ROBUSTNESS = "robustness"
@@ -145,7 +146,7 @@ class Measurements:
         return page_of(data, table)
 
 
-class MeasurementPages(Answers):
+class MeasurementPages(FormAnswers):
     """Where a measurement is asked for, and a round's own page of it."""
 
     def __init__(self, library: Library, jobs: Jobs, measurements: Measurements) -> None:
@@ -172,32 +173,30 @@ class MeasurementPages(Answers):
         """Start a measurement; refused, the page again with the reason."""
         run = await run_in_threadpool(self.reader, request)
         here = run_address(run.identity, ROBUSTNESS)
-        if request.method != "POST":
+
+        def start(form: dict[str, str]) -> int:
+            word = form.get("round", "")
+            if not word.isdecimal():
+                raise ControlError("give the number of a round")
+            number = min(int(word), MOST_ROUNDS)
+            self.measurements.start(run, number)
+            return number
+
+        sent = await self.sent(request, start)
+        if sent is None:
             return RedirectResponse(here, 303)
-        form: dict[str, str] = {}
-        number, problem, status = 0, "", 202
-        try:
-            form = await operators_form(request)
-            number = min(int(form.get("round", "")), MOST_ROUNDS)
-            await run_in_threadpool(self.measurements.start, run, number)
-        except StaleForm as error:
-            problem, form, status = str(error), error.fields, 403
-        except JobError as error:
-            problem, status = str(error), 409
-        except ValueError:
-            problem, status = "give the number of a round", 409
         if wants_json(request):
-            at = f"{API}{run_address(run.identity, 'rounds', number, 'distances')}"
-            return JSONResponse({"error": problem} if problem else {"measured at": at}, status)
-        if not problem:
+            told = {"error": sent.problem}
+            if not sent.problem:
+                of_round = run_address(run.identity, "rounds", sent.made, "distances")
+                told = {"measured at": f"{API}{of_round}"}
+            return JSONResponse(told, sent.status if sent.problem else 202)
+        if not sent.problem:
             return RedirectResponse(here, 303)
         view = BY_NAME[ROBUSTNESS]
         measured = await run_in_threadpool(self.measurements.told, run)
         page = await run_in_threadpool(view.make, run, Question(measured=measured))
-        html = self.page(
-            request, page, view.template, view=view, path=here, problem=problem, form=form
-        )
-        return HTMLResponse(html, status)
+        return self.again(request, sent, page, here, view=view)
 
 
 def _entry_of(run: RunReader, number: int) -> str:

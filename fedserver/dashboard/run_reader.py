@@ -233,21 +233,29 @@ class RunReader:
             self._activity.advance(live)
             return self._activity
 
-    def log(self, words: str, limit: int, span: int = 1 << 26) -> tuple[list[Row], bool]:
+    def log(
+        self,
+        words: str,
+        limit: int,
+        shown: Callable[[Row], str] = lambda event: "",
+        span: int = 1 << 24,
+    ) -> tuple[list[Row], bool]:
         """The newest events that hold all of the words, newest first; whether there may be more.
 
-        At most the last ``span`` bytes are searched.
+        A word may stand in the line of the file or in what is ``shown`` of the event. At most the last
+        ``span`` bytes are searched, a hundred thousand events.
         """
-        wanted = [word.casefold().encode() for word in words.split()]
+        wanted = words.casefold().split()
         found: list[Row] = []
         path = self.folder / EVENTS
         for line in _lines_from_the_end(path, span):
-            folded = line.lower() if wanted else line
-            if not all(word in folded for word in wanted):
-                continue
             value = _parsed(line)
             if not value or value.get("event") == "node_progress":
                 continue
+            if wanted:
+                text = f"{line.decode(errors='replace')} {shown(value)}".casefold()
+                if not all(word in text for word in wanted):
+                    continue
             if len(found) == limit:
                 return found, True
             found.append(value)
