@@ -6,7 +6,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -45,9 +45,6 @@ from fedserver.dashboard.sign_in import SignIn
 from fedserver.dashboard.streams import Channels, version
 from fedserver.dashboard.vendor import VendorError, missing
 from fedserver.dashboard.verifications import VerificationError, Verifications
-
-if TYPE_CHECKING:
-    pass
 
 STATIC = Path(__file__).resolve().parent / "static"
 

@@ -193,8 +193,10 @@ def rounds(run: RunReader, question: Question) -> Page:
             }
         ),
     )
+    accounted = any(row.get("epsilon") is not None for row in run.rounds())
+    columns = [column for column in ROUNDS if accounted or column.key != "epsilon"]
     table = make_table(
-        "rounds", "Rounds", ROUNDS, rows, question.choice, empty="No round was committed yet."
+        "rounds", "Rounds", columns, rows, question.choice, empty="No round was committed yet."
     )
     data = {**header(run), "curves": curves(run.rounds()), "rollbacks": rollbacks(run)}
     return page_of(data, table)
