@@ -25,7 +25,8 @@ PENDING, APPLIED, REFUSED = "pending", "applied", "refused"
 REQUESTED, DONE, FAILED = "requested", "done", "failed"
 """States of an export: a process of its own makes it, and only its outcome is recorded."""
 EXPORTS = ("peft", "merged")
-EXCLUDING = {"drain": "drained", "quarantine": "quarantined", "revoke": "revoked"}
+REVOKED = "revoked"
+EXCLUDING = {"drain": "drained", "quarantine": "quarantined", "revoke": REVOKED}
 ARGUMENTS: dict[str, frozenset[str]] = {
     "pause": frozenset(),
     "resume": frozenset(),
@@ -50,6 +51,16 @@ CREATE TABLE IF NOT EXISTS requests (
     asked REAL NOT NULL, state TEXT NOT NULL, note TEXT NOT NULL, settled REAL
 ) STRICT;
 """
+
+
+def stand(kept_out: dict[str, str], action: str, node: str) -> None:
+    """Let a recorded action decide who is kept out of rounds, and how; who is revoked stays so."""
+    if kept_out.get(node) == REVOKED:
+        return
+    if action in EXCLUDING:
+        kept_out[node] = EXCLUDING[action]
+    elif action == "readmit":
+        kept_out.pop(node, None)
 
 
 class ControlError(Exception):

@@ -17,17 +17,21 @@ from fedserver.control import (
     EXCLUDING,
     OPERATOR,
     REFUSED,
+    REVOKED,
     ControlError,
     ControlQueue,
     Request,
     check,
+    stand,
 )
 from fedserver.global_model import GlobalModel
 from fedserver.ledger import Entry, Ledger
 from fedserver.replay import model_after
 
 PAUSED_POLL_SECONDS = 0.25
-NOBODY = "no node may train: readmit one, or stop the run"
+
+Attendance = Callable[[], tuple[int, int]]
+"""How many updates may come in the next round, and how many it needs."""
 
 
 class Operations:
@@ -64,13 +68,13 @@ class Operations:
         self,
         number: int,
         model: GlobalModel,
-        may_train: Callable[[], bool],
+        attendance: Attendance,
         meet: Callable[[], None],
     ) -> GlobalModel:
         """Apply what was asked, wait while paused or held; the model that round ``number`` starts from.
 
-        ``may_train``: whether any node is left to ask; a run is held while operators keep all out, for
-        its rounds would pass with nothing in them. ``meet`` lets nodes in that join while it waits.
+        A run is held while operators keep so many nodes out that ``attendance`` cannot reach the quorum,
+        for its rounds would pass with nothing in them. ``meet`` lets nodes in that join while it waits.
         Afterwards ``stopped_by`` names who stopped the run, "" where it goes on.
         """
         told = ("", "")
@@ -78,17 +82,17 @@ class Operations:
             for request in self._queue.pending():
                 model = self._carry_out(request, number, model)
             self._record_outcomes(number)
-            held = bool(self.excluded) and not may_train()
-            if self.stopped_by or not (self.paused or held):
+            reason = _too_few(*attendance()) if self.excluded else ""
+            if self.stopped_by or not (self.paused or reason):
                 return model
-            phase, reason = "paused" if self.paused else "held", NOBODY if held else ""
+            phase = "paused" if self.paused else "held"
             if (phase, reason) != told:
                 told = (phase, reason)
                 self._emit(events.PhaseStarted(number, phase, reason=reason))
                 text = f"paused before round {number}: resume it in fedbraid dashboard"
                 if phase == "held":
-                    text = f"held before round {number}: {NOBODY}, in fedbraid dashboard"
-                self._emit(events.Notice("warning" if held else "info", text))
+                    text = f"held before round {number}: {reason}, in fedbraid dashboard"
+                self._emit(events.Notice("warning" if reason else "info", text))
             self._wait(PAUSED_POLL_SECONDS)
             meet()
 
@@ -176,14 +180,21 @@ class Operations:
                 able = len(self._nodes - set(self.excluded))
                 if quorum is not None and quorum > able:
                     raise ControlError(f"quorum {quorum} exceeds the {able} nodes that take part")
-            case "readmit" if self.excluded.get(request.arguments["node"]) == "revoked":
-                raise ControlError("a revoked node does not come back in this run")
-            case "readmit" if request.arguments["node"] not in self.excluded:
-                raise ControlError(f"{request.arguments['node']} takes part already")
-            case "drain" | "quarantine" | "revoke" if request.arguments["node"] not in self._nodes:
-                raise ControlError(f"the run has no node {request.arguments['node']!r}")
+            case "stop" if self.stopped_by:
+                raise ControlError(f"{self.stopped_by} stops it already")
+            case "readmit" | "drain" | "quarantine" | "revoke":
+                self._check_standing(request.action, request.arguments["node"])
             case _:
                 pass
+
+    def _check_standing(self, action: str, node: str) -> None:
+        standing = self.excluded.get(node)
+        if node not in self._nodes and standing is None:
+            raise ControlError(f"the run has no node {node!r}")
+        if standing == REVOKED:
+            raise ControlError(f"{node} is revoked, and does not come back in this run")
+        if standing == EXCLUDING.get(action):
+            raise ControlError(f"{node} {f'is {standing}' if standing else 'takes part'} already")
 
     def _take_in(self, entry: Entry) -> None:
         """Let a recorded action stand."""
@@ -201,12 +212,23 @@ class Operations:
                 self._next, self._next_round = earlier | arguments, entry.round
             case "rollback":
                 self._came_back[entry.round] = arguments["round"]
-            case "readmit":
-                self.excluded.pop(arguments["node"], None)
-            case _ if action in EXCLUDING:
-                self.excluded[arguments["node"]] = EXCLUDING[action]
+            case _ if "node" in arguments:
+                stand(self.excluded, action, arguments["node"])
             case _:
                 pass
+
+
+def _too_few(able: int, needed: int) -> str:
+    """Why a round would be in vain, and what to do; "" where it would not."""
+    if not able:
+        return "no node may train: readmit one, or stop the run"
+    if able < needed:
+        nodes = "1 node may train" if able == 1 else f"{able} nodes may train"
+        return (
+            f"{nodes} and a round needs {needed} updates: readmit one, lower the quorum of the next"
+            " round, or stop the run"
+        )
+    return ""
 
 
 def _is_at_once(request: Request) -> bool:

@@ -144,7 +144,7 @@ class Coordinator:
                 model = operations.before(
                     number,
                     model,
-                    lambda: self._may_train(churn),
+                    partial(self._attendance, churn, collector, number),
                     lambda: self._exchange.meet(churn),
                 )
                 if operations.stopped_by:
@@ -333,10 +333,16 @@ class Coordinator:
         """The members that no operator has taken out, with those of their devices that none has."""
         return roster.without({*self._operations.excluded, *revoked})
 
-    def _may_train(self, churn: Churn) -> bool:
-        """Whether operators have left any node that trains."""
+    def _attendance(self, churn: Churn, collector: Collector, number: int) -> tuple[int, int]:
+        """How many updates may come in a round, and how many it needs, as operators have left it."""
+        configuration = self._configuration
         present = self._present(churn.roster, churn.revoked())
-        return any(training(self._configuration, member) for member in present)
+        asked = asked_in(configuration, present, number, collector.busy)
+        able = sum(training(configuration, member) for member in asked)
+        if configuration.asynchronous:
+            # Answers to earlier rounds count too, and a few nodes may do in time.
+            return sum(training(configuration, member) for member in present), 1
+        return able, self._operations.quorum(number, configuration.needed(able))
 
     def _evaluated_by_all(
         self, churn: Churn, collector: Collector, number: int, model: GlobalModel

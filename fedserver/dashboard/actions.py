@@ -21,6 +21,7 @@ from fedserver.control import (
     EXCLUDING,
     EXPORTS,
     REFUSED,
+    REVOKED,
     ControlError,
     ControlQueue,
     Request,
@@ -38,7 +39,6 @@ from fedserver.dashboard.standings import standings
 from fedserver.dashboard.tables import Column, make_table
 from fedserver.ledger import KEYS
 
-REVOKED = EXCLUDING["revoke"]
 MOST_NAMES = 1000
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 OVERRIDE = re.compile(r"[A-Za-z0-9_.]+=[^\x00-\x1f]{0,300}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedserver.control import EXCLUDING
+from fedserver.control import stand
 from fedserver.dashboard.activity import WAITING
 from fedserver.dashboard.run_reader import RunReader
 
@@ -13,12 +13,9 @@ def standings(run: RunReader) -> dict[str, str]:
     """Nodes that an operator's recorded action keeps out, and how."""
     found: dict[str, str] = {}
     for entry in run.operator_entries():
-        action = entry["content"].get("action")
-        node = str((entry["content"].get("arguments") or {}).get("node"))
-        if action in EXCLUDING:
-            found[node] = EXCLUDING[action]
-        elif action == "readmit":
-            found.pop(node, None)
+        node = (entry["content"].get("arguments") or {}).get("node")
+        if node is not None:
+            stand(found, str(entry["content"].get("action")), str(node))
     return found
 
 

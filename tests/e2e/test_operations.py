@@ -17,6 +17,7 @@ from fedserver.dashboard.exposition import Exposition
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Question
 from fedserver.dashboard.run_reader import RunReader, read_json
+from fedserver.dashboard.standings import standings
 from fedserver.ledger import Entry, Ledger
 from fedserver.live_log import LIVE, state_of
 from fedserver.replay import replay, restore
@@ -89,14 +90,14 @@ def test_what_is_asked_holds_from_the_next_round_and_is_in_the_ledger(
 ) -> None:
     folder = tmp_path / "run"
     wanted = {
-        1: [("next_round", {"deadline_seconds": 7.5, "quorum": 2}), ("drain", {"node": "weak"})],
+        1: [("next_round", {"deadline_seconds": 7.5}), ("drain", {"node": "weak"})],
         2: [
             ("readmit", {"node": "weak"}),
             ("revoke", {"node": "strong"}),
             ("pause", {}),
             ("resume", {}),
         ],
-        3: [("readmit", {"node": "strong"})],
+        3: [(action, {"node": "strong"}) for action in ("readmit", "drain", "quarantine", "revoke")],
     }  # fmt: skip
     run(configuration, folder, wanted)
     rounds = entries(folder, "round")
@@ -105,14 +106,15 @@ def test_what_is_asked_holds_from_the_next_round_and_is_in_the_ledger(
     ]  # fmt: skip
     deadlines = [{node["plan"]["deadline_seconds"] for node in e.content["nodes"]} for e in rounds]
     assert deadlines == [{60.0}, {7.5}, {60.0}, {60.0}]
-    assert [entry.content["quorum"] for entry in rounds] == [True, False, True, True]
     recorded = [(e.round, e.content["action"], e.content["who"]) for e in entries(folder, OPERATOR)]
     assert recorded == [
         (2, "next_round", "eve"), (2, "drain", "eve"), (3, "readmit", "eve"), (3, "revoke", "eve"),
         (3, "pause", "eve"), (3, "resume", "eve"),
     ]  # fmt: skip
     refused = [r.action for r in ControlQueue(folder).requests() if r.state == "refused"]
-    assert refused == ["readmit"]  # a revoked node does not come back
+    # A revoked node does not come back, by no way round.
+    assert refused == ["revoke", "quarantine", "drain", "readmit"]
+    assert standings(RunReader(folder, "run")) == {"strong": "revoked"}
     ledger = Ledger(folder)
     assert ledger.verify() == []
     assert all(one.equal for one in replay(ledger, configuration))
@@ -294,6 +296,29 @@ def test_a_run_without_a_node_to_train_is_held_until_one_is_readmitted_or_it_is_
     assert (state_of(live), live["reason"]) == ("finished", "")
 
 
+def test_a_run_waits_while_its_quorum_is_out_of_reach(
+    configuration: RunConfiguration, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    both = configuration.model_copy(update={"quorum": 2})
+    reasons: list[str] = []
+    then = [("next_round", {"quorum": 1}), ("readmit", {"node": "weak"})]
+
+    def act(event: events.Event) -> None:
+        if isinstance(event, events.PhaseStarted) and event.phase == "held":
+            reasons.append(event.reason)
+            ask(folder, then.pop(0))
+
+    run(both, folder, {1: [("drain", {"node": "weak"})] * 2}, emit=act)
+    assert len(reasons) == 2
+    assert all("1 node may train and a round needs 2 updates" in reason for reason in reasons)
+    rounds = entries(folder, "round")
+    assert [len(participants(entry)) for entry in rounds] == [2, 1, 2, 2]
+    assert all(entry.content["quorum"] for entry in rounds)
+    # The second drain had nothing to do.
+    assert [request.state for request in ControlQueue(folder).requests()].count("refused") == 1
+
+
 def test_a_paused_run_says_that_it_has_no_node_as_long_as_it_has_none(
     configuration: RunConfiguration, tmp_path: Path
 ) -> None:
@@ -321,7 +346,11 @@ def test_a_run_whose_last_rounds_missed_their_quorum_is_no_success(
         if isinstance(event, events.RoundCommitted):
             told.append(event.quorum)
 
-    few = configuration.model_copy(update={"quorum": 2})
+    nodes = [
+        node.model_copy(update={"away": (3, 4)}) if node.name == "strong" else node
+        for node in configuration.nodes
+    ]
+    few = configuration.model_copy(update={"nodes": tuple(nodes)})
     run(few, folder, {2: [("drain", {"node": "weak"})]}, emit=listen)
     live, summary = read_json(folder / LIVE), read_json(folder / "summary.json")
     assert told == [True, True, False, False]
@@ -348,7 +377,8 @@ def test_a_run_whose_last_rounds_missed_their_quorum_is_no_success(
         summary["bytes_full_model"] == 6 * a_node == payload["data"]["totals"]["bytes_full_model"]
     )
     ranks = sum(
-        (node.lora_r or few.lora_r) * (2 if node.name == "weak" else 4) for node in few.nodes
+        (node.lora_r or configuration.lora_r) * (2 if node.name == "weak" else 4)
+        for node in configuration.nodes
     )
     assert summary["bytes_full_lora"] == ranks * live["lora_bytes_a_rank"]
     assert payload["data"]["totals"]["bytes_full_lora"] == summary["bytes_full_lora"]
