@@ -24,7 +24,17 @@ from fedserver.ledger_database import DATABASE
 if TYPE_CHECKING:
     from fedserver.sealing import Sealer
 
-__all__ = ["BLOBS", "GENESIS_PREVIOUS", "KEYS", "LOCK", "Arrival", "Entry", "Ledger", "LedgerError"]
+__all__ = [
+    "BLOBS",
+    "GENESIS_PREVIOUS",
+    "KEYS",
+    "LOCK",
+    "Arrival",
+    "Entry",
+    "Ledger",
+    "LedgerError",
+    "LedgerHeldError",
+]
 
 BLOBS, KEYS, LOCK = "blobs", "keys", "ledger.lock"
 ROUNDS_TO_CLEAN = 8
@@ -34,6 +44,10 @@ REMEDY = "free some space and continue with --resume"
 
 class LedgerError(Exception):
     """The ledger cannot be used as asked; the message says what is wrong and what to do."""
+
+
+class LedgerHeldError(LedgerError):
+    """Another process writes the ledger."""
 
 
 @dataclass(frozen=True)
@@ -331,7 +345,7 @@ def _locked(folder: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise LedgerError(
+        raise LedgerHeldError(
             f"{folder}: another process is running this run; wait for its end, or stop it"
         ) from None
     return file

@@ -20,6 +20,7 @@ from fedserver.control import (
     CONTROL,
     EXCLUDING,
     EXPORTS,
+    PENDING,
     REFUSED,
     REVOKED,
     ControlError,
@@ -63,6 +64,8 @@ OFFERED = {
     "unknown": {"export"},
 }
 """Which actions make sense in which state of a run."""
+ERRANDS = ("export", "continue")
+"""Those that a process of their own carries out."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Desk:
     library: Library
     jobs: Jobs
     _names: threading.Lock = field(default_factory=threading.Lock)
+    _asking: threading.Lock = field(default_factory=threading.Lock)
 
     def act(self, run: RunReader, action: str, form: Mapping[str, str], who: Session) -> str:
         """Carry out or queue an action; returns what was done, in words.
@@ -85,28 +89,43 @@ class Desk:
             raise ControlError(f"{action.replace('_', ' ')} is not possible: the run is {state}")
         if action == "revoke" and form.get("confirm", form.get("node")) != form.get("node"):
             raise ControlError("nothing was revoked: the name that was typed is not the node's")
+        if action == "continue" and (why := no_continuation(run)):
+            raise ControlError(why)
         arguments = arguments_of(action, form)
-        queue = ControlQueue(run.folder)
+        number = header(run)["round"]
         if action == "export":
-            kind, number = form.get("kind", "peft"), header(run)["round"]
-            if why := exports(run).get(kind):
+            kind = form.get("kind", "peft")
+            if why := exports(run).get(kind, ""):
                 raise ControlError(why)
-            to = f"exports/{kind}-round-{number}"
-            arguments = {"kind": kind, "round": number, "to": to}
-        asked = queue.ask(
-            action, arguments, who=who.name, role=who.role, reason=form.get("reason", "")
-        )
-        if action == "export":
-            target = str(run.folder / arguments["to"])
-            # The run may have committed another one before the process looks.
-            command = ["export", kind, str(run.folder), "--round", str(number), "--to", target]
-            self._errand(f"export {kind} after round {number}", run, asked, command, number)
-            return f"exporting to {target}"
-        if action == "continue":
-            command = ["simulate", "scenario.toml", "--output", ".", "--resume", "--json"]
-            self._errand("continue the run", run, asked, command, 0)
-            return "continuing"
+            arguments = {"kind": kind, "round": number, "to": f"exports/{kind}-round-{number}"}
+        with self._asking:
+            self._once(run, action, arguments)
+            asked = ControlQueue(run.folder).ask(
+                action, arguments, who=who.name, role=who.role, reason=form.get("reason", "")
+            )
+            if action == "export":
+                target = str(run.folder / arguments["to"])
+                # The run may have committed another one before the process looks.
+                command = ["export", kind, str(run.folder), "--round", str(number), "--to", target]
+                self._errand(f"export {kind} after round {number}", run, asked, command, number)
+                return f"exporting to {target}"
+            if action == "continue":
+                command = ["simulate", "scenario.toml", "--output", ".", "--resume", "--json"]
+                self._errand("continue the run", run, asked, command, 0)
+                return "continuing"
         return "asked: it is applied before the next round begins"
+
+    def _once(self, run: RunReader, action: str, arguments: Mapping[str, Any]) -> None:
+        """Refuse what somebody has asked already and is yet to be done."""
+        for other in ControlQueue(run.folder).requests():
+            if (other.action, other.arguments) != (action, arguments):
+                continue
+            # A process that makes an export or continues a run may have been ended before it said so.
+            waits = (
+                other.state == PENDING if action not in ERRANDS else self.jobs.working(run.identity)
+            )
+            if waits and other.settled is None:
+                raise ControlError(f"{other.who} has asked for it already: {other.reason}")
 
     def _errand(
         self, title: str, run: RunReader, asked: Request, command: list[str], number: int
@@ -219,11 +238,15 @@ def control(run: RunReader, question: Question) -> Page:
     standing, offered = standings(run), OFFERED.get(str(top["state"]), set())
     if all(possible.values()):
         offered = offered - {"export"}
+    elsewhere = no_continuation(run) if "continue" in offered else ""
+    if elsewhere:
+        offered = offered - {"continue"}
     revocable = [name for name in names if standing.get(name) != REVOKED]
     revoking = question.values.get("revoke")
     data = {
         **top,
         "offered": sorted(offered),
+        "continued_elsewhere": elsewhere,
         "exports": possible,
         "standings": standing,
         "members": [name for name in names if name not in standing],
@@ -243,6 +266,17 @@ def control(run: RunReader, question: Question) -> Page:
         searchable=False,
     )
     return page_of(data, table)
+
+
+def no_continuation(run: RunReader) -> str:
+    """Why a run that has stopped is not continued from here; "" where it is."""
+    # A simulation's clock is its own; devices that are real wait for real time.
+    if not run.live().get("real_time"):
+        return ""
+    return (
+        "devices took part in this run, and their server goes on with it: fedbraid server run, with the"
+        " folder and the scenario that it began with, and --resume"
+    )
 
 
 def exports(run: RunReader) -> dict[str, str]:

@@ -8,6 +8,7 @@ outcome stands in the ledger: appended here, or by the run where one is under wa
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -17,11 +18,13 @@ from typing import Any
 
 from fedserver.control import DONE, FAILED, OPERATOR, PENDING, REFUSED, ControlQueue, Request
 from fedserver.dashboard import recording
-from fedserver.ledger import LedgerError
+from fedserver.dashboard.run_reader import read_json
+from fedserver.ledger import LedgerHeldError
+from fedserver.live_log import ALIVE, LIVE, state_of
 
 PROGRAM = "fedserver.dashboard.errands"
-ATTEMPTS = 5
-"""A run that has just ended may hold its ledger for some seconds more."""
+HELD_SECONDS, LONGEST_SECONDS = 0.5, 600.0
+"""How soon to look again at a ledger that another one writes, and for how long."""
 
 
 def question(
@@ -76,8 +79,10 @@ def run(asked: dict[str, Any]) -> int:
 
 
 def _record(folder: Path, queue: ControlQueue, identity: str, asked: dict[str, Any]) -> None:
+    """Append the outcome, whoever else writes the ledger; a run under way appends it by itself."""
     key_file = None if asked["key_file"] is None else Path(asked["key_file"])
-    for attempt in range(ATTEMPTS):
+    until = time.monotonic() + LONGEST_SECONDS
+    while True:
         request = queue.request(identity)
         if request is None or request.settled is not None:
             return
@@ -86,12 +91,16 @@ def _record(folder: Path, queue: ControlQueue, identity: str, asked: dict[str, A
             recording.append(
                 folder, OPERATOR, asked["round"], request.content(), wall, key_file=key_file
             )
-        except LedgerError:
-            # The run that holds it records the outcome before its next round, or at its end.
-            if attempt + 1 < ATTEMPTS:
-                time.sleep(1.0)
+        except LedgerHeldError as error:
+            if state_of(read_json(folder / LIVE)) in ALIVE:
+                return
+            if time.monotonic() > until:
+                print(f"error: what came of it is not recorded: {error}", flush=True)
+                return
+            time.sleep(HELD_SECONDS * random.uniform(0.5, 1.5))
         else:
             queue.settle(request, request.state, request.note)
+            return
 
 
 if __name__ == "__main__":

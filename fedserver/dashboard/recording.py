@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedserver.ledger import Ledger, LedgerError
+from fedserver.ledger import Ledger, LedgerError, LedgerHeldError
 
 PROGRAM = "fedserver.dashboard.recording"
 LONGEST_SECONDS = 1800.0
@@ -33,7 +33,8 @@ def append(
     """Append one entry; returns when it is durable. ``create``: the ledger too, if there is none.
 
     Raises:
-        LedgerError: another process writes the ledger, or it cannot be written.
+        LedgerHeldError: another process writes the ledger.
+        LedgerError: it cannot be written.
     """
     _ask(
         {
@@ -93,7 +94,7 @@ def _read(told: str, said: str, code: int | None) -> dict[str, Any]:
         last = (said.strip().splitlines() or ["it said nothing"])[-1]
         raise LedgerError(f"the ledger's process ended with {code}: {last}") from None
     if "error" in answer:
-        raise LedgerError(answer["error"])
+        raise (LedgerHeldError if answer["held"] else LedgerError)(answer["error"])
     return answer
 
 
@@ -119,7 +120,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         finally:
             ledger.close()
     except (LedgerError, OSError) as error:
-        return {"error": str(error)}
+        return {"error": str(error), "held": isinstance(error, LedgerHeldError)}
 
 
 def _stands(ledger: Ledger, kind: str, content: dict[str, Any]) -> bool:

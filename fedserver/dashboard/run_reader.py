@@ -173,7 +173,9 @@ class RunReader:
 
     def entries(self) -> list[Row]:
         """Height, kind, round, hash, previous hash and size of all entries, newest first."""
-        return self._cached("entries", self.head(), self._read_entries)
+        # With the files' stamps, so that a change in the midst of the chain is seen.
+        stamps = (file_stamp(self.folder / name) for name in (LEDGER, f"{LEDGER}-wal"))
+        return self._cached("entries", (self.head(), *stamps), self._read_entries)
 
     def operator_entries(self) -> list[Row]:
         """Recorded actions of operators, oldest first."""
@@ -242,20 +244,23 @@ class RunReader:
     ) -> tuple[list[Row], bool]:
         """The newest events that hold all of the words, newest first; whether there may be more.
 
-        A word may stand in the line of the file or in what is ``shown`` of the event. At most the last
+        A word may stand in a value of the event or in what is ``shown`` of it. At most the last
         ``span`` bytes are searched, a hundred thousand events.
         """
         wanted = words.casefold().split()
+
+        def holds(event: Row) -> bool:
+            text = " ".join([shown(event), *map(str, event.values())]).casefold()
+            return all(word in text for word in wanted)
+
         found: list[Row] = []
         path = self.folder / EVENTS
         for line in _lines_from_the_end(path, span):
             value = _parsed(line)
             if not value or value.get("event") == "node_progress":
                 continue
-            if wanted:
-                text = f"{line.decode(errors='replace')} {shown(value)}".casefold()
-                if not all(word in text for word in wanted):
-                    continue
+            if wanted and not holds(value):
+                continue
             if len(found) == limit:
                 return found, True
             found.append(value)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from fedserver.control import OPERATOR
-from fedserver.ledger import Ledger
+from fedserver.control import OPERATOR, ControlQueue
+from fedserver.dashboard import errands, recording
+from fedserver.ledger import Ledger, LedgerHeldError
 
 Sign = Callable[[str], str]
 
@@ -104,3 +106,40 @@ def test_the_outcome_of_an_export_is_told_and_recorded(
         assert request["state"] == "done"
         written = folder / entry["arguments"]["to"]
         assert json.loads((written / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_what_is_being_made_is_not_asked_for_again(
+    client: TestClient, sign_in: Sign, runs: Path
+) -> None:
+    csrf = sign_in("olga")
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda _: export(client, csrf, "merged"), range(4)))
+    assert sorted(answer.status_code for answer in answers) == [303, 409, 409, 409]
+    assert all("asked for it already" in a.text for a in answers if a.status_code == 409)
+    wait(client)
+    assert [entry["outcome"] for entry in recorded(runs / "mixed")] == ["done"]
+    assert export(client, csrf, "merged").status_code == 303
+    wait(client)
+
+
+def test_an_outcome_is_recorded_however_long_others_write_the_ledger(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = runs / "mixed"
+    queue = ControlQueue(folder)
+    arguments = {"kind": "merged", "round": 3, "to": "exports/merged-round-3"}
+    asked = queue.ask("export", arguments, who="olga", role="operator", reason="to try it")
+    queue.say(asked, "done", "exports/merged-round-3")
+    append, tried = recording.append, iter(range(40))
+
+    def busy(*words: Any, **options: Any) -> None:
+        if next(tried) < 30:
+            raise LedgerHeldError("another process is running this run")
+        append(*words, **options)
+
+    monkeypatch.setattr(recording, "append", busy)
+    monkeypatch.setattr(errands, "HELD_SECONDS", 0.0)
+    errands._record(folder, queue, asked.id, {"key_file": None, "round": 3})
+    (entry,) = recorded(folder)
+    assert entry["outcome"] == "done"
+    assert not queue.outcomes()

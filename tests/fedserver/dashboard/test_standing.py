@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -116,3 +119,29 @@ def test_a_programs_json_line_is_told_in_words(values: dict[str, object]) -> Non
     assert told == line[:300] or not told.startswith("{")
     assert "[{" not in told
     assert in_words("error: no such model") == "error: no such model"
+
+
+def test_a_run_of_devices_is_not_continued_as_a_simulation(
+    client: TestClient, sign_in: Callable[[str], str], runs: Path
+) -> None:
+    live = runs / "mixed" / "live.json"
+    csrf = sign_in("olga")
+    for real, offered, word in ((True, False, "fedbraid server run"), (False, True, "say why")):
+        told = json.loads(live.read_text()) | {"state": "stopped", "real_time": real}
+        live.write_text(json.dumps(told))
+        page = client.get("/api/v1/runs/mixed/control").json()
+        assert ("continue" in page["offered"]) is offered
+        assert ("server run" in page["continued_elsewhere"]) is real
+        answer = client.post("/runs/mixed/actions/continue", data={"csrf": csrf, "reason": ""})
+        assert answer.status_code == 409
+        assert word in answer.text
+
+
+def test_a_chain_that_is_broken_later_is_seen_by_a_dashboard_that_runs(
+    client: TestClient, sign_in: Callable[[str], str], runs: Path
+) -> None:
+    sign_in("vera")
+    assert client.get("/api/v1/runs/mixed/ledger").json()["linked"] is True
+    with closing(sqlite3.connect(runs / "mixed" / "ledger.db")) as database, database:
+        database.execute("UPDATE entries SET previous = ? WHERE height = 2", ("0" * 64,))
+    assert client.get("/api/v1/runs/mixed/ledger").json()["linked"] is False
