@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 WAITING, WORKING = "waiting", "working"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The current round at one moment: ``members`` as they said who they are, ``nodes`` by what they do.
+
+    The rows may follow the log; which there are does not change.
+    """
+
+    round: int
+    members: Mapping[str, dict[str, Any]]
+    nodes: Mapping[str, dict[str, Any]]
 
 
 class Activity:
@@ -38,6 +52,10 @@ class Activity:
         *lines, self._rest = (self._rest + data).split(b"\n")
         for event in _events(lines):
             self._apply(event)
+
+    def seen(self) -> Seen:
+        """What stands now, for a reader whom what follows must not disturb."""
+        return Seen(self.round, self.members, dict(self.nodes))
 
     def _meet(self, offset: int) -> None:
         try:

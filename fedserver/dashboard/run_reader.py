@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedserver.dashboard.activity import Activity
+from fedserver.dashboard.activity import Activity, Seen
 from fedserver.dashboard.packed_rows import PackedRows
 from fedserver.live_log import ALIVE, EVENTS, LIVE, state_of
 
@@ -225,7 +225,7 @@ class RunReader:
         with self._ledger() as database:
             return int(database.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
 
-    def activity(self) -> Activity:
+    def activity(self) -> Seen:
         """The round that is running, up to the last event."""
         with self._lock:
             live = self.live()
@@ -233,7 +233,7 @@ class RunReader:
             if self._activity is None or self._activity.key != key:
                 self._activity = Activity(self.folder / EVENTS, live, key)
             self._activity.advance(live)
-            return self._activity
+            return self._activity.seen()
 
     def log(
         self,

@@ -51,9 +51,14 @@ def test_a_reader_who_comes_late_reads_one_round(tmp_path: Path) -> None:
     assert counts(list(activity.nodes.values())) == {"accepted": 1, "working": 1}
     assert activity.nodes["a"]["bytes_up"] == 10
     assert activity.nodes["b"]["step"] == 9
+    seen = activity.seen()
+    log(events.NodeStarted(2, "c"))
+    activity.advance(live)
+    assert set(activity.nodes) == {"a", "b", "c"}
     log(events.RoundStarted(3))
     activity.advance(json.loads((tmp_path / LIVE).read_text()))
     assert counts(list(activity.nodes.values())) == {"waiting": 2}
+    assert (seen.round, set(seen.nodes)) == (2, {"a", "b"})
     log(events.RoundsEnded("finished"))
     assert state_of(json.loads((tmp_path / LIVE).read_text())) == "finished"
 
