@@ -392,7 +392,7 @@ def _reported(entry: Entry) -> dict[str, dict[str, Any]]:
         for node in entry.content["nodes"]
         if node["verdict"] == "accepted"
         and not node.get("staleness")
-        and node["report"]["evaluation"] is not None
+        and node["report"].get("evaluation") is not None
     }
 
 
