@@ -276,6 +276,7 @@ def finished(
     adapter: str = "",
 ) -> events.RunFinished:
     """The end of a run as an event. ``seconds``: of the whole run, by default of its rounds."""
+    newest = summary["last_evaluation"] if summary["after"] is None else None
     return events.RunFinished(
         before=_evaluation(summary["before"]),
         after=_evaluation(summary["after"]),
@@ -286,6 +287,9 @@ def finished(
         bytes_up=summary["bytes_up"],
         bytes_down=summary["bytes_down"],
         without_quorum=tuple(summary["rounds_without_quorum"]),
+        rounds=summary["rounds"],
+        evaluated=_evaluation(newest),
+        evaluated_round=newest["round"] if newest else events.BASE_ROUND,
         families=tuple(
             events.FamilyWork(
                 family=family,

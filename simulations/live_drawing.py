@@ -153,6 +153,8 @@ def summary_panel(progress: RunProgress, finished: events.RunFinished) -> Panel:
     title = printable(progress.run.name) if progress.run else "run"
     last = progress.run.rounds if progress.run else 0
     how = "ended without a quorum" if last in finished.without_quorum else "finished"
+    if finished.rounds is not None and finished.rounds < last:
+        how = f"stopped after round {finished.rounds} of {last}"
     return Panel(grid, title=Text(f"{title} {how}"), title_align="left", expand=False)
 
 
@@ -160,7 +162,13 @@ def summary_rows(progress: RunProgress, finished: events.RunFinished) -> list[tu
     """Name and value of every line of the summary."""
     before, after = finished.before, finished.after
     rows = []
-    if after is None:
+    if after is None and finished.evaluated is not None:
+        told = quantities.loss_text(finished.evaluated.loss)
+        which = "of the base model"
+        if finished.evaluated_round != events.BASE_ROUND:
+            which = f"after round {finished.evaluated_round}"
+        rows.append(("evaluation loss", f"{told} {which}, the last that was evaluated"))
+    elif after is None:
         rows.append(("evaluation", "the tuned model was not evaluated"))
     else:
         rows += [
@@ -197,7 +205,9 @@ def summary_rows(progress: RunProgress, finished: events.RunFinished) -> list[tu
     )
     if len(finished.families) > 1:
         rows += [(words(work.family), _work(work)) for work in finished.families]
-    rows.append(("replies", f"{progress.accepted} accepted, {progress.refused} refused"))
+    rows.append(
+        ("replies", f"{progress.accepted} accepted, {progress.refused} refused, late or missing")
+    )
     if finished.without_quorum:
         told = quantities.spans_text(finished.without_quorum)
         rows.append(("no quorum", f"{told}: counted nothing"))

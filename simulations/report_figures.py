@@ -74,7 +74,7 @@ def _loss_lines(run: Run, nodes: Sequence[str]) -> tuple[list[Series], str]:
         lines.append(Series("evaluation", curve, main=True))
         caption = (
             "The strong line is the global model on the held-out examples of the nodes that evaluated"
-            " it; round 0 is the base model."
+            f" it{'; round 0 is the base model' if curve[0][0] == 0 else ''}."
         )
     else:
         caption = "This run was not evaluated."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fedserver import events, metrics
@@ -21,6 +23,8 @@ from fedserver.ledger_command import ledger_app
 from fedserver.live_log import LIVE
 from fedserver.run_folder import recorded_configuration
 from simulations.engines import run_local
+from simulations.live_drawing import summary_panel
+from simulations.progress import RunProgress
 from simulations.report import report_html
 from simulations.run_directory import read_run
 
@@ -125,6 +129,13 @@ def test_a_run_that_was_stopped_names_its_last_evaluation_and_who_added_to_it(ru
     assert "This run was not evaluated" not in page
     assert "the model after round 2, the last that was evaluated" in page
     assert f"{told['loss']:.3f}" in page
+    end = metrics.finished(summary)
+    with_it = RunProgress(run=events.RunStarted("tiny", "braid", 6, 1, (), "model", str(folder)))
+    terminal = Console(width=120, file=io.StringIO())
+    terminal.print(summary_panel(with_it, end))
+    drawn = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "stopped after round 3 of 6" in drawn
+    assert f"{told['loss']:.3f} after round 2" in drawn
     assert f"after round 2: {told['loss']:.4f}" in card
     assert "of 1 of 2 nodes" in card
     assert "rounds: 3 of 6\n" in card
