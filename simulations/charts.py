@@ -277,6 +277,9 @@ def _x_ticks(chart: Chart, frame: Frame, values: Sequence[str]) -> list[float]:
         if chart.counts and step < 1:
             continue
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last < first:
+            # No step has room for two labels: one of those before it has.
+            return found[:1]
         found = [float(f"{index * step:.12g}") for index in range(first, last + 1)]
         labels = [chart.x_text(value) for value in found]
         widest = max([wanted, *map(text_width, labels)])
