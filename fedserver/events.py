@@ -226,7 +226,9 @@ class FamilyWork:
 class RunFinished:
     """The last event. Paths are empty where nothing was written. Bytes: of all messages of the run.
 
-    ``without_quorum``: the rounds that counted nothing, for too few updates came.
+    ``without_quorum``: the rounds that counted nothing, for too few updates came. ``rounds``: how many
+    were committed, fewer than planned where an operator stopped it. ``evaluated``: where there is no
+    ``after``, the newest model that was evaluated, that of ``evaluated_round``.
     """
 
     before: Evaluation | None
@@ -239,6 +241,9 @@ class RunFinished:
     bytes_down: int | None = None
     families: tuple[FamilyWork, ...] = ()
     without_quorum: tuple[int, ...] = ()
+    rounds: int | None = None
+    evaluated: Evaluation | None = None
+    evaluated_round: int = BASE_ROUND
 
 
 Event: TypeAlias = (

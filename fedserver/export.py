@@ -16,10 +16,13 @@ from aggregators.view import View
 from fedserver import metrics, quantities
 from fedserver.configuration import RunConfiguration
 from fedserver.ledger import Ledger, LedgerError
+from fedserver.model_line import ModelLine
 from fedserver.replay import model_of_round, restore
 from fedserver.run_folder import recorded_configuration
 
 WEIGHT = ".weight"
+MOST_NAMED = 20
+"""Of nodes that added nothing a card names this many."""
 
 
 def final_change(
@@ -141,20 +144,24 @@ def model_card(
 ) -> str:
     """A model card in Markdown: where the model comes from and what was measured.
 
-    Base, rounds, families and head are the ledger's, up to round ``number`` where one is given; the
-    summary, which a finished run has, holds the evaluation of base and model over the same nodes.
+    Base, rounds, families and head are the ledger's, up to round ``number`` where one is given; nodes
+    and families are of the updates that are in the model, whatever was rolled back. The summary, which a
+    finished run has, holds the evaluation of base and model over the same nodes.
     rank: of an adapter; None for merged weights.
     """
     ledger = Ledger(folder)
     try:
         genesis = ledger.last("genesis")
         last = ledger.last("round") if number is None else ledger.round(number)
-        families, lines = metrics.families(ledger, number), metrics.rows(ledger, configuration)
+        line = ModelLine.of(ledger, number)
+        families = metrics.families(ledger, line.added)
+        evaluated = metrics.last_evaluation(ledger, line)
+        answering = metrics.answering(ledger, configuration)
+        contributed, others = _nodes(ledger, configuration, line)
         head = ledger.head if number is None or last is None else last.hash
     finally:
         ledger.close()
     rounds = last.round if last is not None else 0
-    lines = [line for line in lines if line["round"] <= rounds]
     summary = _read_summary(folder)
     if summary.get("rounds") != rounds:
         # It describes the model of another round.
@@ -169,24 +176,15 @@ def model_card(
         "",
         f"# {configuration.name}",
         "",
-        f"Fine-tuned by {len(configuration.nodes)} nodes that share no data, with fedbraid"
-        f" (preset `{configuration.preset}`), then "
-        + ("merged into the base's weights." if rank is None else f"exported at rank {rank}."),
+        *_made_by(contributed, configuration, rank),
         "",
-        "| node | trains | data |",
-        "|---|---|---|",
     ]
-    for node in configuration.nodes:
-        held = ", ".join(node.categories or ()) or configuration.data.source
-        strand = configuration.strand(node.name)
-        way = f"LoRA, rank {node.lora_r or configuration.lora_r}" if strand == "lora" else strand
-        text.append(f"| {node.name} | {way} | {held} |")
-    text += ["", *_evaluation(summary, lines), ""]
+    text += [*_evaluation(summary, evaluated, answering), ""]
     done = f"{rounds}" if rounds == configuration.rounds else f"{rounds} of {configuration.rounds}"
     text += [
         f"- base model: {configuration.base_model}, digest `{base_digest}`",
-        f"- rounds: {done}",
-        f"- nodes: {len(configuration.nodes)}",
+        f"- rounds: {done}{_rolled_back(line, rounds)}",
+        f"- nodes: {_of_all(contributed, others)}",
         f"- families of updates: {_families(families)}",
         "- differential privacy: none was used, so no ε and no δ bound what the model may tell about"
         " the nodes' data",
@@ -196,17 +194,81 @@ def model_card(
     return "\n".join(text)
 
 
-def _evaluation(summary: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
+def _nodes(
+    ledger: Ledger, configuration: RunConfiguration, line: ModelLine
+) -> tuple[list[str], list[str]]:
+    """The nodes whose updates are in the model, and those of the run of which none is.
+
+    In the scenario's order, then those that joined.
+    """
+    order = dict.fromkeys(node.name for node in configuration.nodes)
+    contributed: set[str] = set()
+    for entry in ledger.entries("round"):
+        order |= dict.fromkeys(metrics.asked_to_train(entry))
+        if entry.round in line.added:
+            accepted = (row for row in entry.content["nodes"] if row["verdict"] == "accepted")
+            contributed.update(one["node"] for row in accepted for one in metrics.trained(row))
+    return (
+        [name for name in order if name in contributed],
+        [name for name in order if name not in contributed],
+    )
+
+
+def _made_by(nodes: list[str], configuration: RunConfiguration, rank: int | None) -> list[str]:
+    if not nodes:
+        return ["The base model as it was: no update of any node is in it."]
+    made = "merged into the base's weights" if rank is None else f"exported at rank {rank}"
+    return [
+        f"Fine-tuned by {quantities.plural(len(nodes), 'node')} that"
+        f" {'shares' if len(nodes) == 1 else 'share'} no data, with fedbraid (preset"
+        f" `{configuration.preset}`), then {made}.",
+        "",
+        "| node | trains | data |",
+        "|---|---|---|",
+        *(_node_line(name, configuration) for name in nodes),
+    ]
+
+
+def _node_line(name: str, configuration: RunConfiguration) -> str:
+    node = configuration.node(name)
+    held = ", ".join((node.categories if node else None) or ()) or configuration.data.source
+    strand = configuration.strand(name)
+    rank = (node.lora_r if node else None) or configuration.lora_r
+    return f"| {name} | {f'LoRA, rank {rank}' if strand == 'lora' else strand} | {held} |"
+
+
+def _of_all(contributed: list[str], others: list[str]) -> str:
+    """ "2", or "2 of 3; no update of cafe is in the model"."""
+    if not others:
+        return f"{len(contributed)}"
+    named = ", ".join(others[:MOST_NAMED])
+    if len(others) > MOST_NAMED:
+        named += f" and {len(others) - MOST_NAMED} more"
+    of_all = f"{len(contributed)} of {len(contributed) + len(others)}"
+    return f"{of_all}; no update of {named} is in the model"
+
+
+def _rolled_back(line: ModelLine, rounds: int) -> str:
+    """What to say where the rounds are not all in the model."""
+    left_out = sorted(set(range(1, rounds + 1)) - line.rounds)
+    missed = sorted(line.rounds - line.added)
+    told = [f"{quantities.spans_text(left_out)} rolled back"] if left_out else []
+    told += [f"{quantities.spans_text(missed)} without a quorum"] if missed else []
+    return f" ({', '.join(told)})" if told else ""
+
+
+def _evaluation(
+    summary: dict[str, Any], evaluated: dict[str, Any] | None, answering: int
+) -> list[str]:
     """Base and model where both were evaluated; of a run that has not finished the newest loss."""
     before, after = summary.get("before"), summary.get("after")
     if after is None:
-        known = [line for line in lines if line["eval_loss"] is not None]
-        if not known:
+        if evaluated is None:
             return ["The model was not evaluated."]
-        newest = known[-1]
+        which = f"the model after round {evaluated['round']}" if evaluated["round"] else "the base"
         return [
-            f"Evaluation loss of the model after round {newest['round']}:"
-            f" {newest['eval_loss']:.4f} nats per answer token, over held-out examples of all nodes."
+            f"Evaluation loss of {which}: {evaluated['loss']:.4f} nats per answer token, over held-out"
+            f" examples of {quantities.of_nodes(evaluated['nodes'], answering)}."
         ]
     table = ["| | before | after |", "|---|---|---|"]
     for key, label in (
@@ -215,7 +277,8 @@ def _evaluation(summary: dict[str, Any], lines: list[dict[str, Any]]) -> list[st
         ("accuracy", "token accuracy"),
     ):
         table.append(f"| {label} | {_number(before, key)} | {_number(after, key)} |")
-    told = "Evaluation is over held-out examples of all nodes, summed by answer token."
+    nodes = quantities.of_nodes(after["nodes"], answering)
+    told = f"Evaluation is over held-out examples of {nodes}, summed by answer token."
     return [*table, "", told]
 
 

@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from fedserver.control import OPERATOR
 from fedserver.ledger import Ledger, LedgerError
+from fedserver.wording import action_words, printable, who_words
 
 ledger_app = typer.Typer(help="Read and check the log of a run's rounds.", no_args_is_help=True)
 
@@ -30,7 +32,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 
 @ledger_app.command()
 def show(folder: Folder, as_json: Json = False) -> None:
-    """The entries, and each node's verdict in every round."""
+    """The entries, each node's verdict in every round, and what operators did and why."""
     ledger = Ledger(folder)
     console = Console()
     table = Table("entry", "node", "verdict", "share", "bytes up", box=box.SIMPLE_HEAD)
@@ -42,7 +44,12 @@ def show(folder: Folder, as_json: Json = False) -> None:
         for node in entry.content.get("nodes", ()):
             verdict = node["verdict"] + (f": {node['reason']}" if node["reason"] else "")
             share = f"{node['share']:.3f}" if node["share"] else ""
-            table.add_row("", node["node"], escape(verdict), share, f"{node['bytes_up']:,}")
+            name, told = escape(printable(node["node"])), escape(printable(verdict))
+            table.add_row("", name, told, share, f"{node['bytes_up']:,}")
+        if entry.kind == OPERATOR:
+            done = f"{action_words(entry.content)} by {who_words(entry.content)}"
+            told = f"{done}: {entry.content.get('reason')}"
+            table.add_row("", "", escape(printable(told)))
     if not as_json:
         console.print(table)
         console.print(f"head {ledger.head}", soft_wrap=True)

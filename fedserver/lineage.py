@@ -13,9 +13,9 @@ from typing import Any
 
 from aggregators.messages import MOST_HISTORY
 from aggregators.methods import CohortMethod
-from fedserver.control import OPERATOR
 from fedserver.entry import Entry
 from fedserver.ledger import Ledger
+from fedserver.model_line import ModelLine, rolled_back_to
 from fedserver.outcome import Outcome
 
 
@@ -35,11 +35,7 @@ class Lineage:
         self._height = 0
         self._origin = ""
         self._asked: dict[str, list[_Asked]] = {}
-        # The last round of the model's line, all of that line, and the round that each came after.
-        # Numbers only grow, so a roll-back may go to any round, also to one that was left before.
-        self._at = 0
-        self._line: set[int] = set()
-        self._after: dict[int, int] = {}
+        self._line = ModelLine()
 
     @classmethod
     def before(cls, ledger: Ledger, number: int) -> Lineage:
@@ -97,21 +93,14 @@ class Lineage:
             for row in entry.content["nodes"]:
                 for node, action, accepted in _asked_by(row):
                     self._take_in(node, action, accepted, row["plan"]["round"], entry.round)
-            self._after[entry.round] = self._at
-            self._at = entry.round
-            self._line.add(entry.round)
             self._origin = entry.hash
-        elif entry.kind == OPERATOR and entry.content["action"] == "rollback":
-            self._at = number = int(entry.content["arguments"]["round"])
-            self._line = set()
-            while number:
-                self._line.add(number)
-                number = self._after[number]
+        elif rolled_back_to(entry) is not None:
             self._origin = entry.hash
+        self._line.take_in(entry)
 
     def _standing(self, node: str) -> list[_Asked]:
         """The rounds that asked a node and that the model has come by."""
-        return [one for one in self._asked.get(node, []) if one.round in self._line]
+        return [one for one in self._asked.get(node, []) if one.round in self._line.rounds]
 
     def _take_in(self, node: str, action: str, accepted: bool, number: int, now: int) -> None:
         """What an entry of round ``now`` says of one node, asked in round ``number``."""

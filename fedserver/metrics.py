@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from aggregators import Layout
 from aggregators.messages import Evaluation
 from fedserver import events
 from fedserver.configuration import RunConfiguration
-from fedserver.control import OPERATOR
 from fedserver.device_cost import device_seconds
 from fedserver.ledger import Entry, Ledger
+from fedserver.model_line import ModelLine, rolled_back_to
 
 FP32_BYTES = 4
 EVALUATED = tuple(Evaluation.model_fields)
@@ -36,7 +36,7 @@ def rows(ledger: Ledger, configuration: RunConfiguration) -> list[dict[str, Any]
     entering = evaluations(ledger)
     lines = []
     for entry in ledger.entries("round"):
-        line, names = round_row(entry, entering.get(entry.round)), _asked(entry)
+        line, names = round_row(entry, entering.get(entry.round)), asked_to_train(entry)
         lines.append(line)
         for node in line["nodes"]:
             asked = configuration.node(node["node"])
@@ -53,7 +53,8 @@ def rows(ledger: Ledger, configuration: RunConfiguration) -> list[dict[str, Any]
 def evaluations(ledger: Ledger) -> dict[int, dict[str, Any] | None]:
     """Round number -> scores of the model after that round; 0 is the base model.
 
-    They are of all nodes, each on what it holds of the base; ``by_format`` has the loss of each kind.
+    They are of all ``nodes`` that evaluated it (an edge, which adds up its devices' sums, is one), each
+    on what it holds of the base; ``by_format`` has the loss of each kind.
     """
     found: dict[int, dict[str, Any] | None] = {}
     model = 0
@@ -65,9 +66,29 @@ def evaluations(ledger: Ledger) -> dict[int, dict[str, Any] | None]:
             model = entry.round
         elif entry.kind == "evaluation":
             found[entry.round] = _entering(entry)
-        elif entry.kind == OPERATOR and entry.content["action"] == "rollback":
-            model = entry.content["arguments"]["round"]
+        elif (target := rolled_back_to(entry)) is not None:
+            model = target
     return found
+
+
+def last_evaluation(ledger: Ledger, line: ModelLine) -> dict[str, Any] | None:
+    """``round`` and scores of the newest model that was evaluated, of those that a model came by.
+
+    None where not even the base model was.
+    """
+    known = {number: one for number, one in evaluations(ledger).items() if one is not None}
+    number = max(known.keys() & {0, *line.rounds}, default=None)
+    return None if number is None else {"round": number, **known[number]}
+
+
+def answering(ledger: Ledger, configuration: RunConfiguration) -> int:
+    """How many nodes, and edges for theirs, the run has: the scenario's, and those that joined."""
+    behind = {node for edge in configuration.edges for node in edge.nodes}
+    names = {node.name for node in configuration.nodes} - behind
+    names |= {edge.name for edge in configuration.edges}
+    for entry in ledger.entries("round"):
+        names |= {node["node"] for node in entry.content["nodes"]}
+    return len(names)
 
 
 def _entering(entry: Entry) -> dict[str, Any] | None:
@@ -75,7 +96,9 @@ def _entering(entry: Entry) -> dict[str, Any] | None:
     if whole is None:
         return None
     parts = {f: scores(sums) for f, sums in entry.content["entering_by_format"].items()}
-    return whole | {"by_format": {f: part["loss"] for f, part in parts.items() if part}}
+    nodes = sum(sums["tokens"] > 0 for sums in _reported(entry).values())
+    by_format = {f: part["loss"] for f, part in parts.items() if part}
+    return whole | {"nodes": nodes, "by_format": by_format}
 
 
 def round_row(entry: Entry, evaluation: dict[str, Any] | None) -> dict[str, Any]:
@@ -95,11 +118,12 @@ def round_row(entry: Entry, evaluation: dict[str, Any] | None) -> dict[str, Any]
         "bytes_up": sum(node["bytes_up"] for node in nodes),
         "bytes_down": sum(node["bytes_down"] for node in nodes),
         "seconds": entry.wall["seconds"],
-        "families": dict(Counter(one["family"] for node in accepted for one in _trained(node))),
-        "asked": len(_asked(entry)),
+        "families": dict(Counter(one["family"] for node in accepted for one in trained(node))),
+        "asked": len(asked_to_train(entry)),
         "asked_ranks": None,
         "accepted": len(accepted),
         "rejected": len(nodes) - len(accepted),
+        "verdicts": dict(sorted(Counter(node["verdict"] for node in nodes).items())),
         "epsilon": None,
         "carry_rank": entry.content["carry_rank"],
         "tail_energy": entry.content["tail_energy"],
@@ -132,10 +156,10 @@ def scores(sums: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def families(ledger: Ledger, through: int | None = None) -> dict[str, dict[str, Any]]:
+def families(ledger: Ledger, among: Collection[int] | None = None) -> dict[str, dict[str, Any]]:
     """By family of updates: nodes, accepted updates, bytes, seconds of work, and what it adds.
 
-    ``through``: of the rounds up to this one, by default of all.
+    ``among``: of these rounds, by default of all, whatever became of the model.
     ``weight``: what its mean was multiplied by, on average over rounds; None where nothing came in.
     ``contribution``: by how many nats a token the loss would be higher without the family's updates;
     None where that was not evaluated.
@@ -143,23 +167,23 @@ def families(ledger: Ledger, through: int | None = None) -> dict[str, dict[str, 
     found: dict[str, dict[str, Any]] = {}
     weights: dict[str, list[float]] = {}
     for entry in ledger.entries("round"):
-        if through is not None and entry.round > through:
-            break
+        if among is not None and entry.round not in among:
+            continue
         for family, weight in entry.content["mixing"].get("weights", {}).items():
             weights.setdefault(family, []).append(weight)
         for node in entry.content["nodes"]:
             if node["verdict"] != "accepted":
                 continue
-            for trained in _trained(node):
+            for update in trained(node):
                 one = found.setdefault(
-                    trained["family"],
+                    update["family"],
                     {"nodes": set(), "updates": 0, "bytes_up": 0, "bytes_down": 0, "seconds": 0.0},
                 )
-                one["nodes"].add(trained["node"])
+                one["nodes"].add(update["node"])
                 one["updates"] += 1
-                one["bytes_up"] += trained["bytes_up"]
-                one["bytes_down"] += trained["bytes_down"]
-                one["seconds"] += entry.wall["nodes"].get(trained["node"]) or 0.0
+                one["bytes_up"] += update["bytes_up"]
+                one["bytes_down"] += update["bytes_down"]
+                one["seconds"] += entry.wall["nodes"].get(update["node"]) or 0.0
     last = ledger.last("evaluation")
     whole = scores(last.content["entering"]) if last is not None else None
     for entry in ledger.entries(ABLATION):
@@ -185,7 +209,7 @@ def summarise(
 
     ``before`` and ``after`` are of the same nodes; ``eval_loss`` is the newest, of all who answered.
     """
-    lines = rows(ledger, configuration)
+    lines, line = rows(ledger, configuration), ModelLine.of(ledger)
     before, after = _before_and_after(ledger)
     genesis = ledger.last("genesis")
     assert genesis is not None
@@ -200,12 +224,15 @@ def summarise(
         "rounds": len(lines),
         "rounds_with_quorum": sum(line["quorum"] for line in lines),
         "rounds_without_quorum": [line["round"] for line in lines if not line["quorum"]],
+        "model_round": line.model,
         "nodes": len(configuration.nodes),
+        "answering": answering(ledger, configuration),
         "before": before,
         "after": after,
         "eval_loss": next(
             (line["eval_loss"] for line in reversed(lines) if line["eval_loss"] is not None), None
         ),
+        "last_evaluation": last_evaluation(ledger, line),
         "families": families(ledger),
         "bytes_up": _bytes(ledger, "bytes_up"),
         "bytes_down": _bytes(ledger, "bytes_down"),
@@ -217,7 +244,6 @@ def summarise(
             (node["memory_bytes"] for line in lines for node in line["nodes"]), default=0
         ),
         "head": ledger.head,
-        "adapter": "adapter",
         "version": _version(),
     }
 
@@ -234,8 +260,12 @@ def shortfall(summary: Mapping[str, Any]) -> str:
         return (
             f"none of {rounds} rounds got the updates that it needs, so the model is the base model"
         )
+    model = summary["model_round"]
     which = f"round {rounds}" if reached == rounds - 1 else f"rounds {reached + 1} to {rounds}"
-    return f"{which} missed the quorum, so the model is as round {reached} left it"
+    left = f"as round {model} left it" if model else "the base model"
+    if model == reached:
+        return f"{which} missed the quorum, so the model is {left}"
+    return f"{which} missed the quorum; the model was rolled back, and is {left}"
 
 
 def finished(
@@ -246,6 +276,7 @@ def finished(
     adapter: str = "",
 ) -> events.RunFinished:
     """The end of a run as an event. ``seconds``: of the whole run, by default of its rounds."""
+    newest = summary["last_evaluation"] if summary["after"] is None else None
     return events.RunFinished(
         before=_evaluation(summary["before"]),
         after=_evaluation(summary["after"]),
@@ -256,6 +287,9 @@ def finished(
         bytes_up=summary["bytes_up"],
         bytes_down=summary["bytes_down"],
         without_quorum=tuple(summary["rounds_without_quorum"]),
+        rounds=summary["rounds"],
+        evaluated=_evaluation(newest),
+        evaluated_round=newest["round"] if newest else events.BASE_ROUND,
         families=tuple(
             events.FamilyWork(
                 family=family,
@@ -347,19 +381,26 @@ def _before_and_after(ledger: Ledger) -> tuple[dict[str, Any] | None, dict[str, 
         return None, None
     sides = [_reported(first), _reported(last)]
     common = sorted(set(sides[0]) & set(sides[1]))
-    sums = [{key: sum(side[node][key] for node in common) for key in EVALUATED} for side in sides]
-    return scores(sums[0]), scores(sums[1])
+    found = []
+    for side in sides:
+        told = scores({key: sum(side[node][key] for node in common) for key in EVALUATED})
+        nodes = sum(side[node]["tokens"] > 0 for node in common)
+        found.append(None if told is None else told | {"nodes": nodes})
+    return found[0], found[1]
 
 
 def _reported(entry: Entry) -> dict[str, dict[str, Any]]:
+    """By node, its sums over the model that an entry's question held; a late answer is of another."""
     return {
         node["node"]: node["report"]["evaluation"]
         for node in entry.content["nodes"]
-        if node["verdict"] == "accepted" and node["report"]["evaluation"] is not None
+        if node["verdict"] == "accepted"
+        and not node.get("staleness")
+        and node["report"].get("evaluation") is not None
     }
 
 
-def _asked(entry: Entry) -> list[str]:
+def asked_to_train(entry: Entry) -> list[str]:
     """The nodes that a round asked to train, those behind an edge too; whatever came of it."""
     found = []
     for node in entry.content["nodes"]:
@@ -370,8 +411,8 @@ def _asked(entry: Entry) -> list[str]:
         if groups is None:
             found.append(node["node"])
         else:
-            trained = (group["members"] for group in groups if group["action"] == "train")
-            found += [member[0] for members in trained for member in members]
+            training = (group["members"] for group in groups if group["action"] == "train")
+            found += [member[0] for members in training for member in members]
     return found
 
 
@@ -380,7 +421,7 @@ def _rank(configuration: RunConfiguration, name: str) -> int:
     return (node.lora_r if node is not None else None) or configuration.lora_r
 
 
-def _trained(node: dict[str, Any]) -> list[dict[str, Any]]:
+def trained(node: dict[str, Any]) -> list[dict[str, Any]]:
     """The nodes whose updates came with an accepted row: itself, or those behind an edge."""
     if "members" not in node:
         return [node] if "family" in node else []

@@ -90,6 +90,13 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {ending}"
 
 
+def of_nodes(count: int, of: int) -> str:
+    """ "all nodes", "5 of 6 nodes"."""
+    if count == of:
+        return "all nodes" if of > 1 else "the one node"
+    return f"{count:,} of {plural(of, 'node')}"
+
+
 def spans_text(numbers: Sequence[int]) -> str:
     """Rounds in order as they read: "rounds 2, 5 to 9"."""
     spans: list[list[int]] = []

@@ -20,6 +20,7 @@ from fedserver.configuration import RunConfiguration
 from fedserver.control import OPERATOR
 from fedserver.global_model import GlobalModel, first_basis, next_model
 from fedserver.ledger import Entry, Ledger, LedgerError
+from fedserver.model_line import rolled_back_to
 from fedserver.run_folder import check_rules, read_layout
 from fedserver.staleness import discounted
 
@@ -77,7 +78,7 @@ def last_state(ledger: Ledger, before: Entry | None = None) -> str:
         return ""
     state, end = str(last.content["state"]), math.inf if before is None else before.height
     for entry in ledger.entries(OPERATOR, last.height):
-        if entry.height < end and _target(entry) is not None:
+        if entry.height < end and rolled_back_to(entry) is not None:
             state = str(entry.content["state"])
     return state
 
@@ -206,10 +207,10 @@ def states(
     model = GlobalModel.empty(layout)
     # The order of floating-point sums depends on the number of threads.
     torch.set_num_threads(configuration.threads)
-    targets = {_target(entry) for entry in ledger.entries(OPERATOR)} - {None}
+    targets = {rolled_back_to(entry) for entry in ledger.entries(OPERATOR)} - {None}
     kept = {0: model} if 0 in targets else {}
     for entry in ledger.entries():
-        target = _target(entry)
+        target = rolled_back_to(entry)
         if target is not None:
             model = kept[target]
             digest = model.digest()
@@ -239,10 +240,3 @@ def _sketches(method: dict[str, Any]) -> bool:
     """Whether a plan's method, or one of those of an edge's devices, asks for sketches."""
     groups = method.get("groups", ())
     return method["family"] == Sketch.family or any(_sketches(one["method"]) for one in groups)
-
-
-def _target(entry: Entry) -> int | None:
-    """The round that an entry rolls back to; None for any other entry."""
-    if entry.kind != OPERATOR or entry.content["action"] != "rollback":
-        return None
-    return int(entry.content["arguments"]["round"])

@@ -79,18 +79,20 @@ def _check_continued(ledger: Ledger, configuration: RunConfiguration, *, resume:
 def recorded_configuration(ledger: Ledger) -> RunConfiguration:
     """The configuration that the run was begun with, as its genesis entry has it.
 
-    ``scenario.toml`` can be edited; of it only what decides no number is taken: name and description.
+    ``scenario.toml`` can be edited; of it only what decides no number is taken: name, description, and
+    how many rounds were planned.
     """
     content = _genesis(ledger).content
     recorded = {key: value for key, value in content["configuration"].items() if key != "rules"}
-    presented: dict[str, Any] = {"name": ledger.folder.name}
+    last = ledger.last("round")
+    done = max(1, last.round if last is not None else 1)
+    presented: dict[str, Any] = {"name": ledger.folder.name, "rounds": done}
     try:
         found = load(str(ledger.folder / "scenario.toml"))
         presented = {"name": found.name, "description": found.description}
+        presented["rounds"] = max(done, found.rounds)
     except ConfigurationError:
         pass
-    last = ledger.last("round")
-    presented["rounds"] = max(1, last.round if last is not None else 1)
     try:
         return RunConfiguration.model_validate({**recorded, **presented})
     except ValueError as error:

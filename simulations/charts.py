@@ -28,6 +28,8 @@ from simulations.axes import (
 
 TONES = 8
 """How many distinguishable series colours the style sheet defines."""
+MARK_LINE, MARK_LINES = 15, 4
+"""Height of a mark's words, and in how many lines those of several stand."""
 LARGEST = 1e15
 """A larger value is a fault, not a measurement: it is in the tables, not in the charts."""
 
@@ -43,6 +45,14 @@ class Series:
     tone: int | None = None
     main: bool = False
     faint: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A vertical line at ``x``, with the words at its head."""
+
+    x: float
+    words: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ def line_chart(
     y_label: str = "loss",
     y_from: float | None = None,
     label_width: float = 0,
+    marks: Sequence[Mark] = (),
 ) -> Markup:
     """Lines over integer x, at most one of them main.
 
@@ -89,7 +100,8 @@ def line_chart(
         height=chart.height,
         left=max(heading, *(text_width(chart.y_text(tick)) for tick in y_ticks)) + 10,
         right=max(min(label_width, max(named, default=0.0) + 30), 8),
-        top=16,
+        # The words of marks stand above the plot.
+        top=16 + MARK_LINE * min(len(marks), MARK_LINES),
         bottom=46,
         inset=24,
         # A single round stands in the middle.
@@ -101,6 +113,7 @@ def line_chart(
         _rounds(chart, frame, x_label, y_label, below),
     ]
     parts += [_band(frame, band) for band in bands]
+    parts += [_mark(frame, index, mark) for index, mark in enumerate(marks)]
     order = sorted(series, key=lambda line: (line.main, not line.faint))
     parts += [_line(chart, frame, line, values=not label_width) for line in order]
     if label_width:
@@ -264,6 +277,9 @@ def _x_ticks(chart: Chart, frame: Frame, values: Sequence[str]) -> list[float]:
         if chart.counts and step < 1:
             continue
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last < first:
+            # No step has room for two labels: one of those before it has.
+            return found[:1]
         found = [float(f"{index * step:.12g}") for index in range(first, last + 1)]
         labels = [chart.x_text(value) for value in found]
         widest = max([wanted, *map(text_width, labels)])
@@ -280,6 +296,21 @@ def _band(frame: Frame, band: Band) -> Markup:
     return Markup('<path class="band tone-{}" d="M{}Z"/>').format(
         band.tone % TONES, "L".join(upper + lower)
     )
+
+
+def _mark(frame: Frame, index: int, mark: Mark) -> Markup:
+    low, high = frame.x_range
+    # One behind the last round still stands in the plot.
+    x = frame.x(min(max(mark.x, low), high + 0.5 if high - low > 1 else high))
+    head = 12 + MARK_LINE * (index % MARK_LINES)
+    on_left = x > frame.width / 2
+    line = Markup('<path class="mark" d="M{},{}V{}"/>').format(
+        x, head - 9, frame.height - frame.bottom
+    )
+    words = text(
+        x - 5 if on_left else x + 5, head, mark.words, "mark-words", "end" if on_left else "start"
+    )
+    return line + words
 
 
 def _line(chart: Chart, frame: Frame, line: Series, *, values: bool) -> Markup:

@@ -293,7 +293,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
         ("fedhost.enrolment", "EnrolmentRefused"),
         ("fedhost.supervision", "SupervisionError"),
         ("fedserver.deployment.certificates", "CertificateError"),
-        ("fedserver.deployment.flower_control", "ControlError"),
+        ("fedserver.deployment.flower_control", "DeploymentError"),
         ("fedserver.deployment.folder", "FolderError"),
         ("fedserver.deployment.front_door", "FrontDoorError"),
         ("fedclient.deployment.settings", "NodeFolderError"),

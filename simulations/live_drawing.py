@@ -17,23 +17,19 @@ from rich.text import Text
 
 from fedserver import events, quantities
 from fedserver.events import ACCEPTED
+from fedserver.wording import printable
 from simulations.progress import WAITING, WORKING, NodeState, RoundState, RunProgress, is_base
 
 BAR_WIDTH = 16
 ALL_SHOWN = 24
 
 
-def safe(content: str) -> str:
-    """One line of printable characters: a node cannot move the cursor or forge a line."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in content)
-
-
 def header_text(run: events.RunStarted) -> Text:
     """What runs, in one line."""
     text = Text()
-    text.append(safe(run.name), style="bold")
+    text.append(printable(run.name), style="bold")
     text.append(
-        f"  preset {safe(run.preset)} · {safe(run.base_model)} ·"
+        f"  preset {printable(run.preset)} · {printable(run.base_model)} ·"
         f" {quantities.plural(len(run.nodes), 'node')} ·"
         f" {quantities.plural(run.rounds, 'round')}",
         style="dim",
@@ -68,16 +64,16 @@ def refusal_text(event: events.NodeReplied, progress: RunProgress) -> Text:
     """The line of a refused reply: who, what, why."""
     text = Text()
     text.append(f"{_label(event.round, progress):<11} ", style="bold")
-    text.append(f"{safe(event.node)} refused: ", style="red")
+    text.append(f"{printable(event.node)} refused: ", style="red")
     text.append(words(event.verdict))
     if event.reason:
-        text.append(f"; {safe(event.reason)}")
+        text.append(f"; {printable(event.reason)}")
     return text
 
 
 def reply_text(event: events.NodeReplied, progress: RunProgress) -> Text:
     """The line of an accepted reply, where no table shows it."""
-    parts = [safe(event.sends)]
+    parts = [printable(event.sends)]
     if event.train_loss is not None:
         first = quantities.loss_text(event.train_loss_first)
         parts.append(f"training loss {first} → {quantities.loss_text(event.train_loss)}")
@@ -88,18 +84,18 @@ def reply_text(event: events.NodeReplied, progress: RunProgress) -> Text:
     ]
     did = "evaluated" if progress.evaluating else words(event.verdict)
     label = _label(event.round, progress)
-    return Text(f"{label:<11} {safe(event.node)} {did}, {', '.join(parts)}")
+    return Text(f"{label:<11} {printable(event.node)} {did}, {', '.join(parts)}")
 
 
 def notice_text(event: events.Notice) -> Text:
     """A notice in the colour of its level."""
     style = {"warning": "yellow", "error": "bold red"}.get(event.level, "dim")
-    return Text(f"{safe(event.level)}: {safe(event.text)}", style=style)
+    return Text(f"{printable(event.level)}: {printable(event.text)}", style=style)
 
 
 def words(verdict: str) -> str:
     """A verdict as it reads: "not finite"."""
-    return safe(verdict).replace("_", " ")
+    return printable(verdict).replace("_", " ")
 
 
 def live_table(progress: RunProgress, now: float, *, width: int, height: int) -> RenderableType:
@@ -123,8 +119,8 @@ def live_table(progress: RunProgress, now: float, *, width: int, height: int) ->
     for index, node in enumerate(shown):
         table.add_row(
             label if index == 0 else "",
-            Text(safe(node.node)),
-            safe(node.sends),
+            Text(printable(node.node)),
+            printable(node.sends),
             _steps(node, progress.evaluating),
             "" if node.loss is None else quantities.loss_text(node.loss),
             _size(node.bytes_up),
@@ -154,9 +150,11 @@ def summary_panel(progress: RunProgress, finished: events.RunFinished) -> Panel:
     grid.add_column(overflow="fold")
     for name, value in summary_rows(progress, finished):
         grid.add_row(name, Text(value))
-    title = safe(progress.run.name) if progress.run else "run"
+    title = printable(progress.run.name) if progress.run else "run"
     last = progress.run.rounds if progress.run else 0
     how = "ended without a quorum" if last in finished.without_quorum else "finished"
+    if finished.rounds is not None and finished.rounds < last:
+        how = f"stopped after round {finished.rounds} of {last}"
     return Panel(grid, title=Text(f"{title} {how}"), title_align="left", expand=False)
 
 
@@ -164,7 +162,13 @@ def summary_rows(progress: RunProgress, finished: events.RunFinished) -> list[tu
     """Name and value of every line of the summary."""
     before, after = finished.before, finished.after
     rows = []
-    if after is None:
+    if after is None and finished.evaluated is not None:
+        told = quantities.loss_text(finished.evaluated.loss)
+        which = "of the base model"
+        if finished.evaluated_round != events.BASE_ROUND:
+            which = f"after round {finished.evaluated_round}"
+        rows.append(("evaluation loss", f"{told} {which}, the last that was evaluated"))
+    elif after is None:
         rows.append(("evaluation", "the tuned model was not evaluated"))
     else:
         rows += [
@@ -201,13 +205,15 @@ def summary_rows(progress: RunProgress, finished: events.RunFinished) -> list[tu
     )
     if len(finished.families) > 1:
         rows += [(words(work.family), _work(work)) for work in finished.families]
-    rows.append(("replies", f"{progress.accepted} accepted, {progress.refused} refused"))
+    rows.append(
+        ("replies", f"{progress.accepted} accepted, {progress.refused} refused, late or missing")
+    )
     if finished.without_quorum:
         told = quantities.spans_text(finished.without_quorum)
         rows.append(("no quorum", f"{told}: counted nothing"))
     rows.append(("time", quantities.duration_text(finished.seconds)))
     paths = (("report", finished.report), ("adapter", finished.adapter), ("head", finished.head))
-    return rows + [(name, safe(value)) for name, value in paths if value]
+    return rows + [(name, printable(value)) for name, value in paths if value]
 
 
 def _work(work: events.FamilyWork) -> str:

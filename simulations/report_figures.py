@@ -21,14 +21,19 @@ def figures(run: Run, nodes: Sequence[str]) -> dict[str, Markup | str]:
     """All drawings by name; one without data is empty. ``nodes``: their names, in table order."""
     lines, caption = _loss_lines(run, nodes)
     told = "; ".join(f"round {x}: {y:.3f}" for x, y in run.curve()) or "not evaluated"
+    marks = [charts.Mark(one.round - 0.5, one.back_words) for one in run.rollbacks]
     title, description = "Loss over rounds", f"Evaluation loss by round: {told}."
+    if marks:
+        backs = "; ".join(f"before round {one.round} {one.back_words}" for one in run.rollbacks)
+        description += f" Rolled back: {backs}."
+        caption += " At a dashed upright line an operator rolled the model back."
     wide, narrow = (
         Chart(identity, title, description, width, height, value_text=quantities.loss_text)
         for identity, width, height in (("loss", 1040, 400), ("loss-narrow", 400, 360))
     )
     return {
-        "loss": charts.line_chart(wide, lines, label_width=150),
-        "loss_narrow": charts.line_chart(narrow, lines, label_width=104),
+        "loss": charts.line_chart(wide, lines, label_width=150, marks=marks),
+        "loss_narrow": charts.line_chart(narrow, lines, label_width=104, marks=marks),
         "loss_caption": caption,
         "accuracy": _curve("accuracy", "Answer tokens predicted right", _accuracy(run), _percent),
         "rank": _curve(
@@ -68,8 +73,8 @@ def _loss_lines(run: Run, nodes: Sequence[str]) -> tuple[list[Series], str]:
     if curve:
         lines.append(Series("evaluation", curve, main=True))
         caption = (
-            "The strong line is the global model on the held-out examples of all nodes; round 0 is"
-            " the base model."
+            "The strong line is the global model on the held-out examples of the nodes that evaluated"
+            f" it{'; round 0 is the base model' if curve[0][0] == 0 else ''}."
         )
     else:
         caption = "This run was not evaluated."

@@ -249,7 +249,7 @@ ROUND_COLUMNS = (
     Column("Accuracy", "eval_accuracy", quantities.share_text),
     Column("Training loss", "loss", quantities.loss_text),
     Column("Accepted", "accepted", quantities.count_text),
-    Column("Refused", "rejected", quantities.count_text),
+    Column("Not accepted", "rejected", quantities.count_text),
     FamilyColumn("Families", "families", str),
     Column("Up", "bytes_up", quantities.bytes_text),
     Column("Down", "bytes_down", quantities.bytes_text),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ from fedserver.export import export_peft, final_change
 from fedserver.ledger import Ledger, LedgerError
 from simulations.engines import ENGINES
 from simulations.report import write_report
+from simulations.run_directory import ADAPTER
 from simulations.samples import sample_answers
-
-ADAPTER = "adapter"
 
 
 def choose_folder(configuration: RunConfiguration, output: Path | None, *, resume: bool) -> Path:
@@ -81,6 +81,8 @@ def simulate(
 
 
 def _export(folder: Path, base_folder: Path, emit: events.Listener) -> Path | None:
+    # That of an earlier stop is not of this model.
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
     _, view = final_change(folder)
     if view.full_rank:
         text = f"the model is more than an adapter; fedbraid export merged {folder} writes it whole"

@@ -11,10 +11,16 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fedserver.control import OPERATOR
+from fedserver.ledger import Entry, Ledger, LedgerError
+from fedserver.ledger_database import DATABASE
+from fedserver.model_line import ModelLine, rolled_back_to
+from fedserver.wording import action_words
 
 # Control characters, bidirectional overrides and lone surrogates: invalid in HTML or UTF-8, or
 # able to show a text other than the one that is there.
@@ -22,6 +28,7 @@ _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
 FILES = ("scenario.toml", "metrics.jsonl", "summary.json")
+ADAPTER = "adapter"
 MISSING = {
     "metrics.jsonl": ": no round was committed",
     "summary.json": ": the run has not finished",
@@ -63,6 +70,7 @@ class Round:
     """One line of ``metrics.jsonl``; evaluation is that of the model after the round."""
 
     round: int
+    quorum: bool
     loss: float | None
     eval_loss: float | None
     eval_accuracy: float | None
@@ -84,7 +92,8 @@ class Round:
 class Quality:
     """One evaluation: nats per answer token, its exponential, share of tokens right, tokens.
 
-    ``new_loss`` is over the ``new_tokens`` of examples that the training data do not repeat.
+    ``new_loss`` is over the ``new_tokens`` of examples that the training data do not repeat; ``nodes``:
+    how many evaluated.
     """
 
     loss: float | None
@@ -93,6 +102,24 @@ class Quality:
     tokens: int | None
     new_loss: float | None = None
     new_tokens: int | None = None
+    nodes: int | None = None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What an operator did, before which round; ``back_to``: of a roll-back the round it went to."""
+
+    round: int
+    action: str
+    who: str
+    role: str
+    reason: str
+    back_to: int | None = None
+
+    @property
+    def back_words(self) -> str:
+        """Of a roll-back: "back to round 2"."""
+        return f"back to {f'round {self.back_to}' if self.back_to else 'the base model'}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +135,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory. ``scenario`` is the resolved TOML as text, ``settings`` the same parsed."""
+    """A run directory. ``scenario`` is the resolved TOML as text, ``settings`` the same parsed.
+
+    ``evaluated``: the newest model that was evaluated, of those that the run's model came by, and its
+    round. ``adapter``: the folder of an exported one, "" where there is none.
+    """
 
     path: Path
     name: str
@@ -118,6 +149,9 @@ class Run:
     rounds: tuple[Round, ...]
     before: Quality | None
     after: Quality | None
+    evaluated: tuple[int, Quality] | None
+    operations: tuple[Operation, ...]
+    adapter: str
     samples: tuple[Sample, ...]
     scenario: str
     settings: Mapping[str, Any]
@@ -131,6 +165,15 @@ class Run:
     def word(self, key: str) -> str:
         """A text of ``summary.json``, "" where it is missing."""
         return text(self.summary.get(key))
+
+    @property
+    def rollbacks(self) -> list[Operation]:
+        """Where the run went on from an earlier model."""
+        return [one for one in self.operations if one.back_to is not None]
+
+    def line(self) -> ModelLine:
+        """The rounds that the model came by."""
+        return _line(self.rounds, self.operations)
 
     def curve(self) -> list[tuple[int, float]]:
         """Evaluation loss over rounds; round 0 is the base model."""
@@ -163,15 +206,20 @@ def read_run(path: Path) -> Run:
     summary = summary if isinstance(summary, dict) else {}
     # A run may be asked for no samples, so their absence is nothing to complain of.
     samples = _json(path / "samples.json", problems) if (path / "samples.json").exists() else None
+    rounds = _rounds(path / "metrics.jsonl", problems)
+    operations = _operations(path, problems)
     return Run(
         path=path,
         name=text(summary.get("name")) or text(settings.get("name")) or text(path.resolve().name),
         preset=text(summary.get("preset")) or text(settings.get("preset")),
         seed=integer(settings.get("seed")),
         planned_rounds=integer(settings.get("rounds")) or integer(summary.get("rounds")),
-        rounds=_rounds(path / "metrics.jsonl", problems),
+        rounds=rounds,
         before=_quality(summary.get("before")),
         after=_quality(summary.get("after")),
+        evaluated=_evaluated(summary, rounds, operations),
+        operations=operations,
+        adapter=ADAPTER if (path / ADAPTER / "adapter_config.json").is_file() else "",
         samples=tuple(
             Sample(
                 text(item.get("question"), multiline=True),
@@ -269,6 +317,7 @@ def _round(round_number: int, values: Mapping[str, Any]) -> Round:
     families, nodes = values.get("families"), values.get("nodes")
     return Round(
         round=round_number,
+        quorum=values.get("quorum") is not False,
         loss=number(values.get("loss")),
         eval_loss=number(values.get("eval_loss")),
         eval_accuracy=number(values.get("eval_accuracy")),
@@ -293,6 +342,60 @@ def _round(round_number: int, values: Mapping[str, Any]) -> Round:
             if isinstance(item, dict)
         ),
     )
+
+
+def _operations(path: Path, problems: list[str]) -> tuple[Operation, ...]:
+    if not (path / DATABASE).is_file():
+        return ()
+    try:
+        ledger = Ledger(path)
+    except LedgerError as error:
+        problems.append(f"{DATABASE} could not be read: {text(str(error))}")
+        return ()
+    try:
+        return tuple(_operation(entry) for entry in ledger.entries(OPERATOR))
+    except LedgerError as error:
+        problems.append(f"{DATABASE} could not be read: {text(str(error))}")
+        return ()
+    finally:
+        ledger.close()
+
+
+def _operation(entry: Entry) -> Operation:
+    who, role, reason = (text(entry.content.get(key)) for key in ("who", "role", "reason"))
+    back_to = rolled_back_to(entry)
+    return Operation(entry.round, text(action_words(entry.content)), who, role, reason, back_to)
+
+
+def _line(rounds: Sequence[Round], operations: Sequence[Operation]) -> ModelLine:
+    line = ModelLine()
+    waiting = [one for one in operations if one.back_to is not None]
+    known = {0}
+    for entry in (*rounds, None):
+        while waiting and (entry is None or waiting[0].round <= entry.round):
+            target = waiting.pop(0).back_to or 0
+            # A file that lost lines may lack the round.
+            if target in known:
+                line.roll_back(target)
+        if entry is not None:
+            line.commit(entry.round, quorum=entry.quorum)
+            known.add(entry.round)
+    return line
+
+
+def _evaluated(
+    summary: Mapping[str, Any], rounds: Sequence[Round], operations: Sequence[Operation]
+) -> tuple[int, Quality] | None:
+    told = summary.get("last_evaluation")
+    if isinstance(told, dict) and summary.get("rounds") == len(rounds):
+        number_told, quality = integer(told.get("round")), _quality(told)
+        return None if number_told is None or quality is None else (number_told, quality)
+    line = _line(rounds, operations).rounds
+    for entry in reversed(rounds):
+        if entry.round in line and entry.eval_loss is not None:
+            found = _quality({"loss": entry.eval_loss, "accuracy": entry.eval_accuracy})
+            return None if found is None else (entry.round, found)
+    return None
 
 
 def _node(values: Mapping[str, Any]) -> NodeRound:
@@ -330,5 +433,6 @@ def _quality(value: object) -> Quality | None:
         tokens=integer(value.get("tokens")),
         new_loss=number(value.get("new_loss")),
         new_tokens=integer(value.get("new_tokens")),
+        nodes=integer(value.get("nodes")),
     )
     return quality if quality.loss is not None or quality.accuracy is not None else None

@@ -54,7 +54,7 @@ def scalars(entry: Round, *, nodes: bool) -> Iterator[tuple[str, float]]:
         "bytes/up": entry.bytes_up,
         "bytes/down": entry.bytes_down,
         "replies/accepted": entry.accepted,
-        "replies/refused": entry.rejected,
+        "replies/not_accepted": entry.rejected,
         "round/seconds": entry.seconds,
         "carry/rank": entry.carry_rank,
         "carry/tail_energy": entry.tail_energy,

@@ -35,13 +35,22 @@ COUNTERS = {
     "rounds_without_quorum": ("Rounds in the ledger that counted nothing.",),
     "bytes": ("Bytes of the run so far.", "direction"),
     "updates": ("Accepted updates of committed rounds by family.", "family"),
-    "replies": ("Replies of committed rounds.", "verdict"),
+    "replies": (
+        "Verdicts of committed rounds, one a reply; missing: a question without a reply when its round"
+        " closed. A reply that comes later counts in the round in which it comes, as late or, where the"
+        " scenario lets it in, as accepted.",
+        "verdict",
+    ),
 }
 GAUGES = {
     "rounds_planned": ("Rounds of the scenario.",),
     "phase": ("1 for the phase that the round is in.", "phase"),
     "nodes": ("Nodes of the current round by status.", "status"),
-    "loss": ("Nats per token of the last committed round.", "kind"),
+    "loss": (
+        "Nats per token. train: mean of the last committed round; eval: newest known, of the model of"
+        " the last round that was evaluated.",
+        "kind",
+    ),
     "round_seconds": ("Duration of the last committed round.",),
     "epsilon": ("Privacy budget spent, where it is accounted.",),
     "operator_requests": ("Requests of operators that wait for a round to end.",),
@@ -122,12 +131,14 @@ def _of_rounds(run: RunReader, row: Row) -> Iterator[Sample]:
     for direction in ("up", "down"):
         yield "bytes", (direction,), sums[f"bytes_{direction}"]
     families: Counter[str] = Counter()
+    verdicts: Counter[str] = Counter()
     for one in rounds:
         families.update(one.get("families") or {})
+        verdicts.update(one.get("verdicts") or {})
     for family, count in sorted(families.items()):
         yield "updates", (family,), count
-    for verdict, key in (("accepted", "accepted"), ("refused", "rejected")):
-        yield "replies", (verdict,), sums[key]
+    for verdict, count in sorted(verdicts.items()):
+        yield "replies", (verdict,), count
     last = rounds[-1] if rounds else {}
     known: tuple[tuple[str, tuple[str, ...], Any], ...] = (
         ("loss", ("train",), sums["loss"]),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,10 +16,10 @@ from typing import Any
 
 from fedserver.dashboard.home import home_of
 from fedserver.dashboard.page import run_address
+from fedserver.dashboard.program import FEDBRAID, command_line
 from fedserver.dashboard.sentences import sentence, spoken
 from fedserver.dashboard.tables import Choice, Column, Table, make_table
 
-COMMAND = "simulations.command"
 MOST_AT_ONCE = 4
 REMEMBERED = 50
 MOST_SAID = 300
@@ -76,7 +75,7 @@ class Jobs:
         arguments: Sequence[str],
         where: Path,
         *,
-        program: str = COMMAND,
+        program: str = FEDBRAID,
         ended: Callable[[], None] | None = None,
     ) -> Job:
         """Run ``fedbraid ARGUMENTS`` in a folder, or another program of this one.
@@ -93,7 +92,7 @@ class Jobs:
             log = self._folder / f"job-{time.time_ns()}.log"
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", program, *arguments],
+                    command_line(*arguments, program=program),
                     cwd=where,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -163,7 +162,7 @@ def in_words(line: str) -> str:
 def refusal_of(arguments: Sequence[str], where: Path) -> str:
     """What ``fedbraid ARGUMENTS``, which ends soon, says against it; "" where it says nothing."""
     done = subprocess.run(
-        [sys.executable, "-P", "-m", COMMAND, *arguments],
+        command_line(*arguments),
         cwd=where,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fedserver.dashboard.program import command_line
 from fedserver.ledger import Ledger, LedgerError, LedgerHeldError
 
 PROGRAM = "fedserver.dashboard.recording"
@@ -49,10 +50,7 @@ def append(
 async def verify(folder: Path) -> dict[str, Any]:
     """``problems``, ``height`` and ``head`` of a ledger, every entry and blob hashed again."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-P",
-        "-m",
-        PROGRAM,
+        *command_line(program=PROGRAM),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -79,7 +77,7 @@ async def verify(folder: Path) -> dict[str, Any]:
 
 def _ask(question: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-P", "-m", PROGRAM],
+        command_line(program=PROGRAM),
         input=json.dumps(question, allow_nan=False),
         capture_output=True,
         text=True,

@@ -43,7 +43,7 @@ ROUNDS = (
     Column("eval_loss", "Evaluation loss", "loss"),
     Column("eval_accuracy", "Accuracy", "share"),
     Column("accepted", "Accepted", "count"),
-    Column("rejected", "Refused", "count"),
+    Column("rejected", "Not accepted", "count"),
     Column("families", "Families"),
     Column("bytes_up", "Sent", "bytes"),
     Column("bytes_down", "Received", "bytes"),

@@ -56,7 +56,7 @@ def sentence(told: Row) -> str | None:
             missed = "" if done.quorum else "The quorum was missed and the model stays as it was: "
             loss = "" if done.loss is None else f", training loss {loss_text(done.loss)}"
             return (
-                f"{missed}{plural(done.accepted, 'reply')} accepted, {done.rejected:,} rejected{loss};"
+                f"{missed}{plural(done.accepted, 'reply')} accepted, {done.rejected:,} not{loss};"
                 f" {bytes_text(done.bytes_up)} up and {bytes_text(done.bytes_down)} down in"
                 f" {duration_text(done.seconds)}."
             )

@@ -112,7 +112,7 @@ def invite(
 @server_app.command()
 def revoke(directory: Folder, name: Annotated[str, typer.Argument(help="A node's name.")]) -> None:
     """Shut a node out, at once: its next request is refused. An unused invitation becomes void."""
-    from fedserver.deployment.flower_control import ControlError, FlowerControl
+    from fedserver.deployment.flower_control import DeploymentError, FlowerControl
     from fedserver.deployment.folder import FolderError, open_folder
 
     folder = open_folder(directory)
@@ -125,7 +125,7 @@ def revoke(directory: Folder, name: Annotated[str, typer.Argument(help="A node's
                 registry
             )
             later = ""
-        except (ControlError, FolderError):
+        except (DeploymentError, FolderError):
             later = "; Flower is told when the server comes up"
     finally:
         registry.close()
@@ -205,7 +205,7 @@ def down(
 ) -> None:
     """Stop the server's processes."""
     from fedhost.supervision import stop
-    from fedserver.deployment.flower_control import ControlError
+    from fedserver.deployment.flower_control import DeploymentError
     from fedserver.deployment.folder import open_folder
     from fedserver.deployment.runs import resumption
 
@@ -214,7 +214,7 @@ def down(
     live = _live_runs(folder)
     if live and not force:
         names = ", ".join(one.name for one in live)
-        raise ControlError(
+        raise DeploymentError(
             f"{names} is under way: 'fedbraid server stop {directory}' ends it first, --force cuts it"
             " off; either way 'server run … --resume' goes on"
         )
@@ -228,7 +228,7 @@ def down(
 def _live_runs(folder: ServerFolder) -> list[LiveRun]:
     """The runs under way; none where the server is down, or does not answer."""
     from fedhost.supervision import status_of
-    from fedserver.deployment.flower_control import ControlError, FlowerControl
+    from fedserver.deployment.flower_control import DeploymentError, FlowerControl
     from fedserver.deployment.folder import FolderError
 
     if status_of(folder.path) is None:
@@ -236,7 +236,7 @@ def _live_runs(folder: ServerFolder) -> list[LiveRun]:
     try:
         superlink = folder.ports().superlink
         return FlowerControl(superlink, folder.loopback_identity.authority).live_runs()
-    except (ControlError, FolderError):
+    except (DeploymentError, FolderError):
         return []
 
 

@@ -37,11 +37,11 @@ ONLINE = "online"
 MOST_RUNS = 200
 
 
-class ControlError(Exception):
-    """Flower did not do what was asked, and what to do."""
+class DeploymentError(Exception):
+    """A deployment's server, or Flower in it, did not do what was asked; the message says what to do."""
 
 
-class Unreachable(ControlError):
+class Unreachable(DeploymentError):
     """The SuperLink does not answer now; it may be about to be started again."""
 
 
@@ -134,7 +134,7 @@ class FlowerControl:
         with self._connected() as client:
             answer = client.StartRun(request)
         if not answer.HasField("run_id"):
-            raise ControlError(f"Flower started no run: {answer.note or 'no reason given'}")
+            raise DeploymentError(f"Flower started no run: {answer.note or 'no reason given'}")
         return int(answer.run_id)
 
     def run_status(self, run_id: int) -> RunStatus:
@@ -142,7 +142,7 @@ class FlowerControl:
         with self._connected() as client:
             found = client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict
         if run_id not in found:
-            raise ControlError(f"Flower knows no run {run_id}")
+            raise DeploymentError(f"Flower knows no run {run_id}")
         status = found[run_id].status
         return RunStatus(status.status, status.sub_status, status.details)
 
@@ -163,7 +163,7 @@ class FlowerControl:
         try:
             with self._connected() as client:
                 client.StopRun(StopRunRequest(run_id=run_id))
-        except ControlError:
+        except DeploymentError:
             if not self.run_status(run_id).finished:
                 raise
 
@@ -188,7 +188,9 @@ class FlowerControl:
             yield client
         except httpx.HTTPStatusError as error:
             reason = error.response.text[:200]
-            raise ControlError(f"Flower refused ({error.response.status_code}): {reason}") from None
+            raise DeploymentError(
+                f"Flower refused ({error.response.status_code}): {reason}"
+            ) from None
         except httpx.TransportError as error:
             raise Unreachable(f"the SuperLink does not answer: {error}") from None
         finally:

@@ -35,7 +35,7 @@ from fedhost.enrolment import (
 )
 from fedhost.node_signature import read_signed, verify
 from fedserver.deployment.application import bundle_hash
-from fedserver.deployment.flower_control import ControlError, FlowerControl
+from fedserver.deployment.flower_control import DeploymentError, FlowerControl
 from fedserver.deployment.registry import Node, Registry
 
 # A whole body must be there within this time, however it trickles in; nginx bounds its size.
@@ -73,7 +73,7 @@ class Gatekeeper:
                 Route(NODE_ROUTE, self.node),
                 Route(LEAVE_ROUTE, self.leave, methods=["POST"]),
             ],
-            exception_handlers={EnrolmentRefused: _refuse, ControlError: _unavailable},
+            exception_handlers={EnrolmentRefused: _refuse, DeploymentError: _unavailable},
         )
 
     async def check(self, request: Request) -> Response:

@@ -90,29 +90,29 @@ def add_run_commands(server: typer.Typer, make_view: MakeView) -> None:
 
 
 def _server(directory: Path) -> tuple[ServerFolder, FlowerControl]:
-    """A server that is up. Raises ControlError, FolderError."""
+    """A server that is up. Raises DeploymentError, FolderError."""
     from fedhost.supervision import status_of
-    from fedserver.deployment.flower_control import ControlError, FlowerControl
+    from fedserver.deployment.flower_control import DeploymentError, FlowerControl
     from fedserver.deployment.folder import open_folder
 
     folder = open_folder(directory)
     control = FlowerControl(folder.ports().superlink, folder.loopback_identity.authority)
     if status_of(folder.path) is None:
-        raise ControlError(f"the server is down: 'fedbraid server up {directory}' starts it")
+        raise DeploymentError(f"the server is down: 'fedbraid server up {directory}' starts it")
     return folder, control
 
 
 def _chosen(control: FlowerControl, name: str | None) -> LiveRun:
-    from fedserver.deployment.flower_control import ControlError
+    from fedserver.deployment.flower_control import DeploymentError
 
     live = control.live_runs()
     found = [one for one in live if name in (None, one.name)]
     names = ", ".join(one.name for one in live)
     if not found:
         there_are = f"; there are {names}" if live else ""
-        raise ControlError(f"no run {f'{name!r} ' if name else ''}is under way{there_are}")
+        raise DeploymentError(f"no run {f'{name!r} ' if name else ''}is under way{there_are}")
     if len(found) > 1:
-        raise ControlError(f"say which run: {names}")
+        raise DeploymentError(f"say which run: {names}")
     return found[0]
 
 
@@ -121,9 +121,9 @@ def _accompany(
 ) -> None:
     """Start a run (one without an id) and show it, or show one that is under way.
 
-    Raises ControlError unless it comes to its end.
+    Raises DeploymentError unless it comes to its end.
     """
-    from fedserver.deployment.flower_control import ControlError
+    from fedserver.deployment.flower_control import DeploymentError
     from fedserver.deployment.runs import LogTail, short, told
     from fedserver.metrics import finished, nothing_learnt
 
@@ -145,7 +145,7 @@ def _accompany(
         raise typer.Exit(DETACHED) from None
     print(f"finished: ledger head {summary['head']}")
     if failure := nothing_learnt(summary, live.folder):
-        raise ControlError(failure)
+        raise DeploymentError(failure)
 
 
 def _until_its_end(
@@ -161,7 +161,7 @@ def _until_its_end(
     from fedserver.configuration import load
     from fedserver.deployment import runs
     from fedserver.deployment.application import bundle
-    from fedserver.deployment.flower_control import ControlError
+    from fedserver.deployment.flower_control import DeploymentError
 
     awaited = runs.Awaited(load(live.scenario, live.overrides), folder.registry, control)
     for number in range(1 + RESUMPTIONS):
@@ -173,7 +173,7 @@ def _until_its_end(
             status = runs.follow(
                 folder, control, live.run_id, tail, awaited, view, remind=sys.stdout.isatty()
             )
-        except ControlError as error:
+        except DeploymentError as error:
             raise runs.lost(folder, live, error) from None
         killed = status.outcome == "failed" and not status.explained
         if not killed or runs.has_no_room(folder.path):
@@ -198,22 +198,22 @@ def _beginning(live: LiveRun) -> str:
 
 
 def _summary(folder: ServerFolder, live: LiveRun, status: RunStatus) -> dict[str, Any]:
-    """The summary of a run that came to its end. Raises ControlError for every other."""
+    """The summary of a run that came to its end. Raises DeploymentError for every other."""
     from fedserver.deployment import runs
-    from fedserver.deployment.flower_control import ControlError
+    from fedserver.deployment.flower_control import DeploymentError
 
     known, go_on = runs.told(live.folder), runs.resumption(folder, live)
     far = runs.how_far(live.folder)
     # A process that Flower ended said nothing; what is there may be of one before it.
     completed = status.outcome == "completed"
     if status.outcome == "stopped" or (completed and known.get("state") == "stopped"):
-        raise ControlError(f"{known.get('reason') or 'stopped'} {far}; {go_on} goes on")
+        raise DeploymentError(f"{known.get('reason') or 'stopped'} {far}; {go_on} goes on")
     if completed:
         found: dict[str, Any] = json.loads((live.folder / "summary.json").read_text())
         return found
     if runs.has_no_room(folder.path):
-        raise ControlError(f"the disk of {folder.path} is full: make room, then {go_on}")
+        raise DeploymentError(f"the disk of {folder.path} is full: make room, then {go_on}")
     log = folder.path / "logs" / "superexec.log"
-    raise ControlError(
+    raise DeploymentError(
         f"the run failed {far}: {status.reason or f'see {log}'}; when that is mended, {go_on} goes on"
     )

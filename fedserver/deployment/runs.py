@@ -26,7 +26,7 @@ from fedserver import events
 from fedserver.configuration import RunConfiguration, load
 from fedserver.control import APPLIED, ControlQueue
 from fedserver.deployment.flower_control import (
-    ControlError,
+    DeploymentError,
     FlowerControl,
     LiveRun,
     RunStatus,
@@ -147,7 +147,7 @@ def start(
 ) -> LiveRun:
     """Start a run, with Flower's id then; of commands that start it at once, one does.
 
-    ``join``: another that was started in its folder is taken instead; else raises ControlError for it.
+    ``join``: another that was started in its folder is taken instead; else it raises DeploymentError.
     """
     # The folder itself is locked: a full disk has no room for a file.
     lock = os.open(folder.path, os.O_RDONLY)
@@ -162,9 +162,9 @@ def start(
 
 
 def refuse_another(folder: ServerFolder, control: FlowerControl, target: Path) -> None:
-    """Raise ControlError if a run is under way in this run folder."""
+    """Raise DeploymentError if a run is under way in this run folder."""
     if other := _under_way(control, target):
-        raise ControlError(
+        raise DeploymentError(
             f"{target} is the folder of a run that is under way: 'fedbraid server follow"
             f" {short(folder.path)} {other.name}' shows it, 'server stop' ends it"
         )
@@ -278,17 +278,17 @@ def short(path: Path) -> str:
     return str(path)
 
 
-def lost(folder: ServerFolder, live: LiveRun, error: ControlError) -> ControlError:
+def lost(folder: ServerFolder, live: LiveRun, error: DeploymentError) -> DeploymentError:
     """What to say when Flower no longer answers: the server is down, or its disk is full."""
     go_on = resumption(folder, live)
     if has_no_room(folder.path):
-        return ControlError(f"the disk of {folder.path} is full: make room, then {go_on}")
+        return DeploymentError(f"the disk of {folder.path} is full: make room, then {go_on}")
     if isinstance(error, Unreachable) and status_of(folder.path) is None:
-        return ControlError(
+        return DeploymentError(
             f"the server went down {how_far(live.folder)}: 'fedbraid server up"
             f" {short(folder.path)}', then {go_on}"
         )
-    return ControlError(f"{error}; {go_on} goes on")
+    return DeploymentError(f"{error}; {go_on} goes on")
 
 
 def has_no_room(folder: Path) -> bool:

@@ -47,7 +47,7 @@ class Chain:
                     **({"members": rows} if accepted else {}),
                 }
             ]
-        self.add("round", self.number, {"nodes": rows, "state": "the same"})
+        self.add("round", self.number, {"quorum": True, "nodes": rows, "state": "the same"})
         return name
 
     def roll_back(self, to: int) -> None:

@@ -19,7 +19,7 @@ TAGS = {
     "bytes_up": "bytes/up",
     "bytes_down": "bytes/down",
     "accepted": "replies/accepted",
-    "rejected": "replies/refused",
+    "rejected": "replies/not_accepted",
     "seconds": "round/seconds",
     "carry_rank": "carry/rank",
     "tail_energy": "carry/tail_energy",

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+from collections import Counter
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -14,6 +15,7 @@ from starlette.testclient import TestClient
 from fedhost.process_identity import process_identity
 from fedserver.dashboard.accounts import Accounts
 from fedserver.dashboard.application import make_application
+from fedserver.ledger import Ledger
 
 BOARD = Path(__file__).resolve().parents[3] / "docs" / "grafana-dashboard.json"
 
@@ -46,7 +48,16 @@ def test_a_scrape_is_the_runs_metrics_and_fills_the_board(accounts: Accounts, ru
     for family in ("low_rank", "seed_scalars", "sketch"):
         count = sum(row["families"].get(family, 0) for row in rows)
         assert found["fedbraid_run_updates_total", family] == count > 0
-    assert found["fedbraid_run_replies_total", "refused"] == sum(row["rejected"] for row in rows)
+    ledger = Ledger(runs / "mixed")
+    nodes = [node for entry in ledger.entries("round") for node in entry.content["nodes"]]
+    ledger.close()
+    verdicts = Counter(node["verdict"] for node in nodes)
+    assert {"accepted", "missing", "late"} < set(verdicts), verdicts
+    told = {key[1]: value for key, value in found.items() if key[0] == "fedbraid_run_replies_total"}
+    assert told == verdicts
+    # Nothing counts twice: a late reply is one, and what was missing is the question of its own round.
+    seen = [(node["node"], node["round"], node["verdict"]) for node in nodes]
+    assert len(seen) == len(set(seen)) == sum(told.values())
     assert found["fedbraid_run_loss", "eval"] == rows[-1]["eval_loss"]
     assert found["fedbraid_run_phase", "train"] == 1
     # It ends, and keeps what it had; what was of the moment is over.

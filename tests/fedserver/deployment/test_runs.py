@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedhost.enrolment import JoinRequest, Token
 from fedserver import events
 from fedserver.configuration import parse
-from fedserver.deployment.flower_control import ControlError, FlowerControl, LiveRun
+from fedserver.deployment.flower_control import DeploymentError, FlowerControl, LiveRun
 from fedserver.deployment.folder import ServerFolder
 from fedserver.deployment.registry import Registry
 from fedserver.deployment.runs import Awaited, LogTail, start
@@ -119,5 +119,5 @@ def test_of_two_commands_that_start_a_run_at_once_one_does(join: bool, tmp_path:
     assert [one.result().run_id for one in tries if not one.exception()] == [1] * (1 + join)
     assert len(errors) == (not join)
     for error in errors:
-        assert isinstance(error, ControlError)
+        assert isinstance(error, DeploymentError)
         assert "server follow" in str(error)
