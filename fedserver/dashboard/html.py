@@ -14,9 +14,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from fedserver import quantities
+from fedserver.dashboard import sound_values
 from fedserver.dashboard.page import Page, run_address
+from fedserver.dashboard.sound_values import plain
 from fedserver.dashboard.tables import Column
 
+NUMBERS = {
+    "count": quantities.count_text,
+    "bytes": quantities.bytes_text,
+    "seconds": quantities.duration_text,
+    "loss": quantities.loss_text,
+    "share": quantities.share_text,
+    "number": quantities.number_text,
+}
+"""How numbers of each kind of column read."""
+MEASURES = {*NUMBERS, "bar", "time"}
+"""Kinds of column whose values are numbers; whatever else stands there is a text."""
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 GOOD = {"accepted", "finished", "member", "applied", "info", "met", "done"}
 BUSY = {"running", "working", "paused", "pending", "requested"}
@@ -34,7 +47,9 @@ def render(template: str, page: Page | None = None, **context: Any) -> str:
     """A template with a page's data and tables as ``data`` and ``tables``."""
     if page is not None:
         context |= {"data": page.data, "tables": page.tables}
-    return _environment().get_template(template).render(**context)
+    text = _environment().get_template(template).render(**context)
+    # Half of a pair of code units, which JSON can hold, is no character and cannot be sent.
+    return text.encode("utf-8", "replace").decode()
 
 
 def compile_templates() -> None:
@@ -57,11 +72,13 @@ def cell(row: dict[str, Any], column: Column) -> Markup:
 def _shown(value: Any, kind: str) -> Markup:
     if isinstance(value, float) and not math.isfinite(value):
         return escape(str(value))
+    if kind in MEASURES and not isinstance(value, (int, float)):
+        kind = "text"
     match kind:
         case "state":
             return chip(str(value))
         case "time":
-            return moment(float(value))
+            return moment(value)
         case "hash":
             text = str(value)
             return Markup('<code title="{}">{}</code>').format(text, text[:12])
@@ -75,14 +92,7 @@ def _shown(value: Any, kind: str) -> Markup:
 
 
 def _number(value: float, kind: str) -> Markup:
-    shown = {
-        "count": quantities.count_text,
-        "bytes": quantities.bytes_text,
-        "seconds": quantities.duration_text,
-        "loss": quantities.loss_text,
-        "share": quantities.share_text,
-        "number": quantities.number_text,
-    }[kind](value)
+    shown = NUMBERS[kind](value)
     return Markup('<data value="{}">{}</data>').format(repr(value), shown)
 
 
@@ -94,9 +104,9 @@ def chip(state: str) -> Markup:
     return Markup('<span class="chip {}">{}</span>').format(kind, clean(state.replace("_", " ")))
 
 
-def moment(seconds: float | None) -> Markup:
-    """A time stamp, in UTC; the page's script shows it in the reader's zone."""
-    if seconds is None:
+def moment(seconds: Any) -> Markup:
+    """A time stamp, in UTC; the page's script shows it in the reader's zone. Of no date: a dash."""
+    if not sound_values.moment(seconds):
         return Markup('<span class="missing">–</span>')
     when = datetime.fromtimestamp(seconds, UTC)
     return Markup('<time datetime="{}">{} UTC</time>').format(
@@ -136,7 +146,7 @@ def address(path: str, **values: Any) -> str:
 
 def plot(value: Any) -> str:
     """A chart's columns as JSON, for an attribute."""
-    return json.dumps(value, allow_nan=False)
+    return json.dumps(plain(value), allow_nan=False)
 
 
 @cache

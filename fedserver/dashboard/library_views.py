@@ -63,6 +63,8 @@ PROCESSES = (
     Column("memory_bytes", "Memory", "bytes"),
 )
 MOST_COMPARED = 24
+LARGEST_LOSS = 1e100
+"""Nats a token; what is beyond it, or no number, has no mean with others."""
 SHORTEST_LOOK = 0.5
 """Processor seconds, or seconds of a process, between two looks: of less no share can be made."""
 STARTED = time.time()
@@ -282,8 +284,9 @@ def _band(members: Sequence[RunReader]) -> dict[str, Any]:
     by_round: dict[int, list[float]] = {}
     for run in members:
         for row in run.rounds():
-            if row.get("eval_loss") is not None:
-                by_round.setdefault(row["round"], []).append(row["eval_loss"])
+            loss = row.get("eval_loss")
+            if loss is not None and abs(loss) <= LARGEST_LOSS:
+                by_round.setdefault(row["round"], []).append(loss)
     found = [(number, estimate(by_round[number])) for number in sorted(by_round)]
     known = [(number, one) for number, one in found if one is not None]
     return {

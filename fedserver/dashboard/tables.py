@@ -155,4 +155,6 @@ def _holds(row: Row, columns: Sequence[Column], words: Sequence[str]) -> bool:
 
 
 def _order(value: Any) -> tuple[int, Any]:
-    return (1, value.casefold()) if isinstance(value, str) else (0, value)
+    if isinstance(value, (int, float)):
+        return 0, value
+    return 1, str(value).casefold()
