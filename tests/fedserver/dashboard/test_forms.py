@@ -89,6 +89,56 @@ def test_other_forms_are_shown_again_too(
     assert 'value="olga"' in answer.text
 
 
+def test_what_was_typed_is_shown_to_who_was_signed_out_meanwhile(
+    client: TestClient, sign_in: Sign, runs: Path
+) -> None:
+    """A browser is led back to the form's page; nothing is done, and programs get a line."""
+    stopped(runs / "mixed")
+    form = {"csrf": sign_in("olga"), "reason": "<b>a long\u202e reason", "round": "2"}
+    client.cookies.clear()
+    path = "/runs/mixed/actions/rollback"
+    answer = client.post(path, data=form, headers={"accept": "text/html"})
+    assert answer.status_code == 401
+    assert "&lt;b&gt;a long\ufffd reason" in answer.text
+    assert form["csrf"] not in answer.text
+    wanted = re.search(r'name="wanted" value="([^"]*)"', answer.text)
+    assert wanted is not None
+    signed = client.post(
+        "/login", data={"name": "olga", "password": "correct horse battery", "wanted": wanted[1]}
+    )
+    assert client.get(signed.headers["location"]).headers["location"] == "/runs/mixed/control"
+    assert not ControlQueue(runs / "mixed").requests()
+    client.cookies.clear()
+    # Another site's page cannot put its words onto this one.
+    foreign = {"accept": "text/html", "sec-fetch-site": "cross-site"}
+    assert "a long" not in client.post(path, data=form, headers=foreign).text
+    assert client.post("/logout", headers={"accept": "text/html"}).status_code == 401
+    for accept, said in (
+        ("*/*", "sign in first"),
+        ("application/json", '{"error":"sign in first"}'),
+    ):
+        answer = client.post(path, data=form, headers={"accept": accept})
+        assert (answer.status_code, answer.text) == (401, said)
+
+
+def test_a_viewer_is_turned_away_by_a_page_and_a_program_by_a_line(
+    client: TestClient, sign_in: Sign
+) -> None:
+    sign_in("vera")
+    page = client.get("/access", headers={"accept": "text/html"})
+    assert page.status_code == 403
+    assert "<nav" in page.text
+    assert "operator" in page.text
+    assert client.get("/api/v1/access", headers={"accept": "application/json"}).json()["error"]
+    assert "<" not in client.get("/api/v1/access").text
+
+
+def test_a_wrong_password_ends_no_session(client: TestClient, sign_in: Sign) -> None:
+    sign_in("olga")
+    assert client.post("/login", data={"name": "vera", "password": "wrong"}).status_code == 401
+    assert client.get("/").status_code == 200
+
+
 def test_every_token_can_be_revoked_whatever_page_is_shown(
     client: TestClient, sign_in: Sign, accounts: Accounts
 ) -> None:
