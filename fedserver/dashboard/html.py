@@ -34,9 +34,15 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 GOOD = {"accepted", "finished", "member", "applied", "info", "met", "done"}
 BUSY = {"running", "working", "paused", "pending", "requested"}
 QUIET = {"waiting", "silent", "unknown", "drained", "stopped"}
-# Characters that show another text than the one that is there.
+# Characters that show another text than the one that is there, or none. The two joiners are not among
+# them: some scripts cannot be written without.
 DECEPTIVE = dict.fromkeys(
-    [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFFFE, 0xFFFF], "\ufffd"
+    [
+        *(0x00AD, 0x061C, 0x200B, 0x200E, 0x200F, 0xFEFF, 0xFFFE, 0xFFFF),
+        *range(0x2028, 0x202F),
+        *range(0x2060, 0x206A),
+    ],
+    "\ufffd",
 )
 DECEPTIVE |= dict.fromkeys(
     [*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0)], "\ufffd"
@@ -80,7 +86,7 @@ def _shown(value: Any, kind: str) -> Markup:
         case "time":
             return moment(value)
         case "hash":
-            text = str(value)
+            text = clean(value)
             return Markup('<code title="{}">{}</code>').format(text, text[:12])
         case "mono":
             return Markup("<code>{}</code>").format(clean(value))
@@ -146,7 +152,7 @@ def address(path: str, **values: Any) -> str:
 
 def plot(value: Any) -> str:
     """A chart's columns as JSON, for an attribute."""
-    return json.dumps(plain(value), allow_nan=False)
+    return clean(json.dumps(plain(value), allow_nan=False, ensure_ascii=False))
 
 
 @cache

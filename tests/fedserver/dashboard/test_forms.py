@@ -7,7 +7,9 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import anyio
 import pytest
 from starlette.testclient import TestClient
 
@@ -186,3 +188,49 @@ def test_a_start_that_fails_is_told_and_leaves_the_name_free(
             job.process.wait()
     assert [job["state"] for job in jobs.json()] == ["failed", "failed"]
     assert "/no/such/data.jsonl" in jobs.json()[0]["said"]
+
+
+@pytest.mark.parametrize(
+    ("action", "form", "said"),
+    [
+        ("next_round", {"quorum": "1.5"}, "quorum: write a whole number"),
+        ("next_round", {"deadline_seconds": "soon"}, "deadline: write a number of seconds"),
+        ("adopt_budget", {"epsilon": "3"}, "no noise"),
+        ("make_coffee", {}, "no action"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong(
+    client: TestClient, sign_in: Sign, runs: Path, action: str, form: dict[str, str], said: str
+) -> None:
+    stopped(runs / "mixed")
+    answer = client.post(
+        f"/runs/mixed/actions/{action}",
+        data=form | {"csrf": sign_in("olga"), "reason": "why"},
+        headers={"accept": "application/json"},
+    )
+    assert answer.status_code == 409
+    assert said in answer.json()["error"]
+    assert "is stopped" not in answer.json()["error"]
+
+
+def test_a_form_that_is_broken_off_is_no_error(client: TestClient, sign_in: Sign) -> None:
+    """As a second click does with the first one's."""
+    sign_in("olga")
+    cookie = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
+    headers = {"host": "testserver", "cookie": cookie, "content-length": "99"}
+    for path in ("/runs/mixed/actions/export", "/login", "/access/revoke"):
+        scope = {
+            "type": "http", "method": "POST", "path": path, "query_string": b"", "scheme": "https",
+            "headers": [(key.encode(), value.encode()) for key, value in headers.items()],
+        }  # fmt: skip
+        parts = [{"type": "http.request", "body": b"reason=w", "more_body": True}]
+        sent: list[Any] = []
+
+        async def receive(parts: list[Any] = parts) -> Any:
+            return parts.pop() if parts else {"type": "http.disconnect"}
+
+        async def send(message: Any, sent: list[Any] = sent) -> None:
+            sent.append(message)
+
+        anyio.run(client.app, scope, receive, send)
+        assert sent[0]["status"] == 400
