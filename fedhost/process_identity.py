@@ -30,7 +30,8 @@ def number_of(identity: str) -> int:
 def is_alive(identity: str) -> bool:
     """Whether that process, and no later one of its number, still runs; a text that is none does not."""
     number = identity.partition("@")[0]
-    return number.isdecimal() and process_identity(int(number)) == identity
+    # No system numbers its processes beyond ten digits; a text of more may be of any length.
+    return len(number) <= 10 and number.isdecimal() and process_identity(int(number)) == identity
 
 
 def _without_proc(pid: int, unreaped: bool) -> str:

@@ -279,7 +279,7 @@ def from_json(told: Mapping[str, Any]) -> Event | None:
 
     Numbers that JSON does not have come back as NaN.
     """
-    kind = _KINDS.get(str(told.get("event")))
+    kind = KINDS.get(str(told.get("event")))
     if kind is None:
         return None
     given: dict[str, Any] = {}
@@ -310,6 +310,6 @@ def _plain(value: object) -> object:
 
 
 # What a log holds of a run under way; its end (RunFinished) is made from its summary.
-_KINDS: dict[str, type[Event]] = {
+KINDS: dict[str, type[Event]] = {
     _name(kind): kind for kind in get_args(Event) if kind is not RunFinished
 }

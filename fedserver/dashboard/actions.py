@@ -66,6 +66,12 @@ OFFERED = {
 """Which actions make sense in which state of a run."""
 ERRANDS = ("export", "continue")
 """Those that a process of their own carries out."""
+NOT_HERE = {
+    "adopt_budget": "a privacy budget cannot be adopted: this version adds no noise to updates, so"
+    " nothing would hold a run to it",
+    "start": "a run is started from the list of runs",
+}
+"""Why an action that somebody may look for is none of a run's."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class Desk:
             ControlError: the action makes no sense for this run now, or lacks something.
             JobError: too much is at work.
         """
+        if action not in set().union(*OFFERED.values()):
+            raise ControlError(NOT_HERE.get(action, f"there is no action {action!r}"))
         state = str(header(run)["state"])
         if action not in OFFERED.get(state, set()):
             raise ControlError(f"{action.replace('_', ' ')} is not possible: the run is {state}")
@@ -318,5 +326,6 @@ def arguments_of(action: str, form: Mapping[str, str]) -> dict[str, Any]:
             try:
                 found[key] = kind(word)
             except ValueError:
-                raise ControlError(f"{key.replace('_', ' ')}: {word!r} is no number") from None
+                wanted = "a whole number" if kind is int else "a number of seconds"
+                raise ControlError(f"{key.partition('_')[0]}: write {wanted}") from None
     return found

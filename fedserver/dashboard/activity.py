@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedserver.dashboard.sound_values import sound_event, sound_members
+
 WAITING, WORKING = "waiting", "working"
 
 
@@ -51,7 +53,11 @@ class Activity:
         self._offset += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
         for event in _events(lines):
-            self._apply(event)
+            try:
+                self._apply(sound_event(event))
+            except KeyError:
+                # A line that does not say what it has to is damaged; the others count.
+                continue
 
     def seen(self) -> Seen:
         """What stands now, for a reader whom what follows must not disturb."""
@@ -62,9 +68,9 @@ class Activity:
             with self._path.open("rb") as file:
                 file.seek(offset)
                 event = json.loads(file.readline() or b"{}")
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return
-        for node in event.get("nodes") or ():
+        for node in sound_members(event.get("nodes") if isinstance(event, dict) else None):
             self.members[node["node"]] = node
 
     def _apply(self, event: dict[str, Any]) -> None:
@@ -125,11 +131,11 @@ def _events(lines: list[bytes]) -> list[dict[str, Any]]:
     try:
         # Thousands of replies: one text is parsed much faster than as many small ones.
         found = json.loads(b"[" + b",".join(filter(None, lines)) + b"]")
-    except ValueError:
+    except (ValueError, RecursionError):
         found = []
         for line in lines:
             try:
                 found.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
     return [event for event in found if isinstance(event, dict)]

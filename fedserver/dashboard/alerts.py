@@ -1,11 +1,12 @@
 """Alerts by webhook: what an operator should know without looking, each said once.
 
-Every round since the last look is read, also of runs that have ended in between: a round that missed its
-quorum is an event of its own, a loss that rises or is no number fires and is taken back. What is so now,
-a silent node, a full disk or a broken chain, fires while it lasts. How far each run was read stands in
-``.dashboard/alerts.json``, so that a dashboard that is started again neither repeats nor misses a round.
-A payload is one JSON object; a receiver that fails is tried again at the next look, and never holds
-anything up.
+Every round since the last look is read, also of runs that have ended in between: a quorum that is
+missed, a loss that rises or is no number fires with the first such round and is taken back with the
+first other one. What is so now, a silent node, a full disk or a broken chain, fires while it lasts; the
+chain is looked at whenever the ledger's file has changed, also long after the run. What was told and how
+far each run was read stands in ``.dashboard/alerts.json``, so that a dashboard that is started again
+neither repeats nor misses a round. A payload is one JSON object; a receiver that fails is tried again at
+the next look, and never holds anything up.
 """
 
 from __future__ import annotations
@@ -18,21 +19,25 @@ import shutil
 import threading
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from http.client import HTTPException
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 from fedserver.dashboard.home import home_of
 from fedserver.dashboard.library import Library
-from fedserver.dashboard.run_reader import Row, RunReader, read_json
+from fedserver.dashboard.run_reader import LEDGER, Row, RunReader, file_stamp, read_json
 from fedserver.live_log import ALIVE
+from fedserver.quantities import spans_text
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 10.0
 TIMEOUT_SECONDS = 5.0
-LOSS_FACTOR = 1.5
-"""An evaluation loss this many times the best one so far is worth a word."""
+LOSS_FACTOR, LOSS_RISE = 1.5, 0.1
+"""An evaluation loss this many times the best one so far, and so many nats above it, is worth a word."""
 SILENT_ROUNDS = 3
 DISK_SHARE = 0.05
 READ = "alerts.json"
@@ -65,6 +70,9 @@ class Watchdog:
         # By run: how much of each stream was told, and when the run had changed last.
         self._read: dict[str, dict[str, float]] = found.get("read", {})
         self._told = {one["key"]: Alert(**one) for one in found.get("firing", ())}
+        # By run: the stamps of its ledger's files when its chain was last looked at, and how it was.
+        self._chains: dict[str, dict[str, Any]] = found.get("chains", {})
+        self._written = True
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._work, name="alerts", daemon=True)
 
@@ -79,18 +87,24 @@ class Watchdog:
     def look(self) -> list[Alert]:
         """Tell what is new and what is over; returns what is wrong now."""
         rows = self._library.rows()
-        wrong = list(_of_disk(self._library))
+        wrong, folders = list(_of_disk(self._library)), self._library.folders()
         open_now: list[Alert] = []
         for row in rows:
             alive = row["state"] in ALIVE
             changed = self._read.get(row["run"], {}).get("changed") != row["changed"]
-            firing = any(alert.run == row["run"] for alert in self._told.values())
-            run = self._library.reader(row["run"]) if alive or changed or firing else None
-            if run is None:
-                continue
+            chain = self._chains.setdefault(row["run"], {"stamp": None, "broken": False})
             # Before the files are read: what changes meanwhile is read at the next look.
+            stamp = _ledger_stamp(folders.get(row["run"]))
+            looked = alive or changed or chain["stamp"] != stamp
+            run = self._library.reader(row["run"]) if looked else None
+            if run is not None and chain["stamp"] != stamp:
+                chain |= {"stamp": stamp, "broken": _is_broken(run)}
+            if chain["broken"]:
+                text = "an entry does not follow the one before"
+                wrong.append(Alert(f"{row['run']}:chain", "chain_broken", row["run"], text))
+            if run is None or not (alive or changed):
+                continue
             self._tell_rounds(run, row["changed"], alive=alive)
-            wrong += _of_chain(run)
             if alive or (changed and not self._first):
                 wrong += _of_silence(run)
             if alive:
@@ -121,19 +135,55 @@ class Watchdog:
 
     def _tell_conditions(self, wrong: dict[str, Alert]) -> None:
         for key in [key for key in self._told if key not in wrong]:
-            if self._tell(RESOLVED, self._told[key]):
+            if self._tell(RESOLVED, replace(self._told[key], text=self._over(self._told[key]))):
                 del self._told[key]
         for key, alert in wrong.items():
             if key not in self._told and self._tell(FIRING, alert):
                 self._told[key] = alert
 
+    def _over(self, alert: Alert) -> str:
+        """How it is now that something is no longer wrong."""
+        if alert.kind == "disk_low":
+            return _free(self._library)
+        run = self._library.reader(alert.run)
+        if run is None:
+            return "the run is no longer in the folder"
+        if alert.kind == "chain_broken":
+            return "every entry follows the one before"
+        node = alert.key.removeprefix(_silence_key(alert.run, ""))
+        recent = run.recent_nodes()
+        rows = [row for number in sorted(recent)[-SILENT_ROUNDS:] for row in recent[number]]
+        if any(row["node"] == node and row["verdict"] != "missing" for row in rows):
+            return f"{node} has answered"
+        if run.live().get("state") not in ALIVE:
+            return f"the run has ended; {node} has not answered"
+        return f"{node} is asked no more; it has not answered"
+
     def _remember(self, names: set[str]) -> None:
         self._read = {name: read for name, read in self._read.items() if name in names}
-        told = {"read": self._read, "firing": [asdict(alert) for alert in self._told.values()]}
-        self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._chains = {name: chain for name, chain in self._chains.items() if name in names}
+        told = {
+            "read": self._read,
+            "firing": [asdict(alert) for alert in self._told.values()],
+            "chains": self._chains,
+        }
         draft = self._file.with_name(f".{READ}.{os.getpid()}")
-        draft.write_text(json.dumps(told), encoding="utf-8")
-        draft.replace(self._file)
+        try:
+            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            draft.write_text(json.dumps(told), encoding="utf-8")
+            draft.replace(self._file)
+        except OSError as error:
+            # Nothing is lost while this process runs. It is said once, not at every look.
+            if self._written:
+                logger.warning(
+                    "which alerts were sent could not be written down, so a dashboard that is started"
+                    " again may repeat them: %s", error.strerror or error,
+                )  # fmt: skip
+            self._written = False
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+        else:
+            self._written = True
 
     def _tell(self, status: str, alert: Alert) -> bool:
         body = json.dumps(asdict(alert) | {"status": status, "source": "fedbraid"}).encode()
@@ -177,69 +227,80 @@ def _open(stream: list[Change]) -> list[Alert]:
 
 
 def _of_quorum(name: str, rounds: list[Row]) -> list[Change]:
-    """Each round that missed its quorum; all are over with the next one that has it."""
-    found: list[Change] = []
-    missed: list[Alert] = []
+    """The first round of several that missed their quorum; they are over with the next that has it."""
+    found: list[tuple[bool, Alert]] = []
+    missed: list[int] = []
     for row in rounds:
-        if row.get("quorum", True):
-            found += [(RESOLVED, alert) for alert in missed]
+        met, number = row.get("quorum", True), row["round"]
+        missed = missed if met else [*missed, number]
+        text = f"round {number} missed its quorum; the model stayed as it was"
+        if met:
+            text = f"the quorum was met again in round {number}; {spans_text(missed)} missed it"
             missed = []
-            continue
-        text = f"round {row['round']} missed its quorum; the model stayed as it was"
-        missed.append(Alert(f"{name}:quorum:{row['round']}", "quorum_missed", name, text))
-        found.append((FIRING, missed[-1]))
-    return found
+        found.append((not met, Alert(f"{name}:quorum", "quorum_missed", name, text)))
+    return _begun_and_over(found)
 
 
 def _of_loss(name: str, rounds: list[Row]) -> list[Change]:
-    found: list[Alert | None] = []
+    found: list[tuple[bool, Alert]] = []
     best = math.inf
     for row in rounds:
         loss = row.get("eval_loss")
         if loss is not None:
             best = min(best, loss)
-            text = f"evaluation loss {loss:.3f} in round {row['round']}, the best was {best:.3f}"
-            risen = Alert(f"{name}:loss", "loss", name, text)
-            found.append(None if loss <= LOSS_FACTOR * best else risen)
+            risen = not loss <= max(LOSS_FACTOR * best, best + LOSS_RISE)
+            text = f"evaluation loss {loss:.3f} in round {row['round']}"
+            text += (
+                f", the best was {best:.3f}" if risen else f", near the best of {best:.3f} again"
+            )
+            found.append((risen, Alert(f"{name}:loss", "loss", name, text)))
     return _begun_and_over(found)
 
 
 def _of_training(name: str, rounds: list[Row]) -> list[Change]:
-    found: list[Alert | None] = []
+    found: list[tuple[bool, Alert]] = []
     for row in rounds:
         loss = row.get("loss")
         if loss is not None:
-            text = f"the training loss of round {row['round']} is not finite"
-            wild = Alert(f"{name}:train", "loss", name, text)
-            found.append(None if math.isfinite(loss) else wild)
+            wild = not math.isfinite(loss)
+            text = f"the training loss of round {row['round']} is "
+            text += "not finite" if wild else "finite again"
+            found.append((wild, Alert(f"{name}:train", "loss", name, text)))
     return _begun_and_over(found)
 
 
-def _begun_and_over(wrong: list[Alert | None]) -> list[Change]:
-    """What was wrong in each round, None for nothing: told when it begins, and when it is over."""
+def _begun_and_over(rounds: list[tuple[bool, Alert]]) -> list[Change]:
+    """Whether each round was wrong, and what is said of it: when it begins, and when it is over."""
     found: list[Change] = []
-    firing: Alert | None = None
-    for alert in wrong:
-        if alert is None:
-            found += [(RESOLVED, firing)] if firing is not None else []
-            firing = None
-        elif firing is None:
-            firing = alert
-            found.append((FIRING, alert))
+    firing = False
+    for wrong, alert in rounds:
+        if wrong != firing:
+            found.append((FIRING if wrong else RESOLVED, alert))
+        firing = wrong
     return found
 
 
 def _of_disk(library: Library) -> Iterator[Alert]:
     disk = shutil.disk_usage(library.root)
     if disk.free < DISK_SHARE * disk.total:
-        text = f"{disk.free / 1e9:.1f} GB of {disk.total / 1e9:.0f} GB are free"
-        yield Alert("disk", "disk_low", "", text)
+        yield Alert("disk", "disk_low", "", _free(library))
 
 
-def _of_chain(run: RunReader) -> Iterator[Alert]:
-    if any(newer["previous"] != older["hash"] for newer, older in pairwise(run.entries())):
-        text = "an entry does not follow the one before"
-        yield Alert(f"{run.identity}:chain", "chain_broken", run.identity, text)
+def _free(library: Library) -> str:
+    disk = shutil.disk_usage(library.root)
+    return f"{disk.free / 1e9:.1f} GB of {disk.total / 1e9:.0f} GB are free"
+
+
+def _is_broken(run: RunReader) -> bool:
+    return any(newer["previous"] != older["hash"] for newer, older in pairwise(run.entries()))
+
+
+def _ledger_stamp(folder: Path | None) -> list[Any]:
+    """What changes with a ledger, as JSON holds it."""
+    if folder is None:
+        return []
+    stamps = (file_stamp(folder / name) for name in (LEDGER, f"{LEDGER}-wal"))
+    return [None if stamp is None else list(stamp) for stamp in stamps]
 
 
 def _of_silence(run: RunReader) -> Iterator[Alert]:
@@ -251,5 +312,8 @@ def _of_silence(run: RunReader) -> Iterator[Alert]:
     heard = {n["node"] for r in numbers for n in recent[r] if n["verdict"] != "missing"}
     for node in sorted(set.intersection(*asked) - heard):
         text = f"{node} has not answered for {SILENT_ROUNDS} rounds"
-        key = f"{run.identity}:silent:{node}"
-        yield Alert(key, "node_silent", run.identity, text)
+        yield Alert(_silence_key(run.identity, node), "node_silent", run.identity, text)
+
+
+def _silence_key(run: str, node: str) -> str:
+    return f"{run}:silent:{node}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from starlette.requests import Request
@@ -15,6 +16,7 @@ from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import NotThere, Page, Question
 from fedserver.dashboard.registry import VIEWS, View
 from fedserver.dashboard.run_reader import RunReader
+from fedserver.dashboard.sound_values import plain
 from fedserver.dashboard.tables import Choice, to_csv
 
 if TYPE_CHECKING:
@@ -24,6 +26,16 @@ API = "/api/v1"
 WHOLE = Choice(whole=True)
 MOST_ROUNDS = 2**63 - 1
 """Of a round's number in an address, which a database's integer holds."""
+
+
+class PlainJSON(JSONResponse):
+    """JSON of what a run's files say: what is no number is null, and what is no character is "?"."""
+
+    def render(self, content: Any) -> bytes:
+        """As bytes."""
+        return json.dumps(
+            plain(content), ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        ).encode("utf-8", "replace")
 
 
 class Answers:
@@ -59,12 +71,12 @@ class Answers:
                 raise NotThere("there is no such table")
             disposition = f'attachment; filename="{found.name}.csv"'
             return Response(
-                to_csv(found),
+                to_csv(found).encode("utf-8", "replace"),
                 media_type="text/csv; charset=utf-8",
                 headers={"content-disposition": disposition},
             )
         if path.startswith(API):
-            return JSONResponse(page.json())
+            return PlainJSON(page.json())
         html = self.page(request, page, template, view=view, stream=stream, shown=shown)
         return HTMLResponse(html)
 

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import (
     FileResponse,
     HTMLResponse,
@@ -73,7 +73,11 @@ def make_application(
     application = Starlette(
         routes=site.routes(),
         middleware=[Middleware(Guard, accounts=accounts, hosts=hosts)],
-        exception_handlers={404: _not_found, NotThere: _not_found},
+        exception_handlers={
+            404: _not_found,
+            NotThere: _not_found,
+            ClientDisconnect: _broken_off,
+        },
     )
     application.state.site = site
     return application
@@ -302,6 +306,11 @@ def live_payload(run: RunReader) -> dict[str, Any]:
         "charts": page.data["curves"] | {"rollbacks": page.data["rollbacks"]},
         "data": {k: v for k, v in page.data.items() if k != "curves"},
     }
+
+
+def _broken_off(request: Request, error: Exception) -> Response:
+    """Of a form that a browser did not send to its end: nobody waits for an answer."""
+    return Response(status_code=400)
 
 
 def _not_found(request: Request, error: Exception) -> Response:

@@ -9,11 +9,12 @@ from urllib.parse import parse_qs, urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request, cookie_parser
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedserver.dashboard import oidc
 from fedserver.dashboard.accounts import Accounts, Session
+from fedserver.dashboard.html import render
 
 COOKIE = "__Host-fedbraid"
 STATIC = "/static/"
@@ -83,24 +84,41 @@ class Guard:
             session = self._accounts.bearer(token.strip())
             scope["bearer"] = session is not None
         scope["session"], scope["cookie"], scope["token"] = session, cookie, token.strip()
+        own = headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
         public = path in PUBLIC or path.startswith(STATIC)
         if session is None and not public:
-            if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
-                scope["path"], scope["wanted"] = "/login", _address(scope)
+            if scope["method"] in ("GET", "POST") and wants_page(headers):
+                # What a form held is shown to who sent it from here, and to nobody else's visitors.
+                scope["unsent"] = scope["method"] == "POST" and own
+                scope["path"], scope["wanted"], scope["method"] = "/login", _address(scope), "GET"
                 return None
-            return PlainTextResponse(
-                "sign in first", 401, {"www-authenticate": 'Bearer realm="fedbraid"'}
-            )
+            return refusal(headers, "sign in first", 401)
         acts = scope["method"] not in ("GET", "HEAD")
-        if acts and headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        if acts and not own:
             return PlainTextResponse("an action comes from this server's own pages", 403)
         below = (path.rstrip("/") + "/").startswith(tuple(f"{one}/" for one in OPERATORS))
         if below and session is not None and not session.may_act:
-            return PlainTextResponse("an operator's account is needed to see this", 403)
+            return refusal(headers, "an operator's account is needed to see this", 403, session)
         everybodys = path in ("/login", "/logout")
         if acts and not everybodys and (session is None or not session.may_act):
-            return PlainTextResponse(ACTS, 403)
+            return refusal(headers, ACTS, 403, session)
         return None
+
+
+def wants_page(headers: Headers) -> bool:
+    """Whether a browser asks, and not a program."""
+    return "text/html" in headers.get("accept", "")
+
+
+def refusal(headers: Headers, words: str, status: int, session: Session | None = None) -> Response:
+    """Why somebody is turned away: a page for a browser, JSON for who asks for it, else a line."""
+    if wants_page(headers):
+        html = render("missing.html.jinja", session=session, title="Not allowed", words=words)
+        return HTMLResponse(html, status)
+    challenge = {"www-authenticate": 'Bearer realm="fedbraid"'} if status == 401 else None
+    if "application/json" in headers.get("accept", ""):
+        return JSONResponse({"error": words}, status, challenge)
+    return PlainTextResponse(words, status, challenge)
 
 
 def _host_of(headers: Headers) -> str:
@@ -120,6 +138,16 @@ class StaleForm(PermissionError):
         self.fields = {key: value for key, value in fields.items() if key != "csrf"}
 
 
+async def fields_of(request: Request) -> dict[str, str]:
+    """What a form holds, whoever sent it. Raises ValueError for one that is too long or none."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > LARGEST_BODY:
+            raise ValueError("the form is too long")
+    return {k: v[-1] for k, v in parse_qs(body.decode(), keep_blank_values=True).items()}
+
+
 async def form_of(request: Request) -> dict[str, str]:
     """The fields of a form, each once, of at most ``LARGEST_BODY`` bytes.
 
@@ -127,12 +155,7 @@ async def form_of(request: Request) -> dict[str, str]:
         StaleForm: the form does not hold the session's CSRF token.
         ValueError: the body is too long or not a form.
     """
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > LARGEST_BODY:
-            raise ValueError("the form is too long")
-    fields = {k: v[-1] for k, v in parse_qs(body.decode(), keep_blank_values=True).items()}
+    fields = await fields_of(request)
     session: Session | None = request.scope["session"]
     if session is not None and not request.scope["bearer"]:
         sent = fields.get("csrf") or request.headers.get("x-csrf-token", "")

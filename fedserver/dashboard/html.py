@@ -14,16 +14,35 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from fedserver import quantities
+from fedserver.dashboard import sound_values
 from fedserver.dashboard.page import Page, run_address
+from fedserver.dashboard.sound_values import plain
 from fedserver.dashboard.tables import Column
 
+NUMBERS = {
+    "count": quantities.count_text,
+    "bytes": quantities.bytes_text,
+    "seconds": quantities.duration_text,
+    "loss": quantities.loss_text,
+    "share": quantities.share_text,
+    "number": quantities.number_text,
+}
+"""How numbers of each kind of column read."""
+MEASURES = {*NUMBERS, "bar", "time"}
+"""Kinds of column whose values are numbers; whatever else stands there is a text."""
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 GOOD = {"accepted", "finished", "member", "applied", "info", "met", "done"}
 BUSY = {"running", "working", "paused", "pending", "requested"}
 QUIET = {"waiting", "silent", "unknown", "drained", "stopped"}
-# Characters that show another text than the one that is there.
+# Characters that show another text than the one that is there, or none. The two joiners are not among
+# them: some scripts cannot be written without.
 DECEPTIVE = dict.fromkeys(
-    [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFFFE, 0xFFFF], "\ufffd"
+    [
+        *(0x00AD, 0x061C, 0x200B, 0x200E, 0x200F, 0xFEFF, 0xFFFE, 0xFFFF),
+        *range(0x2028, 0x202F),
+        *range(0x2060, 0x206A),
+    ],
+    "\ufffd",
 )
 DECEPTIVE |= dict.fromkeys(
     [*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0)], "\ufffd"
@@ -34,7 +53,9 @@ def render(template: str, page: Page | None = None, **context: Any) -> str:
     """A template with a page's data and tables as ``data`` and ``tables``."""
     if page is not None:
         context |= {"data": page.data, "tables": page.tables}
-    return _environment().get_template(template).render(**context)
+    text = _environment().get_template(template).render(**context)
+    # Half of a pair of code units, which JSON can hold, is no character and cannot be sent.
+    return text.encode("utf-8", "replace").decode()
 
 
 def compile_templates() -> None:
@@ -57,13 +78,15 @@ def cell(row: dict[str, Any], column: Column) -> Markup:
 def _shown(value: Any, kind: str) -> Markup:
     if isinstance(value, float) and not math.isfinite(value):
         return escape(str(value))
+    if kind in MEASURES and not isinstance(value, (int, float)):
+        kind = "text"
     match kind:
         case "state":
             return chip(str(value))
         case "time":
-            return moment(float(value))
+            return moment(value)
         case "hash":
-            text = str(value)
+            text = clean(value)
             return Markup('<code title="{}">{}</code>').format(text, text[:12])
         case "mono":
             return Markup("<code>{}</code>").format(clean(value))
@@ -75,14 +98,7 @@ def _shown(value: Any, kind: str) -> Markup:
 
 
 def _number(value: float, kind: str) -> Markup:
-    shown = {
-        "count": quantities.count_text,
-        "bytes": quantities.bytes_text,
-        "seconds": quantities.duration_text,
-        "loss": quantities.loss_text,
-        "share": quantities.share_text,
-        "number": quantities.number_text,
-    }[kind](value)
+    shown = NUMBERS[kind](value)
     return Markup('<data value="{}">{}</data>').format(repr(value), shown)
 
 
@@ -94,9 +110,9 @@ def chip(state: str) -> Markup:
     return Markup('<span class="chip {}">{}</span>').format(kind, clean(state.replace("_", " ")))
 
 
-def moment(seconds: float | None) -> Markup:
-    """A time stamp, in UTC; the page's script shows it in the reader's zone."""
-    if seconds is None:
+def moment(seconds: Any) -> Markup:
+    """A time stamp, in UTC; the page's script shows it in the reader's zone. Of no date: a dash."""
+    if not sound_values.moment(seconds):
         return Markup('<span class="missing">–</span>')
     when = datetime.fromtimestamp(seconds, UTC)
     return Markup('<time datetime="{}">{} UTC</time>').format(
@@ -136,7 +152,7 @@ def address(path: str, **values: Any) -> str:
 
 def plot(value: Any) -> str:
     """A chart's columns as JSON, for an attribute."""
-    return json.dumps(value, allow_nan=False)
+    return clean(json.dumps(plain(value), allow_nan=False, ensure_ascii=False))
 
 
 @cache

@@ -11,6 +11,7 @@ from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
 from fedserver.dashboard.run_reader import Row, RunReader
 from fedserver.dashboard.sentences import level, sentence, spoken
+from fedserver.dashboard.sound_values import sound_event
 from fedserver.dashboard.tables import Column, LazyRows, make_table
 from fedserver.ledger import GENESIS_PREVIOUS
 
@@ -140,6 +141,7 @@ def short(value: object) -> object:
 
 def _line(event: Row) -> Row:
     """One event as a line: what it is, whom it is about, and what it says."""
+    event = sound_event(event)
     text = sentence(event)
     if text is None:
         rest = {

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+from fedserver.dashboard import sound_values
 from fedserver.dashboard.run_reader import (
     LEDGER,
     METRICS,
@@ -24,6 +25,8 @@ from fedserver.dashboard.run_reader import (
     read_json,
     settled,
 )
+from fedserver.dashboard.sound_reader import SoundReader
+from fedserver.dashboard.sound_values import sound
 from fedserver.live_log import LIVE, state_of
 
 DEPTH = 2
@@ -83,7 +86,7 @@ class Library:
             if folder is None:
                 self._readers.pop(name, None)
                 return None
-            reader = self._readers.pop(name, None) or RunReader(folder, name)
+            reader = self._readers.pop(name, None) or SoundReader(folder, name)
             self._readers[name] = reader
             while len(self._readers) > OPEN_READERS:
                 self._readers.popitem(last=False)
@@ -154,7 +157,8 @@ class Library:
         held = self._rows.get(name)
         if held is not None and held[0] == stamps:
             return dict(held[1])
-        live, summary = read_json(folder / LIVE), read_json(folder / SUMMARY)
+        live = sound(read_json(folder / LIVE), sound_values.LIVE)
+        summary = sound(read_json(folder / SUMMARY), sound_values.SUMMARY)
         told = settled(live, summary)
         losses = (summary.get("before") or {}).get("loss"), summary.get("eval_loss")
         if not told:
@@ -187,7 +191,7 @@ class Library:
         """Once a round, not at every phase of it."""
         held = self._losses.get(name)
         if held is None or held[0] != stamp:
-            found = RunReader(folder, name).losses() if stamp else (None, None)
+            found = SoundReader(folder, name).losses() if stamp else (None, None)
             held = self._losses[name] = (stamp, found)
         return held[1]
 

@@ -53,6 +53,8 @@ COMPARED = (
     Column("seconds", "Took", "seconds"),
     Column("head", "Ledger head", "hash"),
 )
+PRESENT = "present"
+"""Stands for a node that a run has, beside its settings."""
 SETTINGS = (Column("key", "Setting"),)
 PROCESSES = (
     Column("name", "Run", link="address"),
@@ -63,6 +65,8 @@ PROCESSES = (
     Column("memory_bytes", "Memory", "bytes"),
 )
 MOST_COMPARED = 24
+LARGEST_LOSS = 1e100
+"""Nats a token; what is beyond it, or no number, has no mean with others."""
 SHORTEST_LOOK = 0.5
 """Processor seconds, or seconds of a process, between two looks: of less no share can be made."""
 STARTED = time.time()
@@ -125,17 +129,9 @@ def compare(library: Library, question: Question) -> Page:
                     "head": top["head"],
                 }
             )
-    differing = sorted(
-        {
-            key
-            for settings in flat.values()
-            for key in settings
-            if len({str(other.get(key)) for other in flat.values()}) > 1
-        }
-    )
     settings_rows = [
         {"key": key, **{run.identity: _shown(flat[run.identity].get(key)) for run in chosen}}
-        for key in differing
+        for key in _differing(list(flat.values()))
     ]
     columns = [*SETTINGS, *(Column(run.identity, run.identity, "mono") for run in chosen)]
     recent = [{"run": row["run"], "name": row["name"]} for row in library.rows()[:100]]
@@ -272,9 +268,28 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
             name = value.get("name", place)
             rest = {k: v for k, v in value.items() if k != "name" and v is not None}
             found |= flatten(rest, f"{prefix}.{name}")
-            found[f"{prefix}.{name}"] = "present"
+            found[f"{prefix}.{name}"] = PRESENT
         return found
     return {prefix: settings}
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys that read differently in some runs; of a node that a run does not have, only that."""
+    keys = {key for one in settings for key in one}
+    everywhere = {key for key in keys if all(key in one for one in settings)}
+    listed = {key for one in settings for key, value in one.items() if value == PRESENT}
+
+    def owner(key: str) -> str:
+        while (key := key.rpartition(".")[0]) and key not in listed:
+            pass
+        return key
+
+    return sorted(
+        key
+        for key in keys
+        if len({_shown(one.get(key)) for one in settings}) > 1
+        and ((of := owner(key)) == "" or of in everywhere)
+    )
 
 
 def _band(members: Sequence[RunReader]) -> dict[str, Any]:
@@ -282,8 +297,9 @@ def _band(members: Sequence[RunReader]) -> dict[str, Any]:
     by_round: dict[int, list[float]] = {}
     for run in members:
         for row in run.rounds():
-            if row.get("eval_loss") is not None:
-                by_round.setdefault(row["round"], []).append(row["eval_loss"])
+            loss = row.get("eval_loss")
+            if loss is not None and abs(loss) <= LARGEST_LOSS:
+                by_round.setdefault(row["round"], []).append(loss)
     found = [(number, estimate(by_round[number])) for number in sorted(by_round)]
     known = [(number, one) for number, one in found if one is not None]
     return {
@@ -308,6 +324,5 @@ def _group_names(groups: Mapping[str, Sequence[RunReader]]) -> list[str]:
 
 
 def _shown(value: Any) -> str | None:
-    if value is None:
-        return None
-    return value if isinstance(value, str) else str(value)
+    """As it reads; None for what is not set."""
+    return None if value is None or value == "" else str(value)

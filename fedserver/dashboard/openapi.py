@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from fedserver.control import ARGUMENTS, EXPORTS
 from fedserver.dashboard.registry import View
 
 RUN = {
@@ -48,6 +49,40 @@ SEVERAL_RUNS = {
     "schema": {"type": "array", "items": {"type": "string"}},
 }
 
+CSRF = {
+    "name": "x-csrf-token",
+    "in": "header",
+    "description": "with a session: its token, which stands in every form; not with a bearer token",
+    "schema": {"type": "string"},
+}
+FIELDS: dict[str, dict[str, Any]] = {
+    "reason": {"type": "string", "maxLength": 500, "description": "stands in the ledger"},
+    "node": {"type": "string", "description": "its name in the run's scenario"},
+    "deadline_seconds": {"type": "number", "exclusiveMinimum": 0},
+    "quorum": {"type": "integer", "minimum": 1, "description": "updates"},
+    "round": {"type": "integer", "minimum": 0},
+    "kind": {"type": "string", "enum": list(EXPORTS)},
+    "scenario": {"type": "string", "description": "name of one that comes with fedbraid"},
+    "name": {"type": "string", "maxLength": 64},
+    "overrides": {"type": "string", "description": "KEY=VALUE a line"},
+    "hours": {"type": "number", "exclusiveMinimum": 0, "description": "how long the token holds"},
+    "token": {"type": "string", "description": "its id, as /api/v1/access lists it"},
+}
+"""What forms hold."""
+OF_ACTION = {
+    "pause": "before the next round",
+    "resume": "with the next round",
+    "stop": "after the round that is under way",
+    "next_round": "another deadline or quorum, for that round alone",
+    "drain": "keep a node out: it is to rest",
+    "quarantine": "keep a node out: its updates are in doubt",
+    "revoke": "keep a node out for good",
+    "readmit": "let a node that was drained or quarantined take part again",
+    "rollback": "the next round starts from the model after that one",
+    "continue": "start a simulation that has stopped again",
+    "export": "the model of the last committed round",
+}
+"""What operators do to a run."""
 JOBS_OF = SEVERAL_RUNS | {"description": "a run whose jobs are asked for; by default all jobs"}
 
 
@@ -91,6 +126,7 @@ def document(views: Sequence[View], one_round: View) -> dict[str, Any]:
             paths[f"{address}/{table}.csv"] = _get(
                 f"The table '{table}' as CSV, whole.", [*parameters, *TABLE[1:]], csv=True
             )
+    paths |= _forms()
     return {
         "openapi": "3.1.0",
         "info": {"title": "fedbraid dashboard", "version": _version()},
@@ -119,6 +155,72 @@ def _get(summary: str, parameters: Sequence[dict[str, Any]], *, csv: bool = Fals
                 "404": {"description": "there is no such run, round or table"},
             },
         }
+    }
+
+
+def _forms() -> dict[str, Any]:
+    """Where operators' forms are sent; these addresses stand beside ``/api/v1``, not below it."""
+    found = {}
+    for action, text in OF_ACTION.items():
+        needed = {"rollback": ["round"], "export": ["kind"]}.get(action, [])
+        fields = ["deadline_seconds", "quorum"] if action == "next_round" else needed
+        if "node" in ARGUMENTS[action]:
+            fields = needed = ["node"]
+        done = "202", "queued or begun; as JSON for who accepts it, else 303 to the run's page"
+        summary = f"{action.replace('_', ' ').capitalize()}: {text}."
+        found[f"/runs/{{run}}/actions/{action}"] = _post(summary, fields, needed, done, [RUN])
+    seen = "303", "to the page on which its progress is seen"
+    measuring = "202", "begun; as JSON for who accepts it, else 303 to the page"
+    issued = "201", "the token, shown here once; as JSON for who accepts it, else as a page"
+    found |= {
+        "/start": _post(
+            "Start a simulation.", ["scenario", "name", "overrides"], ["scenario", "name"], seen, []
+        ),
+        "/runs/{run}/ledger/replay": _post(
+            "Replay a run to a round.", ["round"], ["round"], seen, [RUN], reason=False
+        ),
+        "/runs/{run}/robustness/measure": _post(
+            "Measure distances.", ["round"], ["round"], measuring, [RUN], reason=False
+        ),
+        "/devices/invite": _post(
+            "Issue an enrolment token.", ["name", "hours"], ["name"], issued, []
+        ),
+        "/access/revoke": _post("End a program's token.", ["token"], ["token"], seen, []),
+    }
+    return found
+
+
+def _post(
+    summary: str,
+    fields: Sequence[str],
+    needed: Sequence[str],
+    done: tuple[str, str],
+    parameters: Sequence[dict[str, Any]],
+    *,
+    reason: bool = True,
+) -> Any:
+    why = ["reason"] if reason else []
+    schema = {
+        "type": "object",
+        "properties": {name: FIELDS[name] for name in [*fields, *why]},
+        "required": [*needed, *why],
+    }
+    content = {"application/x-www-form-urlencoded": {"schema": schema}}
+    missing = {"404": {"description": "there is no such run"}} if parameters else {}
+    return {
+        "servers": [{"url": "/"}],
+        "post": {
+            "summary": summary,
+            "parameters": [*parameters, CSRF],
+            "requestBody": {"required": True, "content": content},
+            "responses": {
+                done[0]: {"description": done[1]},
+                "401": {"description": "no credentials"},
+                "403": {"description": "not an operator, or a form of another session"},
+                **missing,
+                "409": {"description": "refused; it says why"},
+            },
+        },
     }
 
 

@@ -139,17 +139,18 @@ def header(run: RunReader) -> dict[str, Any]:
 def totals(run: RunReader) -> dict[str, Any]:
     """Sums over the run so far, beside what full exchanges of the nodes asked would take."""
     rounds, told = run.rounds(), run.live()
+    took = [row["seconds"] for row in rounds if row["seconds"] is not None]
     asked = sum(row.get("asked") or 0 for row in rounds)
     ranks = sum(row.get("asked_ranks") or 0 for row in rounds)
     latest = next((r for r in reversed(rounds) if r.get("eval_loss") is not None), None)
     before = (run.summary().get("before") or {}).get("loss")
     return {
         **moved(run),
-        "seconds_a_round": statistics.fmean(row["seconds"] for row in rounds) if rounds else None,
+        "seconds_a_round": statistics.fmean(took) if took else None,
         "bytes_full_model": told.get("model_bytes_a_node", 0) * asked or None,
         "bytes_full_lora": told.get("lora_bytes_a_rank", 0) * ranks or None,
-        "accepted": sum(row["accepted"] for row in rounds),
-        "rejected": sum(row["rejected"] for row in rounds),
+        "accepted": sum(row["accepted"] or 0 for row in rounds),
+        "rejected": sum(row["rejected"] or 0 for row in rounds),
         "loss": rounds[-1]["loss"] if rounds else None,
         "eval_loss": latest["eval_loss"] if latest else None,
         "eval_accuracy": latest["eval_accuracy"] if latest else None,
@@ -162,7 +163,7 @@ def totals(run: RunReader) -> dict[str, Any]:
 def moved(run: RunReader) -> dict[str, Any]:
     """Bytes and seconds of all messages: of the rounds, and of the evaluations at the end."""
     lines = [*run.rounds(), *run.evaluations()]
-    return {key: sum(line[key] for line in lines) for key in MOVED}
+    return {key: sum(line[key] or 0 for line in lines) for key in MOVED}
 
 
 def curves(rounds: Sequence[Row]) -> dict[str, list[Any]]:

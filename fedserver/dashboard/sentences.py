@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedserver import events
 from fedserver.dashboard.run_reader import Row
+from fedserver.dashboard.sound_values import sound_event
 from fedserver.quantities import bytes_text, duration_text, loss_text, plural, share_text
 
 PHASES = {
@@ -29,7 +30,7 @@ ENDS = {
 
 def sentence(told: Row) -> str | None:
     """Of one line of a log; None for an event that this version does not know."""
-    match events.from_json(told):
+    match events.from_json(sound_event(told)):
         case events.RunStarted() as run:
             begins = f"{run.name} begins: {plural(run.rounds, 'round')}"
             if run.first_round > 1:
@@ -70,7 +71,7 @@ def sentence(told: Row) -> str | None:
 
 def level(told: Row) -> str:
     """info, warning or error."""
-    match events.from_json(told):
+    match events.from_json(sound_event(told)):
         case events.NodeReplied(verdict=verdict) if verdict != events.ACCEPTED:
             return "warning"
         case events.RoundCommitted(quorum=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 from anyio import CapacityLimiter, to_thread
@@ -11,11 +12,13 @@ from starlette.routing import Route
 
 from fedserver.dashboard import oidc
 from fedserver.dashboard.accounts import AccountError, Accounts
-from fedserver.dashboard.guard import COOKIE, StaleForm, form_of
+from fedserver.dashboard.guard import COOKIE, StaleForm, fields_of, form_of
 from fedserver.dashboard.html import render
 from fedserver.dashboard.oidc import Provider
 from fedserver.dashboard.page import NotThere
 
+NOT_SHOWN = ("csrf", "password", "wanted")
+"""Fields of a form that are nothing somebody typed for a page."""
 PROVIDER_THREADS = 4
 """Anybody may begin to sign in; so many threads wait for the provider, and none of those of pages."""
 
@@ -52,12 +55,19 @@ class SignIn:
                 problem = "This link has been used, or is of another start of the dashboard."
                 if self.accounts.names():
                     problem = "The terminal's link ended when the first account was made."
-            return self._login_page(request, problem, wanted, 401 if wanted or problem else 200)
+            typed: dict[str, str] = {}
+            if request.scope.get("unsent"):
+                problem = "You were signed out, and nothing was done. Sign in, and send it again."
+                try:
+                    typed = await fields_of(request)
+                except ValueError:
+                    problem = "You were signed out, and nothing was done."
+            status = 401 if wanted or problem else 200
+            return self._login_page(request, problem, wanted, status, typed=typed)
+        form: dict[str, str] = {}
         try:
-            # Who signs in over an old session cannot have its token; the old one ends.
-            self.accounts.sign_out(request.scope["cookie"])
-            request.scope["session"] = None
-            form = await form_of(request)
+            # Who signs in over an old session cannot have its token.
+            form = await fields_of(request)
             # Passwords are hashed one at a time; who tries many must not keep pages waiting.
             cookie = await to_thread.run_sync(
                 self.accounts.sign_in,
@@ -70,6 +80,7 @@ class SignIn:
             return self._login_page(request, str(error), form.get("wanted", ""), 401, name)
         except ValueError as error:
             return self._login_page(request, str(error), "", 400)
+        self.accounts.sign_out(request.scope["cookie"])
         return _signed_in(cookie, _own_path(form.get("wanted", "")))
 
     async def begin_oidc(self, request: Request) -> Response:
@@ -133,12 +144,24 @@ class SignIn:
         return answer
 
     def _login_page(
-        self, request: Request, problem: str, wanted: str, status: int, name: str = ""
+        self,
+        request: Request,
+        problem: str,
+        wanted: str,
+        status: int,
+        name: str = "",
+        typed: Mapping[str, str] | None = None,
     ) -> Response:
+        shown = {
+            key.replace("_", " ").capitalize(): value
+            for key, value in (typed or {}).items()
+            if key not in NOT_SHOWN and value.strip()
+        }
         html = render(
             "login.html.jinja",
-            session=None,
+            session=request.scope["session"],
             problem=problem,
+            typed=shown,
             name=name,
             wanted=_own_path(wanted),
             has_accounts=bool(self.accounts.names()),
@@ -160,5 +183,5 @@ def _set_session(answer: Response, cookie: str) -> None:
 
 def _own_path(wanted: str) -> str:
     """An address of this server, "" for anything that could lead elsewhere."""
-    safe = wanted.startswith("/") and not wanted.startswith(("//", "/\\", "/login"))
+    safe = wanted.startswith("/") and not wanted.startswith(("//", "/\\", "/login", "/logout"))
     return wanted if safe and wanted.isprintable() and "\\" not in wanted else ""

@@ -12,6 +12,8 @@ from typing import Any
 
 from anyio import to_thread
 
+from fedserver.dashboard.sound_values import plain
+
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.2
@@ -106,4 +108,4 @@ def version(stamp: Any) -> str:
 
 
 def _event(number: int, payload: dict[str, Any]) -> bytes:
-    return f"id: {number}\ndata: {json.dumps(payload, allow_nan=False)}\n\n".encode()
+    return f"id: {number}\ndata: {json.dumps(plain(payload), allow_nan=False)}\n\n".encode()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
 Row = dict[str, Any]
 PAGE = 50
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
+FORMULA = re.compile(
+    r"[\t\r\n]|[\s\x00-\x1f\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]*"
+    r"[=+\-@\uff1d\uff0b\uff0d\uff20]"
+)
+"""How a text begins that a spreadsheet may compute, which passes over what is not seen."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def to_csv(table: Table) -> str:
 
 
 def _inert(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith(FORMULA):
+    if isinstance(value, str) and FORMULA.match(value):
         return "'" + value
     return "" if value is None else value
 
@@ -155,4 +160,6 @@ def _holds(row: Row, columns: Sequence[Column], words: Sequence[str]) -> bool:
 
 
 def _order(value: Any) -> tuple[int, Any]:
-    return (1, value.casefold()) if isinstance(value, str) else (0, value)
+    if isinstance(value, (int, float)):
+        return 0, value
+    return 1, str(value).casefold()

@@ -54,18 +54,51 @@ function follow(address) {
   addEventListener("pagehide", () => stream.close());
 }
 
+// What follows the run on a page without fragments of its own: the whole page is fetched once for all of it,
+// and no sooner than a second after it was fetched last. Its address is the present one, with what is searched.
+const PAUSE_MILLISECONDS = 1000;
+let fetching = false, again = false, timer = 0, fetched = -PAUSE_MILLISECONDS;
+
+function fetchAnew() {
+  if (fetching) again = true;
+  if (fetching || timer) return;
+  timer = setTimeout(() => {
+    timer = 0;
+    const follows = [...document.querySelectorAll("[data-follows]")].map((place) => `#${place.id}`);
+    if (!follows.length) return;
+    fetching = true;
+    fetched = performance.now();
+    const element = document.getElementById("follow");
+    element.setAttribute("hx-select-oob", follows.join(","));
+    htmx.trigger(element, "fetch");
+  }, Math.max(0, fetched + PAUSE_MILLISECONDS - performance.now()));
+}
+
+function fetchWhenAsked() {
+  document.body.addEventListener("run-changed", fetchAnew);
+  document.body.addEventListener("htmx:afterRequest", (event) => {
+    if (event.target.id !== "follow") return;
+    fetching = false;
+    if (again) fetchAnew();
+    again = false;
+  });
+  for (const place of document.querySelectorAll("[data-every]")) setInterval(fetchAnew, 1000 * Number(place.dataset.every));
+}
+
 document.addEventListener("DOMContentLoaded", () => {
   showTimes(document);
   countDown();
   setInterval(countDown, 1000);
   document.body.addEventListener("htmx:afterSwap", (event) => showTimes(event.target));
+  document.body.addEventListener("htmx:oobAfterSwap", (event) => showTimes(event.target));
   // Not under the hands of somebody who is choosing an action or filling its form.
-  document.body.addEventListener("htmx:beforeSwap", (event) => {
+  document.body.addEventListener("htmx:oobBeforeSwap", (event) => {
     const place = event.detail.target;
     if (place.id === "actions" && (place.contains(document.activeElement) || place.querySelector("details[open]"))) event.detail.shouldSwap = false;
   });
   document.body.addEventListener("htmx:responseError", (event) => {
     document.getElementById("connection").textContent = event.detail.xhr.status === 401 ? "signed out; reload the page" : "the server refused; reload the page";
   });
+  fetchWhenAsked();
   if (document.body.dataset.stream) follow(document.body.dataset.stream);
 });

@@ -275,6 +275,49 @@ def test_every_view_opens_clean_and_accessible(visit: Visit, width: int, scheme:
     assert visit.wrong == []
 
 
+def test_a_page_is_fetched_once_a_change_and_keeps_what_is_typed(
+    visit: Visit, live_run: LiveRun
+) -> None:
+    """However many of its parts follow the run, and however often it changes."""
+    folder, page = live_run.folder.parent / "changing", visit.page
+    folder.mkdir()
+    log = LiveLog(folder, lambda event: None)
+    nodes = (events.NodeInfo("clinic", "LoRA, rank 4", 10, 2),)
+    log(events.RunStarted("changing", "braid", 9, 1, nodes, "model", str(folder)))
+    for view, parts in (("control", 4), ("ledger", 3)):
+        asked: list[str] = []
+        listen = lambda request, asked=asked: asked.append(request.url)  # noqa: E731
+        visit.open(f"/runs/changing/{view}")
+        page.locator("#connection", has_text="live").wait_for()
+        page.wait_for_selector("body[data-events]")
+        assert page.locator("[data-follows]").count() >= parts
+        if view == "control":
+            page.get_by_text("Another deadline").click()
+            page.locator("#deadline").fill("55")
+        page.on("request", listen)
+        reason = f"what stands above the view {view}"
+        log(events.PhaseStarted(1, "held", reason=reason))
+        page.locator("#standing", has_text=reason).wait_for()
+        page.wait_for_load_state("networkidle")
+        here = [url for url in asked if url.endswith(f"/{view}")]
+        # Its jobs, which change no file of the run, are looked for every few seconds.
+        more = view == "control"
+        assert 1 <= len(here) <= 1 + more
+        if more:
+            assert page.locator("#deadline").input_value() == "55"
+        asked.clear()
+        page.evaluate(
+            "for (let n = 0; n < 50; n++) document.body.dispatchEvent(new Event('run-changed'))"
+        )
+        log(events.PhaseStarted(1, "train", 1, 1, 60.0, reason=f"{reason}, once more"))
+        page.locator("#standing", has_text="once more").wait_for()
+        assert len([url for url in asked if url.endswith(f"/{view}")]) <= 3 + 10 * more
+        page.remove_listener("request", listen)
+    log(events.RoundsEnded("finished"))
+    shutil.rmtree(folder)
+    assert visit.wrong == []
+
+
 def test_links_stand_in_one_line_and_columns_within_the_page(
     visit: Visit, live_run: LiveRun
 ) -> None:

@@ -7,7 +7,9 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import anyio
 import pytest
 from starlette.testclient import TestClient
 
@@ -89,6 +91,56 @@ def test_other_forms_are_shown_again_too(
     assert 'value="olga"' in answer.text
 
 
+def test_what_was_typed_is_shown_to_who_was_signed_out_meanwhile(
+    client: TestClient, sign_in: Sign, runs: Path
+) -> None:
+    """A browser is led back to the form's page; nothing is done, and programs get a line."""
+    stopped(runs / "mixed")
+    form = {"csrf": sign_in("olga"), "reason": "<b>a long\u202e reason", "round": "2"}
+    client.cookies.clear()
+    path = "/runs/mixed/actions/rollback"
+    answer = client.post(path, data=form, headers={"accept": "text/html"})
+    assert answer.status_code == 401
+    assert "&lt;b&gt;a long\ufffd reason" in answer.text
+    assert form["csrf"] not in answer.text
+    wanted = re.search(r'name="wanted" value="([^"]*)"', answer.text)
+    assert wanted is not None
+    signed = client.post(
+        "/login", data={"name": "olga", "password": "correct horse battery", "wanted": wanted[1]}
+    )
+    assert client.get(signed.headers["location"]).headers["location"] == "/runs/mixed/control"
+    assert not ControlQueue(runs / "mixed").requests()
+    client.cookies.clear()
+    # Another site's page cannot put its words onto this one.
+    foreign = {"accept": "text/html", "sec-fetch-site": "cross-site"}
+    assert "a long" not in client.post(path, data=form, headers=foreign).text
+    assert client.post("/logout", headers={"accept": "text/html"}).status_code == 401
+    for accept, said in (
+        ("*/*", "sign in first"),
+        ("application/json", '{"error":"sign in first"}'),
+    ):
+        answer = client.post(path, data=form, headers={"accept": accept})
+        assert (answer.status_code, answer.text) == (401, said)
+
+
+def test_a_viewer_is_turned_away_by_a_page_and_a_program_by_a_line(
+    client: TestClient, sign_in: Sign
+) -> None:
+    sign_in("vera")
+    page = client.get("/access", headers={"accept": "text/html"})
+    assert page.status_code == 403
+    assert "<nav" in page.text
+    assert "operator" in page.text
+    assert client.get("/api/v1/access", headers={"accept": "application/json"}).json()["error"]
+    assert "<" not in client.get("/api/v1/access").text
+
+
+def test_a_wrong_password_ends_no_session(client: TestClient, sign_in: Sign) -> None:
+    sign_in("olga")
+    assert client.post("/login", data={"name": "vera", "password": "wrong"}).status_code == 401
+    assert client.get("/").status_code == 200
+
+
 def test_every_token_can_be_revoked_whatever_page_is_shown(
     client: TestClient, sign_in: Sign, accounts: Accounts
 ) -> None:
@@ -136,3 +188,49 @@ def test_a_start_that_fails_is_told_and_leaves_the_name_free(
             job.process.wait()
     assert [job["state"] for job in jobs.json()] == ["failed", "failed"]
     assert "/no/such/data.jsonl" in jobs.json()[0]["said"]
+
+
+@pytest.mark.parametrize(
+    ("action", "form", "said"),
+    [
+        ("next_round", {"quorum": "1.5"}, "quorum: write a whole number"),
+        ("next_round", {"deadline_seconds": "soon"}, "deadline: write a number of seconds"),
+        ("adopt_budget", {"epsilon": "3"}, "no noise"),
+        ("make_coffee", {}, "no action"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong(
+    client: TestClient, sign_in: Sign, runs: Path, action: str, form: dict[str, str], said: str
+) -> None:
+    stopped(runs / "mixed")
+    answer = client.post(
+        f"/runs/mixed/actions/{action}",
+        data=form | {"csrf": sign_in("olga"), "reason": "why"},
+        headers={"accept": "application/json"},
+    )
+    assert answer.status_code == 409
+    assert said in answer.json()["error"]
+    assert "is stopped" not in answer.json()["error"]
+
+
+def test_a_form_that_is_broken_off_is_no_error(client: TestClient, sign_in: Sign) -> None:
+    """As a second click does with the first one's."""
+    sign_in("olga")
+    cookie = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
+    headers = {"host": "testserver", "cookie": cookie, "content-length": "99"}
+    for path in ("/runs/mixed/actions/export", "/login", "/access/revoke"):
+        scope = {
+            "type": "http", "method": "POST", "path": path, "query_string": b"", "scheme": "https",
+            "headers": [(key.encode(), value.encode()) for key, value in headers.items()],
+        }  # fmt: skip
+        parts = [{"type": "http.request", "body": b"reason=w", "more_body": True}]
+        sent: list[Any] = []
+
+        async def receive(parts: list[Any] = parts) -> Any:
+            return parts.pop() if parts else {"type": "http.disconnect"}
+
+        async def send(message: Any, sent: list[Any] = sent) -> None:
+            sent.append(message)
+
+        anyio.run(client.app, scope, receive, send)
+        assert sent[0]["status"] == 400

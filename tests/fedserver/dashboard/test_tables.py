@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedserver.dashboard.html import cell
 from fedserver.dashboard.tables import Choice, Column, LazyRows, make_table, to_csv
 
 COLUMNS = (Column("name", "Name"), Column("size", "Size", "count"))
@@ -43,3 +47,21 @@ def test_lazy_rows_give_the_same_page_csv_and_json(
         assert len(made) <= size
     assert lazy.json() == there.json()
     assert to_csv(lazy) == to_csv(there)
+
+
+@given(
+    st.text(" \t\n\r\u00a0\ufeff\u200b\u200e\u200f\u061c\u2060\u3000", max_size=4),
+    st.sampled_from("=+-@"),
+)
+def test_no_cell_of_a_csv_is_a_formula_behind_what_is_not_seen(before: str, sign: str) -> None:
+    row = {"name": f"{before}{sign}1+1", "size": -1}
+    table = make_table("t", "T", COLUMNS, [row], Choice(whole=True))
+    _, cells = csv.reader(io.StringIO(to_csv(table)))
+    assert cells == ["'" + row["name"], "-1"]
+
+
+@given(st.text("a\u202e\u200b\u200e\u200f\u061c\u2066\u2028\ufeff", max_size=9))
+def test_nothing_shown_turns_or_hides_its_neighbours(name: str) -> None:
+    for kind in ("text", "mono", "hash", "state"):
+        shown = cell({"name": name}, Column("name", "Name", kind))
+        assert not re.search("[\u202e\u200b\u200e\u200f\u061c\u2066\u2028\ufeff]", shown)
