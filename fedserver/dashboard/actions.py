@@ -20,7 +20,6 @@ from fedserver.control import (
     CONTROL,
     EXCLUDING,
     EXPORTS,
-    PENDING,
     REFUSED,
     REVOKED,
     ControlError,
@@ -126,13 +125,10 @@ class Desk:
     def _once(self, run: RunReader, action: str, arguments: Mapping[str, Any]) -> None:
         """Refuse what somebody has asked already and is yet to be done."""
         for other in ControlQueue(run.folder).requests():
-            if (other.action, other.arguments) != (action, arguments):
-                continue
+            same = (other.action, other.arguments) == (action, arguments)
             # A process that makes an export or continues a run may have been ended before it said so.
-            waits = (
-                other.state == PENDING if action not in ERRANDS else self.jobs.working(run.identity)
-            )
-            if waits and other.settled is None:
+            lost = action in ERRANDS and not self.jobs.working(run.identity)
+            if same and other.settled is None and not lost:
                 raise ControlError(f"{other.who} has asked for it already: {other.reason}")
 
     def _errand(
