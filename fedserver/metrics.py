@@ -72,7 +72,7 @@ def evaluations(ledger: Ledger) -> dict[int, dict[str, Any] | None]:
 
 
 def last_evaluation(ledger: Ledger, line: ModelLine) -> dict[str, Any] | None:
-    """``round`` and scores of the newest model that was evaluated, of those that a model came by.
+    """``round`` and scores of the newest model that was evaluated, of those that the run's came by.
 
     None where not even the base model was.
     """

@@ -107,7 +107,8 @@ class Quality:
 
 @dataclass(frozen=True)
 class Operation:
-    """What an operator did, before which round; ``back_to``: of a roll-back the round it went to."""
+    """What an operator did, and the round of its entry, before which it holds. ``back_to``: of a
+    roll-back the round that it went to."""
 
     round: int
     action: str

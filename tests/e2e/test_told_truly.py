@@ -21,6 +21,7 @@ from fedserver.export import model_card
 from fedserver.ledger import Ledger
 from fedserver.ledger_command import ledger_app
 from fedserver.live_log import LIVE
+from fedserver.model_line import ModelLine
 from fedserver.run_folder import recorded_configuration
 from simulations.engines import run_local
 from simulations.live_drawing import summary_panel
@@ -102,6 +103,12 @@ def test_a_model_that_was_rolled_back_is_said_to_be(run: Run) -> None:
     assert "over held-out examples of 1 of 2 nodes" in card
     assert "rounds: 5 (rounds 2 to 3 rolled back, rounds 4 to 5 without a quorum)" in card
     assert "low rank (2 from 2 nodes)" in card
+    # The report, which reads files of rounds, follows the same line as the ledger's readers.
+    ledger = Ledger(folder)
+    line, seen = ModelLine.of(ledger), read_run(folder).line()
+    ledger.close()
+    assert (line.model, line.added, line.rounds) == (1, {1}, {1, 4, 5})
+    assert (seen.model, seen.added, seen.rounds) == (line.model, line.added, line.rounds)
     # What is exported of round 3 is what it was then.
     assert "low rank (6 from 2 nodes)" in card_of(folder, 3)
 
