@@ -20,8 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedserver.dashboard.home import home_of
+
+if TYPE_CHECKING:
+    from fedserver.deployment.invitation import Invitation
 
 VIEWER, OPERATOR = "viewer", "operator"
 ROLES = (VIEWER, OPERATOR)
@@ -91,7 +95,8 @@ class Session:
     """Somebody who has signed in. ``csrf`` must come back with every action.
 
     ``generation``: the salt of the account as it was then; b"" for who has no account here.
-    ``invited``: by the terminal's link, which holds as long as there are no accounts.
+    ``invited``: by the terminal's link, which holds as long as there are no accounts. ``made``: an
+    enrolment token that its next look at the devices shows, and no other.
     """
 
     name: str
@@ -101,6 +106,7 @@ class Session:
     seen: float = 0.0
     generation: bytes = b""
     invited: bool = False
+    made: Invitation | None = None
 
     @property
     def may_act(self) -> bool:

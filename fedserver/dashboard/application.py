@@ -178,6 +178,10 @@ class Site(Answers):
     async def devices(self, request: Request) -> Response:
         """Who has joined the deployment, and who may."""
         page = await run_in_threadpool(devices.devices, self.library.root, question_of(request))
+        session = request.scope["session"]
+        if session.made is not None and (request.method, request.url.path) == ("GET", "/devices"):
+            made, session.made = session.made, None
+            return HTMLResponse(self.page(request, page, "devices.html.jinja", made=made))
         return self.answer(request, page, "devices.html.jinja")
 
     async def replay(self, request: Request) -> Response:

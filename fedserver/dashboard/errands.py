@@ -18,6 +18,7 @@ from typing import Any
 
 from fedserver.control import DONE, FAILED, OPERATOR, PENDING, REFUSED, ControlQueue, Request
 from fedserver.dashboard import recording
+from fedserver.dashboard.program import command_line
 from fedserver.dashboard.run_reader import read_json
 from fedserver.ledger import LedgerHeldError
 from fedserver.live_log import ALIVE, LIVE, state_of
@@ -45,7 +46,7 @@ def question(
 def run(asked: dict[str, Any]) -> int:
     """Carry a request out and settle it; returns the command's exit status."""
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "simulations.command", *asked["words"]],
+        command_line(*asked["words"]),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -82,24 +82,25 @@ class Forms(FormAnswers):
         return HTMLResponse(html, sent.status if sent else 200)
 
     async def invite(self, request: Request) -> Response:
-        """An enrolment token for a device: the one answer that ever holds it."""
+        """An enrolment token for a device: this answer or the page after it holds it, and no other."""
         root, here = self.library.root, "/devices"
         sent = await self.sent(
             request, lambda form: devices.invite(root, form, request.scope["session"])
         )
         if sent is None:
             return RedirectResponse(here, 303)
-        if wants_json(request):
+        if wants_json(request) or request.scope["bearer"]:
             made = sent.made
             told = (
                 {"error": sent.problem} if made is None else vars(made) | {"command": made.command}
             )
             return JSONResponse(told, sent.status if sent.problem else 201)
-        page = await run_in_threadpool(devices.devices, root, Question())
         if sent.problem:
+            page = await run_in_threadpool(devices.devices, root, Question())
             return self.again(request, sent, page, here, "devices.html.jinja")
-        html = self.page(request, page, "devices.html.jinja", path=here, made=sent.made)
-        return HTMLResponse(html, 201)
+        # A page that is loaded again must not send the form again.
+        request.scope["session"].made = sent.made
+        return RedirectResponse(here, 303)
 
     async def revoke_token(self, request: Request) -> Response:
         """End a program's token."""

@@ -171,7 +171,10 @@ def _forms() -> dict[str, Any]:
         found[f"/runs/{{run}}/actions/{action}"] = _post(summary, fields, needed, done, [RUN])
     seen = "303", "to the page on which its progress is seen"
     measuring = "202", "begun; as JSON for who accepts it, else 303 to the page"
-    issued = "201", "the token, shown here once; as JSON for who accepts it, else as a page"
+    issued = (
+        "201",
+        "the token, shown once; for a session that does not accept JSON 303 to the page that has it",
+    )
     found |= {
         "/start": _post(
             "Start a simulation.", ["scenario", "name", "overrides"], ["scenario", "name"], seen, []
