@@ -28,7 +28,8 @@ from typing import Any
 
 from fedserver.dashboard.home import home_of
 from fedserver.dashboard.library import Library
-from fedserver.dashboard.run_reader import LEDGER, Row, RunReader, file_stamp, read_json
+from fedserver.dashboard.run_files import Row, file_stamp, read_json
+from fedserver.dashboard.run_reader import LEDGER, RunReader
 from fedserver.live_log import ALIVE
 from fedserver.quantities import spans_text
 

@@ -20,7 +20,7 @@ from fedserver.dashboard.accounts import Session
 from fedserver.dashboard.home import deployment_of, home_of
 from fedserver.dashboard.ledger_views import ACTED, action_row
 from fedserver.dashboard.page import Page, Question, page_of
-from fedserver.dashboard.run_reader import Row
+from fedserver.dashboard.run_files import Row
 from fedserver.dashboard.tables import Column, make_table
 from fedserver.ledger import Ledger, LedgerError
 from fedserver.ledger_database import DATABASE

@@ -19,7 +19,7 @@ from typing import Any
 from fedserver.control import DONE, FAILED, OPERATOR, PENDING, REFUSED, ControlQueue, Request
 from fedserver.dashboard import recording
 from fedserver.dashboard.program import command_line
-from fedserver.dashboard.run_reader import read_json
+from fedserver.dashboard.run_files import read_json
 from fedserver.ledger import LedgerHeldError
 from fedserver.live_log import ALIVE, LIVE, state_of
 

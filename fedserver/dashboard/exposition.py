@@ -25,7 +25,8 @@ from prometheus_client.registry import Collector
 from fedserver.control import ControlQueue
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.round_views import PHASES, totals
-from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.run_files import Row
+from fedserver.dashboard.run_reader import RunReader
 from fedserver.dashboard.standings import arrivals, counts
 from fedserver.live_log import ALIVE, WAITING
 

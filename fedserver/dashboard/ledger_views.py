@@ -9,7 +9,8 @@ from itertools import pairwise
 from fedserver.control import APPLIED
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import header
-from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.run_files import Row
+from fedserver.dashboard.run_reader import RunReader
 from fedserver.dashboard.sentences import level, sentence, spoken
 from fedserver.dashboard.sound_values import sound_event
 from fedserver.dashboard.tables import Column, LazyRows, make_table

@@ -14,18 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedserver.dashboard import sound_values
-from fedserver.dashboard.run_reader import (
-    LEDGER,
-    METRICS,
-    SUMMARY,
-    Row,
-    RunReader,
-    Stamp,
-    file_stamp,
-    read_json,
-    settled,
-)
-from fedserver.dashboard.sound_reader import SoundReader
+from fedserver.dashboard.run_files import Row, Stamp, file_stamp, read_json
+from fedserver.dashboard.run_reader import LEDGER, METRICS, SUMMARY, RunReader, settled
 from fedserver.dashboard.sound_values import sound
 from fedserver.live_log import LIVE, state_of
 
@@ -86,7 +76,7 @@ class Library:
             if folder is None:
                 self._readers.pop(name, None)
                 return None
-            reader = self._readers.pop(name, None) or SoundReader(folder, name)
+            reader = self._readers.pop(name, None) or RunReader(folder, name)
             self._readers[name] = reader
             while len(self._readers) > OPEN_READERS:
                 self._readers.popitem(last=False)
@@ -191,7 +181,7 @@ class Library:
         """Once a round, not at every phase of it."""
         held = self._losses.get(name)
         if held is None or held[0] != stamp:
-            found = SoundReader(folder, name).losses() if stamp else (None, None)
+            found = RunReader(folder, name).losses() if stamp else (None, None)
             held = self._losses[name] = (stamp, found)
         return held[1]
 

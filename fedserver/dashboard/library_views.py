@@ -17,7 +17,8 @@ from fedserver.dashboard.jobs import jobs_table
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Page, Question, page_of, run_address
 from fedserver.dashboard.round_views import MOVED, header, moved, totals
-from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.run_files import Row
+from fedserver.dashboard.run_reader import RunReader
 from fedserver.dashboard.standings import rollbacks
 from fedserver.dashboard.tables import Column, LazyRows, make_table
 from fedserver.intervals import estimate

@@ -26,7 +26,8 @@ from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import NotThere, Page, Question, page_of, run_address
 from fedserver.dashboard.registry import BY_NAME, ROUND
 from fedserver.dashboard.round_views import header, words
-from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.run_files import Row
+from fedserver.dashboard.run_reader import RunReader
 from fedserver.dashboard.sent_forms import FormAnswers
 from fedserver.dashboard.tables import Column, make_table
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from fedserver.dashboard.page import Page, Question, page_of
 from fedserver.dashboard.round_views import family_share, family_sums, header, size_of, words
-from fedserver.dashboard.run_reader import ROUNDS_OF_NODES, Past, Row, RunReader
+from fedserver.dashboard.run_files import Row
+from fedserver.dashboard.run_reader import ROUNDS_OF_NODES, Past, RunReader
 from fedserver.dashboard.standings import standings
 from fedserver.dashboard.tables import Column, LazyRows, make_table
 from fedserver.live_log import ALIVE

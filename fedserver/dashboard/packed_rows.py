@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import overload
 
-Row = dict[str, Any]
+from fedserver.dashboard.run_files import Row
 
 
 class PackedRows(Sequence[Row]):

@@ -8,7 +8,8 @@ from typing import Any
 
 from fedserver.control import EXCLUDING
 from fedserver.dashboard.page import NotThere, Page, Question, page_of, run_address
-from fedserver.dashboard.run_reader import Row, RunReader
+from fedserver.dashboard.run_files import Row
+from fedserver.dashboard.run_reader import RunReader
 from fedserver.dashboard.standings import arrivals, counts, rollbacks
 from fedserver.dashboard.tables import Column, LazyRows, make_table
 from fedserver.live_log import ALIVE

@@ -2,7 +2,7 @@
 
 The ledger is opened read-only and never locked, so a reader cannot hold up a run. Rows of rounds come
 from ``metrics.jsonl`` without their nodes; a round's nodes are read from its ledger entry when asked
-for. Files are other processes' and may be half there: what cannot be read is absent, not an error.
+for. What a file says that is not of the kind that it should be is absent, not an error.
 """
 
 from __future__ import annotations
@@ -17,14 +17,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedserver.dashboard import sound_values
 from fedserver.dashboard.activity import Activity, Seen
 from fedserver.dashboard.packed_rows import PackedRows
+from fedserver.dashboard.run_files import (
+    Row,
+    Stamp,
+    file_stamp,
+    lines_from_the_end,
+    parsed,
+    read_json,
+    without_nodes,
+)
+from fedserver.dashboard.sound_values import sound, sound_nodes, sound_round
 from fedserver.live_log import ALIVE, EVENTS, LIVE, state_of
 
 LEDGER, METRICS, SUMMARY, CONTROL = "ledger.db", "metrics.jsonl", "summary.json", "control.db"
 REPORT, CHECKPOINT = "report.html", "checkpoint.json"
 WATCHED = (LEDGER, f"{LEDGER}-wal", METRICS, SUMMARY, LIVE, EVENTS, CONTROL, f"{CONTROL}-wal")
-NODES = b', "nodes": ['
 COLUMNS = "height, kind, round, content, previous, hash, wall, signatures"
 # A round's clocks hold those of all its nodes; SQLite finds the one that is wanted in their text.
 STARTED = (
@@ -38,9 +48,7 @@ PAGES_KEPT_KILOBYTES = 256
 ROUNDS_OF_NODES = 8
 """Of this many of the last rounds a node's part is remembered, however long the run."""
 
-Row = dict[str, Any]
 Found = TypeVar("Found")
-Stamp = tuple[int, int, int]
 
 
 @dataclass
@@ -79,11 +87,11 @@ class RunReader:
     def live(self) -> Row:
         """``live.json``, with the state that it is in now."""
         found: Row = dict(self._json(LIVE))
-        return found | {"state": state_of(found)} if found else found
+        return sound(found | {"state": state_of(found)}, sound_values.LIVE) if found else found
 
     def summary(self) -> Row:
         """``summary.json``, empty until the run has finished."""
-        return self._json(SUMMARY)
+        return sound(self._json(SUMMARY), sound_values.SUMMARY)
 
     def losses(self) -> tuple[float | None, float | None]:
         """Loss of the base model, and the newest evaluation, of a run that has no summary yet.
@@ -98,11 +106,16 @@ class RunReader:
                 " FROM entries WHERE kind = 'round' ORDER BY height LIMIT 1"
             ).fetchone()
         total, tokens = found or (None, None)
-        for line in _lines_from_the_end(self.folder / METRICS, 1 << 27):
-            row = _without_nodes(line)
-            if row.get("eval_loss") is not None:
-                return total / tokens if tokens else None, float(row["eval_loss"])
-        return total / tokens if tokens else None, None
+        before = (
+            total / tokens
+            if sound_values.number(total) and sound_values.number(tokens) and tokens
+            else None
+        )
+        for line in lines_from_the_end(self.folder / METRICS):
+            newest = without_nodes(line).get("eval_loss")
+            if sound_values.number(newest):
+                return before, newest
+        return before, None
 
     def rounds(self) -> list[Row]:
         """The rounds in order, without their nodes."""
@@ -160,7 +173,7 @@ class RunReader:
         if row is None:
             return 0, 0
         # Quotes inside of texts are escaped in canonical JSON, so that a name cannot be counted.
-        return len(_parsed(row[1].encode())), row[0].count('"update":"')
+        return len(parsed(row[1].encode())), row[0].count('"update":"')
 
     def round_times(self, numbers: Collection[int]) -> dict[int, float]:
         """When each of these rounds began, in seconds since 1970."""
@@ -255,8 +268,8 @@ class RunReader:
 
         found: list[Row] = []
         path = self.folder / EVENTS
-        for line in _lines_from_the_end(path, span):
-            value = _parsed(line)
+        for line in lines_from_the_end(path, span):
+            value = parsed(line)
             if not value or value.get("event") == "node_progress":
                 continue
             if wanted and not holds(value):
@@ -282,19 +295,19 @@ class RunReader:
         try:
             with (self.folder / METRICS).open("rb") as file:
                 for line in file:
-                    row = _without_nodes(line)
-                    if isinstance(row.get("round"), int):
-                        found[row["round"]] = row
+                    row = without_nodes(line)
+                    if sound_values.count(row.get("round")):
+                        found[row["round"]] = sound_round(row)
         except OSError:
             return []
         return [found[number] for number in sorted(found)]
 
     def _read_nodes(self) -> dict[int, list[Row]]:
         found: dict[int, list[Row]] = {}
-        for line in _lines_from_the_end(self.folder / METRICS, 1 << 27):
-            row = _parsed(line)
-            if isinstance(row.get("nodes"), list) and isinstance(row.get("round"), int):
-                found.setdefault(row["round"], row["nodes"])
+        for line in lines_from_the_end(self.folder / METRICS):
+            row = parsed(line)
+            if sound_values.count(row.get("round")):
+                found.setdefault(row["round"], sound_nodes(row.get("nodes")))
             # Ten thousand nodes: what a page shows is of the last rounds.
             if len(found) >= ROUNDS_OF_NODES or sum(map(len, found.values())) >= 10_000:
                 break
@@ -303,14 +316,15 @@ class RunReader:
     def _read_past(self, names: Collection[str]) -> dict[str, Past]:
         found = {name: Past() for name in names}
         wanted = {json.dumps(name).encode(): name for name in names}
-        for line in _lines_from_the_end(self.folder / METRICS, 1 << 27):
+        for line in lines_from_the_end(self.folder / METRICS):
             wanted = {text: name for text, name in wanted.items() if found[name].accepted is None}
             if not wanted:
                 break
             if not any(text in line for text in wanted):
                 continue
-            row = _parsed(line)
-            for node in row.get("nodes") or ():
+            row = parsed(line)
+            nodes = sound_nodes(row.get("nodes")) if sound_values.count(row.get("round")) else ()
+            for node in nodes:
                 if node["node"] in found:
                     found[node["node"]].take_older(row["round"], node)
         return found
@@ -332,7 +346,7 @@ class RunReader:
             row = database.execute(
                 "SELECT content FROM entries WHERE kind = 'genesis' LIMIT 1"
             ).fetchone()
-        return _parsed(row[0].encode()) if row else {}
+        return parsed(row[0].encode()) if row else {}
 
     def _read_entries(self) -> list[Row]:
         with self._ledger() as database:
@@ -407,69 +421,15 @@ def settled(live: Row, summary: Row) -> Row:
     )
 
 
-def file_stamp(path: Path | str) -> Stamp | None:
-    """What changes when a file does; None where there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def read_json(path: Path) -> Row:
-    """A JSON object of a file, empty where there is none."""
-    try:
-        return _parsed(path.read_bytes())
-    except OSError:
-        return {}
-
-
 def _entry(row: tuple[Any, ...]) -> Row:
     height, kind, number, content, previous, digest, wall, signatures = row
     return {
         "height": height,
         "kind": kind,
         "round": number,
-        "content": _parsed(content.encode()),
+        "content": parsed(content.encode()),
         "previous": previous,
         "hash": digest,
-        "wall": _parsed(wall.encode()),
-        "signatures": _parsed(signatures.encode()),
+        "wall": parsed(wall.encode()),
+        "signatures": parsed(signatures.encode()),
     }
-
-
-def _parsed(line: bytes) -> Row:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _without_nodes(line: bytes) -> Row:
-    """A line of metrics without the rows of its nodes, which are the last in it."""
-    place = line.find(NODES)
-    return _parsed(line[:place] + b"}" if place > 0 else line)
-
-
-def _lines_from_the_end(path: Path, span: int, block: int = 1 << 20) -> Iterator[bytes]:
-    """Whole lines of the last ``span`` bytes, the last first."""
-    try:
-        file = path.open("rb")
-    except OSError:
-        return
-    with file:
-        end = file.seek(0, os.SEEK_END)
-        stop = max(0, end - span)
-        rest: list[bytes] = []
-        while end > stop:
-            start = max(stop, end - block)
-            file.seek(start)
-            first, *others = file.read(end - start).split(b"\n")
-            end = start
-            if others:
-                yield from filter(None, [b"".join([others.pop(), *rest]), *reversed(others)])
-                rest = []
-            rest.insert(0, first)
-        if stop == 0 and any(rest):
-            yield b"".join(rest)

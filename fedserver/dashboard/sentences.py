@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedserver import events
-from fedserver.dashboard.run_reader import Row
+from fedserver.dashboard.run_files import Row
 from fedserver.dashboard.sound_values import sound_event
 from fedserver.quantities import bytes_text, duration_text, loss_text, plural, share_text
 

@@ -13,12 +13,12 @@ from dataclasses import fields
 from typing import Any
 
 from fedserver import events
+from fedserver.dashboard.run_files import Row
 
 LARGEST = 1 << 53
 LAST_MOMENT = 253402300799.0
 """The end of the year 9999, in seconds since 1970."""
 
-Row = dict[str, Any]
 Kind = Callable[[Any], bool]
 
 

@@ -16,7 +16,8 @@ from fedserver.dashboard.application import live_payload
 from fedserver.dashboard.exposition import Exposition
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import Question
-from fedserver.dashboard.run_reader import RunReader, read_json
+from fedserver.dashboard.run_files import read_json
+from fedserver.dashboard.run_reader import RunReader
 from fedserver.dashboard.standings import standings
 from fedserver.ledger import Entry, Ledger
 from fedserver.live_log import LIVE, state_of
