@@ -31,6 +31,8 @@ from aggregators.update import Update, require_layout
 
 # A length below this share of what it was subtracted from is what float64 rounded, and so is a cosine.
 ROUNDING = 1e-12
+CANCELLED = 1e-6
+"""A difference whose square is below this share of its terms' has lost three digits and more."""
 
 
 @dataclass(frozen=True)
@@ -134,23 +136,38 @@ class _Vectors:
 
 
 def _compare(found: _Vectors, weights: Sequence[float], sums: Sequence[_Sums]) -> None:
-    whole, mean, mean_square = math.fsum(weights), found.mean, _product(found.mean, found.mean)
-    for place, (weight, one) in enumerate(zip(weights, sums, strict=True)):
+    for place, one in enumerate(sums):
         vector = found.of(place)
         square = _product(vector, vector)
         one.own += square
-        rest = whole - weight
-        if rest <= 0:
+        if len(weights) == 1:
             continue
-        away = vector - mean
+        away = vector - found.mean
         one.away += _product(away, away)
-        # The mean of the others, without a second sum: mean + w / (W - w) (mean - vector).
-        away *= weight / rest
-        one.scale += mean_square + _product(away, away)
-        others = mean - away
+        others, scale = _mean_of_others(found, weights, place, away)
+        one.scale += scale
         one.compared += square
         one.product += _product(vector, others)
         one.others += _product(others, others)
+
+
+def _mean_of_others(
+    found: _Vectors, weights: Sequence[float], place: int, away: Tensor
+) -> tuple[Tensor, float]:
+    """The mean without one, and the square of the lengths that it is a difference or a sum of."""
+    rest = math.fsum(weights) - weights[place]
+    # Without a second sum: mean + w / (W - w) (mean - vector).
+    away = away * (weights[place] / rest)
+    others, scale = found.mean - away, _product(found.mean, found.mean) + _product(away, away)
+    if _product(others, others) > CANCELLED * scale:
+        return others, scale
+    # One so much longer than the others leaves nothing of them in the difference. Few can be.
+    others, scale = torch.zeros_like(found.mean), 0.0
+    for other, weight in enumerate(weights):
+        if other != place:
+            part = found.of(other) * (weight / rest)
+            others, scale = others + part, scale + _product(part, part)
+    return others, scale
 
 
 def _product(one: Tensor, two: Tensor) -> float:

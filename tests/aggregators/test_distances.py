@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aggregators import (
@@ -159,6 +159,13 @@ def oracle(members):
 
 @settings(max_examples=60)
 @given(maker=st.sampled_from(MAKERS), cohort=COHORTS)
+@example(  # one 1e12 times as long as the other
+    maker=low_rank,
+    cohort=[
+        (100, 1, (False, True, False), 1.0, 1e-6, False),
+        (100, 2, (False, True, False), 0.5, 1e6, False),
+    ],
+)
 def test_they_are_those_of_the_definition(maker, cohort):
     members = []
     for seed, size, kept, weight, length, again in cohort:
