@@ -20,7 +20,7 @@ from fedserver.control import DONE, FAILED, OPERATOR, PENDING, REFUSED, ControlQ
 from fedserver.dashboard import recording
 from fedserver.dashboard.program import command_line
 from fedserver.dashboard.run_files import read_json
-from fedserver.ledger import LedgerHeldError
+from fedserver.ledger import LedgerError, LedgerHeldError
 from fedserver.live_log import ALIVE, LIVE, state_of
 
 PROGRAM = "fedserver.dashboard.errands"
@@ -99,6 +99,9 @@ def _record(folder: Path, queue: ControlQueue, identity: str, asked: dict[str, A
                 print(f"error: what came of it is not recorded: {error}", flush=True)
                 return
             time.sleep(HELD_SECONDS * random.uniform(0.5, 1.5))
+        except LedgerError as error:
+            print(f"error: what came of it is not recorded: {error}", flush=True)
+            return
         else:
             queue.settle(request, request.state, request.note)
             return

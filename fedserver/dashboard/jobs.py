@@ -136,6 +136,23 @@ def jobs_table(
     )
 
 
+def printed(log: Path) -> list[dict[str, Any]]:
+    """The JSON objects that a job has printed, a line each; none where its log has gone."""
+    found = []
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
 def in_words(line: str) -> str:
     """A line of a program's output as a person reads it: of a JSON object its event and what it says."""
     try:

@@ -8,7 +8,6 @@ operators start one, and one at a time for a run.
 from __future__ import annotations
 
 import functools
-import json
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from starlette.routing import Route
 
 from fedserver.control import ControlError
 from fedserver.dashboard.answers import API, MOST_ROUNDS, question_of, wants_json
-from fedserver.dashboard.jobs import Job, JobError, Jobs
+from fedserver.dashboard.jobs import Job, JobError, Jobs, printed
 from fedserver.dashboard.library import Library
 from fedserver.dashboard.page import NotThere, Page, Question, page_of, run_address
 from fedserver.dashboard.registry import BY_NAME, ROUND
@@ -115,7 +114,7 @@ class Measurements:
             return found | {"rows": _rows(held.job.log)}
         if found["state"] == "failed":
             return found | {"said": held.job.json()["said"].removeprefix("error: ")}
-        progress = [line for line in _lines(held.job.log) if line.get("event") == "progress"]
+        progress = [line for line in printed(held.job.log) if line.get("event") == "progress"]
         return found | {key: progress[-1][key] for key in ("what", "done", "of") if progress}
 
     def page(self, run: RunReader, question: Question) -> Page:
@@ -221,20 +220,4 @@ def _state(job: Job) -> str:
 @functools.lru_cache(maxsize=4)
 def _rows(log: Path) -> tuple[Row, ...]:
     """What a measurement that has ended printed."""
-    return tuple(line for line in _lines(log) if "over_median" in line)
-
-
-def _lines(log: Path) -> list[Row]:
-    found = []
-    try:
-        text = log.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+    return tuple(line for line in printed(log) if "over_median" in line)

@@ -6,11 +6,10 @@ operators start one.
 
 from __future__ import annotations
 
-import json
 import threading
 from typing import Any
 
-from fedserver.dashboard.jobs import Job, Jobs
+from fedserver.dashboard.jobs import Job, Jobs, printed
 from fedserver.dashboard.page import NotThere, Page
 from fedserver.dashboard.round_views import header
 from fedserver.dashboard.run_reader import RunReader
@@ -66,7 +65,7 @@ class Replays:
         if job is None or not job.log.is_file():
             return Page(data)
         code = job.process.poll()
-        lines = _lines(job)
+        lines = [one for one in printed(job.log) if {"round", "found", "equal"} <= set(one)]
         done = [line for line in lines if line.get("rolled_back_to") is None]
         last = next((line for line in done if line.get("round") == number), None)
         data["rounds_done"] = len(done)
@@ -78,19 +77,3 @@ class Replays:
         else:
             data |= {"state": "failed", "said": job.json()["said"]}
         return Page(data)
-
-
-def _lines(job: Job) -> list[dict[str, Any]]:
-    found = []
-    try:
-        text = job.log.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and {"round", "found", "equal"} <= set(value):
-            found.append(value)
-    return found
